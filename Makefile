@@ -1,0 +1,40 @@
+# make demo | test | check | fix | serve | clean
+# The virtual environment is made once and installed into only when a requirements file changes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check fix serve clean
+
+demo: .venv/runtime
+	$(BIN)/python -m jobs.run_all --config configs/quickstart.yaml
+
+serve: .venv/runtime
+	$(BIN)/serve run serve.app:build run_dir=runs/quickstart
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+check: .venv/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+fix: .venv/dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/runtime: requirements.txt | .venv/bin/python
+	@echo "Installing requirements.txt into .venv, a few minutes the first time."
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: requirements-dev.txt .venv/runtime
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
