@@ -1,0 +1,201 @@
+"""The configuration of a run: a tree of frozen dataclasses, read from strict YAML.
+
+Every field says what it is and in which unit. Bounds are part of the types, so that a wrong value is refused where
+the configuration is built. Fields named in `EXECUTION_FIELDS` decide where and how fast things run, never what comes
+out; all others belong to the identity of what a stage makes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+_STRICT = ConfigDict(extra="forbid")
+
+EXECUTION_FIELDS = frozenset(
+    {"run.dir", "cluster.actors", "seed_model.cpus", "train.slots", "train.cpus_per_expert", "train.gpus_per_expert",
+     "train.log_every", "train.checkpoint_every", "train.max_failures", "evaluate.batch_tokens"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RunConfig:
+    dir: str
+    """Where everything goes: a local path or a URI (s3://, gs://)."""
+    seed: NonNegative = 0
+    """Seed of every random choice: splits, samples, starts, initial weights, data order."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CorpusConfig:
+    paths: tuple[str, ...] = ()
+    """Files or folders of documents: .jsonl, .json (both also .gz, .zst), .parquet, .txt. Empty: installed documentation."""
+    valid_paths: tuple[str, ...] = ()
+    """Held-out documents, if the corpus has its own; else `valid_fraction` of `paths` is held out by a hash of the id."""
+    packages: tuple[str, ...] = ()
+    """Python packages whose documentation is the corpus when `paths` is empty; the package is the domain."""
+    package_bytes: Count = 2_000_000
+    """At most this many bytes of documentation from each package."""
+    text_column: str = "text"
+    """Column (or JSON key) that holds a document's text."""
+    domain_column: str | None = None
+    """Column with a gold domain, used only to report and never to cluster. None: there is none."""
+    id_column: str | None = None
+    """Column with a unique document id. None: file name and row number."""
+    valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Share of documents held out, where `valid_paths` is empty."""
+    sample_documents: Count = 20_000
+    """Size of the uniform sample on which tokenizer, embedder and clusterer are fitted, in training documents."""
+
+    def __post_init__(self) -> None:
+        if bool(self.paths) == bool(self.packages):
+            raise ValueError("needs either corpus.paths or corpus.packages, one of the two")
+        if self.valid_paths and not self.paths:
+            raise ValueError("corpus.valid_paths needs corpus.paths")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TokensConfig:
+    tokenizer: str = "train"
+    """'train' (byte-level BPE on the corpus sample), or a Hugging Face folder or name."""
+    vocab_size: Annotated[int, Field(ge=258, strict=True)] = 2048
+    """Vocabulary size of a trained tokenizer; a loaded one keeps its own."""
+    sequence_length: Annotated[int, Field(ge=8, strict=True)] = 256
+    """Tokens in a training sequence and in an evaluation window."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EmbedConfig:
+    dimensions: Annotated[int, Field(ge=2, strict=True)] = 100
+    """Dimensions of a document embedding (paper section 3.2: 100)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ClusterConfig:
+    n_clusters: Count = 8
+    """K: clusters, and so experts."""
+    balanced: bool = True
+    """Equal cluster sizes while fitting (paper section 3.2); False is the unbalanced control."""
+    max_iter: Count = 50
+    """Most Lloyd iterations."""
+    tol: Annotated[float, Field(ge=0)] = 1e-4
+    """Stop when the centres move less than this: summed squared shift over the embeddings' variance."""
+    actors: Count = 2
+    """Ray actors that hold the embeddings while fitting."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SeedModelConfig:
+    name_or_path: str | None = None
+    """Hugging Face causal LM to start from, a folder or a name. None: a new Llama-architecture model of the sizes below."""
+    hidden_size: Count = 64
+    """Width of a new model."""
+    n_layers: Count = 2
+    """Layers of a new model."""
+    n_heads: Count = 2
+    """Attention heads of a new model; divides hidden_size."""
+    intermediate_size: Count = 256
+    """Width of a new model's feed-forward layers."""
+    train_tokens: NonNegative = 0
+    """Tokens that the seed is trained on before branching; 0 takes the model of `name_or_path` as it is."""
+    learning_rate: Positive = 2e-3
+    """Peak learning rate of the seed's own training."""
+    cpus: Count | None = None
+    """CPUs of the seed's training. None: all of the cluster's largest node."""
+    final_lr_fraction: Fraction = 0.5
+    """Learning rate at the end of the seed's training, as a share of its peak."""
+
+    def __post_init__(self) -> None:
+        if self.name_or_path is None and self.train_tokens == 0:
+            raise ValueError("a new seed model needs seed_model.train_tokens >= 1, or set seed_model.name_or_path")
+        if self.hidden_size % self.n_heads:
+            raise ValueError(f"seed_model.hidden_size={self.hidden_size} must be a multiple of n_heads={self.n_heads}")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainConfig:
+    total_tokens: Count = 1_600_000
+    """Training budget of the whole system: each of K experts gets total/K, the dense control all of it."""
+    batch_size: Count = 16
+    """Sequences in an optimiser step."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate of the experts and the controls."""
+    final_lr_fraction: Fraction = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Shape of the decay after warm-up (the paper's code: linear to 0)."""
+    warmup_steps: NonNegative = 10
+    """Optimiser steps from 0 to the peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay of matrices; vectors (norms, biases) have none."""
+    clip_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; bf16 is faster on GPUs and on CPUs with AMX or AVX512-BF16, and slower elsewhere."""
+    slots: Count | None = None
+    """Experts that train at once. None: as many as the cluster's CPUs and GPUs hold."""
+    cpus_per_expert: Positive = 1
+    """CPUs of one expert's training."""
+    gpus_per_expert: Annotated[float, Field(ge=0)] = 0
+    """GPUs of one expert's training, fractions allowed."""
+    log_every: Count = 10
+    """Optimiser steps between two points of the training curve."""
+    checkpoint_every: Count = 200
+    """Optimiser steps between two checkpoints: what a killed worker loses at most."""
+    max_failures: NonNegative = 3
+    """Restarts of one expert after errors; lost nodes do not count."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EvaluateConfig:
+    top_k: tuple[Count, ...] = (1, 2, 4)
+    """Sizes of the sparse ensemble to report, beside all experts; those of K and more are the same as all."""
+    max_documents: Count = 2000
+    """At most this many held-out documents, those with the smallest hash."""
+    temperatures: tuple[Positive, ...] = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1.0)
+    """Candidates for T in softmax(-d^2 / T); chosen on one half of the held-out documents, reported on the other."""
+    betas: tuple[Positive, ...] = (0.5, 1.0)
+    """Candidates for posterior routing's weight of the experts' evidence."""
+    gammas: tuple[Fraction, ...] = (0.9, 0.95, 0.98)
+    """Candidates for posterior routing's forgetting, per token."""
+    prefix_tokens: Count = 32
+    """Tokens of a document that all experts read in prefix routing, before the best top-k stay for good."""
+    batch_tokens: Count = 8192
+    """Tokens in a scoring batch."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Config:
+    """Everything one run needs to know."""
+
+    run: RunConfig
+    corpus: CorpusConfig
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    seed_model: SeedModelConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        if self.corpus.sample_documents < self.cluster.n_clusters:
+            raise ValueError(
+                f"corpus.sample_documents={self.corpus.sample_documents} must be at least "
+                f"cluster.n_clusters={self.cluster.n_clusters}"
+            )
+        per_step = self.train.batch_size * self.tokens.sequence_length
+        if self.train.total_tokens < self.cluster.n_clusters * per_step:
+            raise ValueError(
+                f"train.total_tokens={self.train.total_tokens} must give each of the {self.cluster.n_clusters} experts "
+                f"at least one step of {per_step} tokens; raise it to {self.cluster.n_clusters * per_step}"
+            )

@@ -1,0 +1,111 @@
+"""Strict YAML and `section.key=value` overrides into a `Config`, with errors a person can act on."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from cbtm_ray.config import Config
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML without the surprise that a repeated key silently replaces the first one."""
+
+
+def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(
+                f"{key} stands twice, the second time at line {node.start_mark.line + 1} or below. Keep one."
+            )
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+
+
+def load_config(path: str, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply overrides such as `train.total_tokens=100000`, and validate.
+
+    Raises:
+        ValueError: one line that names the field, its value, what is allowed and the nearest valid key.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--config={path} is not a file. Give a YAML file such as configs/quickstart.yaml.")
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config={path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"--config={path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"--config={path} must hold sections such as 'run:' and 'corpus:'.")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return build_config(tree)
+
+
+def build_config(tree: dict[str, Any]) -> Config:
+    """A validated `Config` from nested dictionaries; errors as in `load_config`."""
+    try:
+        return TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(item) for item in error.errors()[:3])) from error
+
+
+def config_tree(config: Config) -> dict[str, Any]:
+    """The configuration as plain nested dictionaries, ready for YAML or JSON."""
+    return yaml.safe_load(dump_config(config))
+
+
+def dump_config(config: Config) -> str:
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise ValueError(
+            f"{override!r} is not an override. Write section.key=value, such as train.total_tokens=100000."
+        )
+    if not isinstance(tree.setdefault(section, {}), dict):
+        raise ValueError(f"{section}={tree[section]!r} must be a section with keys.")
+    try:
+        tree[section][name] = yaml.load(text, _UniqueKeyLoader) if text else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not valid YAML. Quote it.") from error
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error as `field=value must ...`, with the nearest key where the key is unknown."""
+    location = [str(part) for part in item["loc"]]
+    name, message, value = ".".join(location), item["msg"], item["input"]
+    if item["type"] == "unexpected_keyword_argument":
+        owner = _fields(location[:-1])
+        nearest = difflib.get_close_matches(location[-1], owner, n=1, cutoff=0.0)[0]
+        return f"{name} is not a key. Did you mean {'.'.join([*location[:-1], nearest])}? Allowed there: {', '.join(owner)}."
+    if item["type"] == "missing":
+        return f"{name} is missing. Add it to the config file or give {name}=VALUE on the command line."
+    if item["type"] == "value_error":
+        return f"{message.removeprefix('Value error, ')}."
+    return f"{name}={value!r}: {message.replace('Input should be', 'must be')}."
+
+
+def _fields(location: list[str]) -> list[str]:
+    """Names of the fields of the section at `location`."""
+    owner: Any = Config
+    for part in location:
+        owner = get_type_hints(owner)[part]
+    return [field.name for field in dataclasses.fields(owner)]

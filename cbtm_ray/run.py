@@ -1,0 +1,120 @@
+"""The run directory: one folder a stage, finished when it holds a manifest, tied to the settings it was made with.
+
+    <run.dir>/
+      config.yaml  metrics.jsonl
+      corpus/      tokenizer/      clusterer/      shards/{train,valid}/
+      seed/        experts/cluster=0003/           controls/dense/
+      checkpoints/ evaluation/     report.html
+
+A stage writes `settings.json` when it starts and `manifest.json` when it ends. A folder with a manifest is skipped when
+the stage runs again; one without is continued. Either is refused when its settings are not those of the configuration.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from cbtm_ray import files
+from cbtm_ray.config import EXECUTION_FIELDS, Config
+from cbtm_ray.load_config import config_tree, dump_config
+
+STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
+    "corpus": ("run", "corpus"),
+    "tokenizer": ("tokens.tokenizer", "tokens.vocab_size"),
+    "clusterer": ("embed", "cluster"),
+    "shards": (),
+    "seed": ("seed_model", "tokens.sequence_length", "train.batch_size", "train.betas", "train.weight_decay",
+             "train.clip_norm", "train.precision", "train.schedule", "train.warmup_steps"),
+    "experts": ("train", "tokens.sequence_length"),
+    "evaluation": ("evaluate", "tokens.sequence_length"),
+}  # fmt: skip
+"""What each stage depends on in the configuration, beyond what the stages before it do."""
+
+
+class Run:
+    """A run directory on any pyarrow filesystem, and the configuration it belongs to."""
+
+    def __init__(self, config: Config) -> None:
+        self.dir = files.absolute(config.run.dir)
+        self.config = replace(config, run=replace(config.run, dir=self.dir))
+        self._fields = _flatten(config_tree(self.config))
+
+    def uri(self, *parts: str) -> str:
+        return files.join(self.dir, *parts)
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """The dotted configuration fields that the stage's own output depends on."""
+        owners = STAGE_SETTINGS[stage]
+        return {
+            name: value
+            for name, value in self._fields.items()
+            if name not in EXECUTION_FIELDS and (name in owners or name.partition(".")[0] in owners)
+        }
+
+    def check(self) -> None:
+        """Refuse a run directory that another configuration made.
+
+        Raises:
+            ValueError: one line with every field that differs, and what to do.
+        """
+        for stage in STAGE_SETTINGS:
+            settings_uri = self.uri(stage, "settings.json")
+            if not files.exists(settings_uri):
+                continue
+            made_with, now = files.read_json(settings_uri), self.settings(stage)
+            differing = [
+                f"{name}={now.get(name)!r} (the run has {made_with.get(name)!r})"
+                for name in sorted(made_with.keys() | now.keys())
+                if made_with.get(name) != now.get(name)
+            ]
+            if differing:
+                raise ValueError(
+                    f"run.dir={self.dir} was made with another configuration: {', '.join(differing)}. "
+                    f"Give another run.dir, restore the field, or delete {self.uri(stage)} and the stages after it."
+                )
+
+    def begin(self) -> None:
+        """Check the directory, then keep the resolved configuration in it."""
+        self.check()
+        files.write_bytes(self.uri("config.yaml"), dump_config(self.config).encode())
+
+    def manifest(self, *folder: str) -> dict[str, Any] | None:
+        """What a finished folder says of itself, or None while it is unfinished."""
+        uri = self.uri(*folder, "manifest.json")
+        return files.read_json(uri) if files.exists(uri) else None
+
+    def need(self, folder: str, job: str) -> dict[str, Any]:
+        """The manifest of an earlier stage; ValueError with the command that makes it if there is none."""
+        manifest = self.manifest(folder)
+        if manifest is None:
+            raise ValueError(f"{self.uri(folder)} is not finished. Run first: python -m jobs.{job} --config FILE")
+        return manifest
+
+    def start(self, stage: str) -> None:
+        """Tie the stage's folder to the present settings, before anything else is written there."""
+        files.write_json(self.uri(stage, "settings.json"), self.settings(stage))
+
+    def finish(self, folder: str, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest, which makes the folder finished."""
+        files.write_json(self.uri(folder, "manifest.json"), manifest)
+        return manifest
+
+    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+        """Run `work` unless the stage is finished; its manifest, and whether it ran now.
+
+        The manifest gets `seconds`, the wall time of the call that finished the stage.
+        """
+        done = self.manifest(name)
+        if done is not None:
+            return done, False
+        started = time.perf_counter()
+        self.start(name)
+        manifest = work()
+        return self.finish(name, {**manifest, "seconds": round(time.perf_counter() - started, 1)}), True
+
+
+def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
