@@ -1,0 +1,134 @@
+"""The corpus, read once through Ray Data: checked, counted, split, and sampled for the fits that follow."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from cbtm_ray import files, progress
+from cbtm_ray.config import CorpusConfig
+from cbtm_ray.documents import Document, Shard, is_held_out, list_shards, read_shard, unit_hash
+from cbtm_ray.installed_docs import package_documents
+from cbtm_ray.run import Run
+
+SAMPLE_SCHEMA = pa.schema([("id", pa.string()), ("domain", pa.string()), ("text", pa.string())])
+
+
+def build_corpus(run: Run) -> dict[str, Any]:
+    """Stage `corpus/`: the list of shards with their counts, and `sample.parquet`, a uniform sample of training documents.
+
+    The sample holds the documents with the smallest hash of (seed, id), the same whatever order the shards come in.
+
+    Raises:
+        ValueError: unreadable or empty corpus, or fewer training documents than clusters.
+    """
+    config = run.config
+    if config.corpus.packages:
+        write_installed_docs(run)
+    corpus, shards = corpus_shards(run)
+    sample: list[tuple[float, str, Document]] = []
+    scanned: dict[str, dict[str, Any]] = {}
+    tasks = [{**asdict(shard), "split": split} for split, listed in shards.items() for shard in listed]
+    with progress.bar("build_corpus", len(tasks), "shards") as done:
+        scan = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+            partial(_scan, corpus=corpus, seed=config.run.seed)
+        )
+        for row in scan.iter_rows():
+            scanned[f"{row['split']}:{row['names'][0]}"] = row
+            for document in row.pop("sample"):
+                entry = Document(**document)
+                heapq.heappush(sample, (-unit_hash(config.run.seed, entry.id), entry.id, entry))
+                if len(sample) > corpus.sample_documents:
+                    heapq.heappop(sample)
+            done(len(scanned))
+    ordered = [scanned[f"{task['split']}:{task['names'][0]}"] for task in tasks]
+    _check_counts(ordered, config.cluster.n_clusters)
+    kept = [entry for _, _, entry in sorted(sample, key=lambda item: (-item[0], item[1]))]
+    with files.writing(run.uri("corpus", "sample.parquet")) as stream:
+        pq.write_table(pa.Table.from_pylist([asdict(document) for document in kept], SAMPLE_SCHEMA), stream)
+    totals = {
+        key: sum(row[key] for row in ordered)
+        for key in ("train_documents", "valid_documents", "empty_documents", "train_bytes", "valid_bytes")
+    }
+    return {**totals, "sample_documents": len(kept), "shards": ordered}
+
+
+def corpus_shards(run: Run) -> tuple[CorpusConfig, dict[str, list[Shard]]]:
+    """How to read the documents, and the shards by split: those of `valid` are held out whole."""
+    corpus = run.config.corpus
+    if corpus.packages:
+        folder = run.uri("corpus", "documents")
+        corpus = replace(
+            corpus, packages=(), paths=(folder,), id_column="id", text_column="text", domain_column="domain"
+        )
+    shards = {"train": list_shards(corpus.paths)}
+    if corpus.valid_paths:
+        shards["valid"] = list_shards(corpus.valid_paths, "corpus.valid_paths")
+    return corpus, shards
+
+
+def write_installed_docs(run: Run) -> None:
+    """Write the documentation of `corpus.packages` as JSONL, a file a package, no text twice."""
+    corpus = run.config.corpus
+    tasks = [{"package": package} for package in corpus.packages]
+    written: set[str] = set()
+    with progress.bar("read packages", len(tasks), "packages") as done:
+        rows = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+            partial(_package_texts, max_bytes=corpus.package_bytes)
+        )
+        documents = {row["package"]: row["documents"] for row in rows.iter_rows()}
+        for number, package in enumerate(corpus.packages, start=1):
+            fresh = [row for row in documents[package] if row["id"] not in written]
+            written.update(row["id"] for row in fresh)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh)
+            files.write_bytes(run.uri("corpus", "documents", f"{package}.jsonl"), lines.encode())
+            done(number)
+
+
+def read_sample(run: Run) -> pa.Table:
+    """The sample of training documents: columns id, domain, text."""
+    filesystem, path = files.resolve(run.uri("corpus", "sample.parquet"))
+    return pq.read_table(path, filesystem=filesystem)
+
+
+def _package_texts(row: dict[str, Any], max_bytes: int) -> dict[str, Any]:
+    return {**row, "documents": [asdict(document) for document in package_documents(row["package"], max_bytes)]}
+
+
+def _scan(row: dict[str, Any], corpus: CorpusConfig, seed: int) -> dict[str, Any]:
+    counts = dict.fromkeys(("train_documents", "valid_documents", "empty_documents", "train_bytes", "valid_bytes"), 0)
+    sample: list[tuple[float, str, Document]] = []
+    for document in read_shard(Shard(tuple(row["uris"]), tuple(row["names"])), corpus):
+        if not document.text.strip():
+            counts["empty_documents"] += 1
+            continue
+        split = "valid" if row["split"] == "valid" or is_held_out(document.id, corpus, seed) else "train"
+        counts[f"{split}_documents"] += 1
+        counts[f"{split}_bytes"] += len(document.text.encode())
+        if split == "train":
+            heapq.heappush(sample, (-unit_hash(seed, document.id), document.id, document))
+            if len(sample) > corpus.sample_documents:
+                heapq.heappop(sample)
+    return {**row, **counts, "sample": [asdict(document) for _, _, document in sample]}
+
+
+def _check_counts(rows: list[dict[str, Any]], n_clusters: int) -> None:
+    train, valid = (sum(row[f"{split}_documents"] for row in rows) for split in ("train", "valid"))
+    if train == 0:
+        raise ValueError("corpus.paths: the corpus is empty, 0 documents with text. Give other files.")
+    if train < n_clusters:
+        raise ValueError(
+            f"cluster.n_clusters={n_clusters} must be at most the number of training documents, {train}. Lower it."
+        )
+    if valid < 2:
+        raise ValueError(
+            f"corpus.valid_fraction leaves {valid} held-out documents, at least 2 are needed. "
+            "Raise it or give corpus.valid_paths."
+        )

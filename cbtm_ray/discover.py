@@ -1,0 +1,139 @@
+"""Unsupervised domain discovery: the corpus sample -> embedder and balanced cluster centres, with a report on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from sklearn.decomposition import PCA
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.metrics import normalized_mutual_info_score
+
+from cbtm_ray import files, progress
+from cbtm_ray.cluster import BalancedKMeans
+from cbtm_ray.corpus import read_sample
+from cbtm_ray.distributed import fit_distributed
+from cbtm_ray.embed import TokenTfidf, silent_tokens
+from cbtm_ray.run import Run
+from cbtm_ray.tokens import encode, load_tokenizer
+
+TERMS, NEAREST, MAP_DOCUMENTS = 12, 3, 2000
+SHARD_ROWS = 4096
+"""Embeddings in a shard of the fit. Fixed, so that the number of actors cannot change the order of any sum."""
+
+
+def fit_clusters(run: Run) -> dict[str, Any]:
+    """Stage `clusterer/`: the embedder's table, the K x D centres, and what the clusters look like on the sample."""
+    config = run.config
+    sample = read_sample(run)
+    tokenizer = load_tokenizer(run.uri("tokenizer"))
+    documents = encode(tokenizer, sample["text"].to_pylist())
+    embedder = TokenTfidf.fit(
+        documents, silent_tokens(tokenizer), dimensions=config.embed.dimensions, random_state=config.run.seed
+    )
+    embedder.save(run.uri("clusterer", "embedder.npy"))
+    embeddings_ND = embedder.transform(documents)
+    shard_uris = _write_shards(run, embeddings_ND)
+    with progress.bar("fit_clusters", config.cluster.max_iter, "iterations") as done:
+        clusterer = fit_distributed(
+            shard_uris,
+            n_clusters=config.cluster.n_clusters,
+            balanced=config.cluster.balanced,
+            max_iter=config.cluster.max_iter,
+            tol=config.cluster.tol,
+            random_state=config.run.seed,
+            n_actors=config.cluster.actors,
+            state_uri=run.uri("clusterer", "_state.npz"),
+            on_iteration=lambda iteration, _: done(iteration),
+        )
+    files.write_array(run.uri("clusterer", "centers.npy"), clusterer.cluster_centers_)
+    manifest = {
+        "n_clusters": config.cluster.n_clusters,
+        "balanced": config.cluster.balanced,
+        "n_iter": clusterer.n_iter_,
+        "inertia": clusterer.inertia_,
+        "gap": clusterer.gap_,
+        **describe_clusters(clusterer, embeddings_ND, sample),
+    }
+    files.delete(run.uri("clusterer", "embeddings"))
+    files.delete(run.uri("clusterer", "_state.npz"))
+    return manifest
+
+
+def describe_clusters(clusterer: BalancedKMeans, embeddings_ND: np.ndarray, sample: pa.Table) -> dict[str, Any]:
+    """What a person wants to know of the clusters, on the sample with every document at its nearest centre.
+
+    Returns:
+        clusters: for each its documents, top terms, nearest texts and gold domains; nmi and purity against the gold
+        domains (None without them); map2d: a sample of the documents on the first two principal components.
+    """
+    distances_NK = clusterer.transform(embeddings_ND)
+    labels_N = distances_NK.argmin(axis=1)
+    texts, domains = sample["text"].to_pylist(), sample["domain"].to_pylist()
+    terms = top_terms(texts, labels_N, distances_NK.shape[1])
+    clusters = []
+    for cluster in range(distances_NK.shape[1]):
+        members = np.flatnonzero(labels_N == cluster)
+        nearest = members[np.argsort(distances_NK[members, cluster], kind="stable")[:NEAREST]]
+        names, counts = np.unique([domains[i] for i in members if domains[i] is not None], return_counts=True)
+        clusters.append(
+            {
+                "cluster": cluster,
+                "sample_documents": len(members),
+                "top_terms": terms[cluster],
+                "samples": [texts[i][:2000] for i in nearest],
+                "domains": {str(name): int(count) for name, count in zip(names, counts, strict=True)},
+            }
+        )
+    shown = slice(0, MAP_DOCUMENTS)
+    plane_M2 = PCA(n_components=2, random_state=0).fit_transform(embeddings_ND[shown])
+    return {
+        "clusters": clusters,
+        **agreement(labels_N, domains),
+        "map2d": {
+            "x": plane_M2[:, 0].round(4).tolist(),
+            "y": plane_M2[:, 1].round(4).tolist(),
+            "cluster": labels_N[shown].tolist(),
+        },
+    }
+
+
+def agreement(labels_N: np.ndarray, domains: list[str | None]) -> dict[str, float | None]:
+    """Normalised mutual information and purity of clusters against gold domains; None where a document has none."""
+    if any(domain is None for domain in domains):
+        return {"nmi": None, "purity": None}
+    _, gold_N = np.unique(np.array(domains, dtype=str), return_inverse=True)
+    table = np.zeros((labels_N.max() + 1, gold_N.max() + 1))
+    np.add.at(table, (labels_N, gold_N), 1)
+    return {
+        "nmi": float(normalized_mutual_info_score(gold_N, labels_N)),
+        "purity": float(table.max(axis=1).sum() / len(labels_N)),
+    }
+
+
+def top_terms(texts: list[str], labels_N: np.ndarray, n_clusters: int) -> list[list[str]]:
+    """Words most typical of each cluster: share of the cluster's documents that hold the word, times the log of its
+    lift over the whole sample. Words in fewer than 3 documents are left out."""
+    counter = CountVectorizer(stop_words="english", binary=True, token_pattern=r"(?u)\b[^\W\d_][^\W\d_]+\b", min_df=3)
+    try:
+        present_NW = counter.fit_transform(texts)
+    except ValueError:  # no word stands in 3 documents: too small a sample to name its clusters
+        return [[] for _ in range(n_clusters)]
+    words = counter.get_feature_names_out()
+    overall_W = np.asarray(present_NW.mean(axis=0)).ravel()
+    found = []
+    for cluster in range(n_clusters):
+        members = labels_N == cluster
+        share_W = np.asarray(present_NW[members].mean(axis=0)).ravel() if members.any() else np.zeros(len(words))
+        score_W = share_W * np.log(np.maximum(share_W, 1e-12) / overall_W)
+        found.append([str(words[i]) for i in np.argsort(-score_W, kind="stable")[:TERMS] if score_W[i] > 0])
+    return found
+
+
+def _write_shards(run: Run, embeddings_ND: np.ndarray) -> list[str]:
+    uris = []
+    for first in range(0, len(embeddings_ND), SHARD_ROWS):
+        uris.append(run.uri("clusterer", "embeddings", f"part-{first // SHARD_ROWS:05d}.npy"))
+        files.write_array(uris[-1], embeddings_ND[first : first + SHARD_ROWS])
+    return uris

@@ -1,0 +1,190 @@
+"""Documents {id, text, domain?} out of JSONL, Parquet and text files, one shard at a time, with errors that name the line.
+
+A shard is what one task reads at once: a file, or several small text files. A document's id is stable: its own id column,
+or the name of its file below the corpus path and its row. Whether it is held out, and whether it is in the sample, are
+functions of that id and the seed alone, so that neither the number of workers nor their order can change them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from cbtm_ray import files
+from cbtm_ray.config import CorpusConfig
+
+JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+TEXT_SUFFIX, PARQUET_SUFFIX = ".txt", ".parquet"
+TEXT_SHARD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Document:
+    id: str
+    text: str
+    domain: str | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Files that one task reads, as URIs, with the name of each below the corpus path."""
+
+    uris: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def list_shards(paths: tuple[str, ...], field: str = "corpus.paths") -> list[Shard]:
+    """The corpus's shards in a fixed order: one a file, text files together up to 64 MiB.
+
+    Raises:
+        ValueError: a path that does not exist, a folder without documents, or two files of one name.
+    """
+    found: list[tuple[str, str]] = []
+    for path in paths:
+        below = _documents_below(files.absolute(path))
+        if not below:
+            raise ValueError(
+                f"{field}: {path} holds no documents. Give files or folders with "
+                f"{', '.join([*JSON_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIX])}."
+            )
+        found += below
+    names = [name for name, _ in found]
+    repeated = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if repeated:
+        raise ValueError(f"{field}: two files are called {repeated}. Give the folder above both instead.")
+    return _group(sorted(found))
+
+
+def read_shard(shard: Shard, corpus: CorpusConfig) -> Iterator[Document]:
+    """Every document of a shard, in the order of its files and rows.
+
+    Raises:
+        ValueError: undecodable bytes, malformed JSON, a missing column or a text that is not a string, with file and line.
+    """
+    for uri, name in zip(shard.uris, shard.names, strict=True):
+        if name.endswith(PARQUET_SUFFIX):
+            rows = _parquet_rows(uri, name, corpus)
+        elif name.endswith(TEXT_SUFFIX):
+            yield Document(id=name, text=_decode(files.read_bytes(uri), name), domain=None)
+            continue
+        else:
+            rows = _json_rows(uri, name)
+        for number, row in enumerate(rows, start=1):
+            yield _document(row, f"{name}:{number}", corpus)
+
+
+def unit_hash(seed: int, document_id: str) -> float:
+    """A number in [0, 1), uniform over ids, that depends on nothing but the seed and the id."""
+    digest = hashlib.blake2b(document_id.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def is_held_out(document_id: str, corpus: CorpusConfig, seed: int) -> bool:
+    return not corpus.valid_paths and unit_hash(seed, document_id) < corpus.valid_fraction
+
+
+def _documents_below(path: str) -> list[tuple[str, str]]:
+    filesystem, inner = files.resolve(path)
+    kind = filesystem.get_file_info(inner).type
+    if kind == fs.FileType.NotFound:
+        return []
+    if kind == fs.FileType.File:
+        return [(posixpath.basename(inner), path)]
+    suffixes = (*JSON_SUFFIXES, TEXT_SUFFIX, PARQUET_SUFFIX)
+    return [(uri.removeprefix(path).lstrip("/"), uri) for uri in files.list_files(path) if uri.endswith(suffixes)]
+
+
+def _group(found: list[tuple[str, str]]) -> list[Shard]:
+    shards: list[Shard] = []
+    texts: list[tuple[str, str]] = []
+    text_bytes = 0
+    for name, uri in found:
+        if not name.endswith(TEXT_SUFFIX):
+            shards.append(Shard((uri,), (name,)))
+            continue
+        filesystem, inner = files.resolve(uri)
+        size = filesystem.get_file_info(inner).size
+        if texts and text_bytes + size > TEXT_SHARD_BYTES:
+            shards.append(_text_shard(texts))
+            texts, text_bytes = [], 0
+        texts.append((name, uri))
+        text_bytes += size
+    return [*shards, _text_shard(texts)] if texts else shards
+
+
+def _text_shard(texts: list[tuple[str, str]]) -> Shard:
+    return Shard(tuple(uri for _, uri in texts), tuple(name for name, _ in texts))
+
+
+def _json_rows(uri: str, name: str) -> Iterator[dict]:
+    filesystem, path = files.resolve(uri)
+    with filesystem.open_input_stream(path) as stream:  # decompresses by suffix: .gz, .zst
+        for number, line in enumerate(_lines(stream), start=1):
+            if not line.strip():
+                raise ValueError(f"{name}:{number} is an empty line. Remove it: row numbers are document ids.")
+            try:
+                row = json.loads(_decode(line, f"{name}:{number}"))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}:{number} is not JSON: {error.msg} at column {error.colno}.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{name}:{number} is not a JSON object with keys such as 'text'.")
+            yield row
+
+
+def _lines(stream: pa.NativeFile) -> Iterator[bytes]:
+    rest = b""
+    while block := stream.read(1 << 20):
+        *whole, rest = (rest + block).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest
+
+
+def _parquet_rows(uri: str, name: str, corpus: CorpusConfig) -> Iterator[dict]:
+    filesystem, path = files.resolve(uri)
+    wanted = [c for c in (corpus.text_column, corpus.domain_column, corpus.id_column) if c]
+    with filesystem.open_input_file(path) as stream:
+        table = pq.ParquetFile(stream)
+        present = [column for column in wanted if column in table.schema_arrow.names]
+        if corpus.text_column not in present:
+            raise ValueError(_missing("corpus.text_column", corpus.text_column, name, table.schema_arrow.names))
+        for batch in table.iter_batches(batch_size=1024, columns=present):
+            yield from batch.to_pylist()
+
+
+def _document(row: dict, position: str, corpus: CorpusConfig) -> Document:
+    text = _value(row, "corpus.text_column", corpus.text_column, position)
+    if not isinstance(text, str):
+        raise ValueError(f"{position}: corpus.text_column={corpus.text_column!r} holds {text!r}, which is not a text.")
+    document_id, domain = position, None
+    if corpus.id_column is not None:
+        document_id = str(_value(row, "corpus.id_column", corpus.id_column, position))
+    if corpus.domain_column is not None:
+        domain = str(_value(row, "corpus.domain_column", corpus.domain_column, position))
+    return Document(id=document_id, text=text, domain=domain)
+
+
+def _value(row: dict, field: str, column: str, position: str) -> object:
+    if column not in row:
+        raise ValueError(_missing(field, column, position, list(row)))
+    return row[column]
+
+
+def _missing(field: str, column: str, where: str, present: list[str]) -> str:
+    return f"{field}={column!r} is not in {where}, which has {', '.join(present)}. Set {field} to one of these."
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}. Re-encode the file."
+        ) from error

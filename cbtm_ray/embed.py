@@ -1,0 +1,108 @@
+"""TokenTfidf: document embeddings as sums of one row a token, so that routing costs one row addition a token.
+
+N documents, T tokens, V vocabulary, D embedding dimensions.
+
+tf-idf followed by a truncated SVD is linear in the term counts, up to the final L2 norm. With the V x D table
+E[v] = idf[v] * components[:, v], the embedding of any text is normalise(sum of E[t] over its tokens t): tf-idf's own norm
+cancels. The paper (section 3.2) embeds words; tokens are what training needs anyway, so the text is passed over once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+from sklearn.preprocessing import normalize
+from transformers import PreTrainedTokenizerBase
+
+from cbtm_ray import files
+
+
+class TokenTfidf:
+    """tf-idf over token ids with a truncated SVD.
+
+    Attributes:
+        table_VD: float32; the rows of tokens that carry no topic (stop words, digits, punctuation) are zero.
+    """
+
+    def __init__(self, table_VD: np.ndarray) -> None:
+        self.table_VD = np.ascontiguousarray(table_VD, dtype=np.float32)
+
+    @classmethod
+    def fit(
+        cls, documents: list[np.ndarray], silent_V: np.ndarray, *, dimensions: int, random_state: int
+    ) -> TokenTfidf:
+        """Fit on token ids.
+
+        Args:
+            documents: token ids of each document.
+            silent_V: bool, tokens to leave out (see `silent_tokens`).
+            dimensions: D, less than the number of other tokens and at most the number of documents.
+        """
+        counts_NV = _count(documents, len(silent_V))
+        counts_NV.data[silent_V[counts_NV.indices]] = 0
+        counts_NV.eliminate_zeros()
+        document_frequency_V = np.bincount(counts_NV.indices, minlength=len(silent_V))
+        bound = min(len(documents), int((document_frequency_V > 0).sum()) - 1)
+        if dimensions > bound:
+            raise ValueError(
+                f"embed.dimensions={dimensions} must be at most {bound}, what the corpus sample has of documents and of "
+                "different tokens. Lower it or give more documents."
+            )
+        idf_V = np.log((1 + len(documents)) / (1 + document_frequency_V)) + 1
+        tfidf_NV = normalize(counts_NV.multiply(idf_V).tocsr())
+        svd = TruncatedSVD(n_components=dimensions, random_state=random_state).fit(tfidf_NV)
+        return cls(np.where(silent_V[:, None], 0, idf_V[:, None] * svd.components_.T))
+
+    def transform(self, documents: list[np.ndarray]) -> np.ndarray:
+        """Embeddings of whole documents: float32 (N, D), unit rows; zero where no token carries a topic."""
+        if not documents:
+            return np.zeros((0, self.table_VD.shape[1]), np.float32)
+        offsets = np.cumsum([0, *(len(document) for document in documents[:-1])])
+        sums_ND = torch.nn.functional.embedding_bag(
+            torch.from_numpy(np.concatenate(documents).astype(np.int64)),
+            torch.from_numpy(self.table_VD),
+            torch.from_numpy(offsets.astype(np.int64)),
+            mode="sum",
+        )
+        return torch.nn.functional.normalize(sums_ND, dim=1).numpy()
+
+    def prefix_embeddings(self, tokens_T: np.ndarray) -> np.ndarray:
+        """Embedding of the context of every token: row t is that of tokens[:t], so row 0 is zero. float32 (T, D).
+
+        Exact, in O(T D); summed in float64, so that the last row of a long text is as good as its first.
+        """
+        sums_TD = np.cumsum(self.table_VD[tokens_T[:-1]], axis=0, dtype=np.float64)
+        norms_T1 = np.linalg.norm(sums_TD, axis=1, keepdims=True)
+        prefixes_TD = sums_TD / np.maximum(norms_T1, 1e-12)
+        return np.concatenate([np.zeros((1, self.table_VD.shape[1])), prefixes_TD]).astype(np.float32)[: len(tokens_T)]
+
+    def save(self, uri: str) -> None:
+        files.write_array(uri, self.table_VD)
+
+    @classmethod
+    def load(cls, uri: str) -> TokenTfidf:
+        return cls(files.read_array(uri))
+
+
+def load_clusterer(folder_uri: str) -> tuple[TokenTfidf, np.ndarray]:
+    """The embedder and the cluster centres, float32 (K, D), of a finished `clusterer/`."""
+    embedder = TokenTfidf.load(files.join(folder_uri, "embedder.npy"))
+    return embedder, files.read_array(files.join(folder_uri, "centers.npy"))
+
+
+def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Tokens that say nothing of the topic: English stop words, and all without a letter. Bool (V,)."""
+    words = (str(tokenizer.decode([token])).strip().lower() for token in range(len(tokenizer)))
+    return np.array([word in ENGLISH_STOP_WORDS or not any(c.isalpha() for c in word) for word in words])
+
+
+def _count(documents: list[np.ndarray], vocabulary_size: int) -> csr_matrix:
+    """Token counts, float64 sparse (N, V)."""
+    rows = [np.unique(document, return_counts=True) for document in documents]
+    indptr = np.cumsum([0, *(len(tokens) for tokens, _ in rows)])
+    indices = np.concatenate([tokens for tokens, _ in rows])
+    data = np.concatenate([counts for _, counts in rows]).astype(np.float64)
+    return csr_matrix((data, indices, indptr), shape=(len(documents), vocabulary_size))
