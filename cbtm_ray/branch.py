@@ -1,0 +1,277 @@
+"""Branch the seed into K experts, and train each as a Ray Train run of its own. Nothing is shared between the runs.
+
+K may exceed what the cluster holds: a bounded number of runs is in flight, the others wait. Ray places them, restarts them
+and keeps their checkpoints; this file decides only which runs there are and which of them are still to do.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from cbtm_ray import files, flops, progress
+from cbtm_ray.config import Config
+from cbtm_ray.models import load_model, new_model, save_model
+from cbtm_ray.run import Run
+from cbtm_ray.tokens import PackedSequences, load_tokenizer, read_documents
+from cbtm_ray.train import TrainSpec, train_model
+
+DENSE = "controls/dense"
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """One independent training run: what to start from, whose documents to read, how to train."""
+
+    cluster: int | None
+    """Cluster whose documents are read; None reads all."""
+    init: str | None
+    """Model to start from, a folder URI or a Hugging Face name; None is a new model."""
+    spec: TrainSpec
+
+
+def expert_folder(cluster: int) -> str:
+    return f"experts/cluster={cluster:04d}"
+
+
+def seed_branch(run: Run) -> Branch:
+    seed, name = run.config.seed_model, run.config.seed_model.name_or_path
+    tokens_per_step = run.config.train.batch_size * run.config.tokens.sequence_length
+    return Branch(
+        cluster=None,
+        init=files.absolute(name) if name and files.exists(name) else name,
+        spec=_spec(
+            run.config,
+            name="seed",
+            steps=-(-seed.train_tokens // tokens_per_step),
+            learning_rate=seed.learning_rate,
+            final_lr_fraction=seed.final_lr_fraction,
+        ),
+    )
+
+
+def expert_branches(run: Run) -> list[Branch]:
+    """The dense control and the K experts, the longest first.
+
+    Each expert gets total/K tokens, rounded down to whole steps, and the control as many as all experts together (the
+    paper's compute-matched comparison), so that K = 1 and the dense control are the same run.
+    """
+    config = run.config
+    n_clusters, per_step = config.cluster.n_clusters, config.train.batch_size * config.tokens.sequence_length
+    steps = config.train.total_tokens // n_clusters // per_step
+    seed_uri = run.uri("seed")
+
+    def branch(name: str, cluster: int | None, steps: int) -> Branch:
+        spec = _spec(
+            config,
+            name=name,
+            steps=steps,
+            learning_rate=config.train.learning_rate,
+            final_lr_fraction=config.train.final_lr_fraction,
+        )
+        return Branch(cluster=cluster, init=seed_uri, spec=spec)
+
+    return [
+        branch(DENSE, None, n_clusters * steps),
+        *(branch(expert_folder(cluster), cluster, steps) for cluster in range(n_clusters)),
+    ]
+
+
+def train_branches(run: Run, branches: list[Branch], *, title: str, cpus: float, slots: int | None) -> None:
+    """Train every branch that has no manifest yet, `slots` at a time.
+
+    A failing run leaves the others alone; when all have ended, the failures are raised together.
+
+    Raises:
+        ValueError: a run refused its input, as its message says.
+        RuntimeError: a run failed for another reason, with its name.
+    """
+    waiting = [branch for branch in branches if run.manifest(branch.spec.name) is None]
+    if not waiting:
+        return
+    config = run.config
+    in_flight = slots or _slots(cpus, config.train.gpus_per_expert)
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    with (
+        progress.bar(title, sum(branch.spec.steps for branch in waiting), "steps") as done,
+        ThreadPoolExecutor(min(in_flight, len(waiting))) as pool,
+    ):
+        futures = {
+            pool.submit(_fit, run, branch, board, cpus, config.train.gpus_per_expert): branch for branch in waiting
+        }
+        try:
+            while not all(future.done() for future in futures):
+                time.sleep(POLL_S)
+                steps: Any = ray.get(board.steps.remote())
+                done(sum(steps.values()))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    _raise_failures(futures)
+
+
+class Board:
+    """Where running experts post their step, for the driver to show."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, int] = {}
+
+    def post(self, name: str, step: int) -> None:
+        self._steps[name] = step
+
+    def steps(self) -> dict[str, int]:
+        return self._steps
+
+
+def _spec(config: Config, **own: Any) -> TrainSpec:
+    shared = ("batch_size", "schedule", "warmup_steps", "betas", "weight_decay", "clip_norm", "precision",
+              "log_every", "checkpoint_every")  # fmt: skip
+    return TrainSpec(
+        sequence_length=config.tokens.sequence_length, **{name: getattr(config.train, name) for name in shared}, **own
+    )
+
+
+def _slots(cpus: float, gpus: float) -> int:
+    """How many runs of this size the cluster holds at once, at least 1."""
+    have = ray.cluster_resources()
+    fits = have.get("CPU", 0) / cpus
+    return max(1, int(min(fits, have.get("GPU", 0) / gpus) if gpus else fits))
+
+
+def _fit(run: Run, branch: Branch, board: Any, cpus: float, gpus: float) -> Any:
+    storage, name = run.uri("checkpoints"), branch.spec.name.replace("/", "-")
+    resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    trainer: Any = TorchTrainer(
+        _train_loop,  # type: ignore[arg-type]  # its return value is Result.return_value
+        train_loop_config={"config": run.config, "branch": branch, "board": board},
+        scaling_config=ScalingConfig(num_workers=1, use_gpu=gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=run.config.train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    result = trainer.fit()
+    if result.return_value is not None:
+        raise ValueError(result.return_value)
+    files.delete(files.join(storage, name))
+    return result
+
+
+def _raise_failures(futures: dict[Future, Branch]) -> None:
+    failed = {branch.spec.name: future.exception() for future, branch in futures.items() if future.exception()}
+    for error in failed.values():
+        if isinstance(error, ValueError):
+            raise error
+    if failed:
+        name, error = next(iter(failed.items()))
+        raise RuntimeError(
+            f"{len(failed)} of {len(futures)} training runs failed: {', '.join(failed)}. The others are finished and "
+            f"kept; the same command trains what is missing. First failure, {name}: {error}"
+        ) from error
+
+
+def _train_loop(task: dict[str, Any]) -> str | None:
+    """What a Ray Train worker runs. A user's mistake is returned, since to restart after it would only repeat it."""
+    try:
+        _train_branch(task["config"], task["branch"], task["board"])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _train_branch(config: Config, branch: Branch, board: Any) -> None:
+    run, spec, started = Run(config), branch.spec, time.perf_counter()
+    tokenizer = load_tokenizer(run.uri("tokenizer"))
+    if branch.init is None:
+        model = new_model(config.seed_model, tokenizer, 4 * spec.sequence_length, config.run.seed)
+    else:
+        model = load_model(branch.init)
+    torch.nn.Module.to(model, "cuda" if config.train.gpus_per_expert else "cpu")
+    documents = read_documents(run.uri("shards"), "train", branch.cluster)
+    sequences = PackedSequences(
+        documents, sequence_length=spec.sequence_length, end_of_text=tokenizer.eos_token_id, seed=config.run.seed
+    )
+    curve = train_model(
+        model,
+        sequences,
+        spec,
+        state=_last_state(),
+        save=_report_checkpoint,
+        log=lambda point: board.post.remote(spec.name, point["step"]),
+    )
+    save_model(model.cpu(), tokenizer, run.uri(spec.name))
+    per_token = flops.infer_flops_per_token(
+        flops.parameters(model), model.config.num_hidden_layers, model.config.hidden_size, spec.sequence_length
+    )
+    train_tokens = spec.steps * spec.tokens_per_step
+    run.finish(
+        spec.name,
+        {
+            "cluster": branch.cluster,
+            "init": branch.init,
+            "steps": spec.steps,
+            "train_tokens": train_tokens,
+            "epochs": spec.steps * spec.batch_size / sequences.per_epoch,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "infer_flops_per_token": per_token,
+            "train_flops": flops.train_flops(per_token, train_tokens),
+            "seconds": round(time.perf_counter() - started, 1),
+            "curve": curve,
+        },
+    )
+
+
+def _last_state() -> dict[str, Any] | None:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return torch.load(os.path.join(folder, "state.pt"), weights_only=True, map_location="cpu")
+
+
+def _report_checkpoint(state: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(state, Path(folder) / "state.pt")
+        ray.train.report({"step": state["step"]}, checkpoint=Checkpoint.from_directory(folder))
+
+
+def seed_cpus(config: Config) -> float:
+    """CPUs for the seed's training, which has the cluster to itself: the most that one node has."""
+    return config.seed_model.cpus or max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+
+
+def train_seed(run: Run) -> dict[str, Any]:
+    """Stage `seed/`: the model that all experts start from."""
+    run.need("shards", "partition_corpus")
+    branch = seed_branch(run)
+    train_branches(run, [branch], title="train_seed", cpus=seed_cpus(run.config), slots=1)
+    return run.need("seed", "train_seed")
+
+
+def train_experts(run: Run) -> dict[str, Any]:
+    """Stage `experts/`: K experts, and the dense control of the same total tokens in `controls/dense/`."""
+    run.need("seed", "train_seed")
+    branches = expert_branches(run)
+    train_branches(
+        run, branches, title="train_experts", cpus=run.config.train.cpus_per_expert, slots=run.config.train.slots
+    )
+    manifests = [run.need(branch.spec.name, "train_experts") for branch in branches]
+    return {
+        "experts": len(manifests) - 1,
+        "train_tokens": sum(m["train_tokens"] for m in manifests[1:]),
+        "dense_train_tokens": manifests[0]["train_tokens"],
+        "parameters": manifests[0]["parameters"],
+    }

@@ -1,0 +1,57 @@
+"""Causal language models as Hugging Face folders: make a new one, load one, write one to the run."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from cbtm_ray import files
+from cbtm_ray.config import SeedModelConfig
+
+
+def new_model(
+    sizes: SeedModelConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, random_state: int
+) -> PreTrainedModel:
+    """A Llama-architecture model with seeded random weights and tied embeddings, float32."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.n_layers,
+        num_attention_heads=sizes.n_heads,
+        num_key_value_heads=sizes.n_heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(random_state)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def load_model(uri_or_name: str) -> PreTrainedModel:
+    """A causal LM in float32 from a folder, a URI of one, or a Hugging Face name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        if files.exists(uri_or_name):
+            with files.local_folder(uri_or_name) as folder:
+                return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(uri_or_name, dtype=torch.float32)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"no causal language model can be loaded from {uri_or_name!r}: {first}") from error
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, uri: str) -> None:
+    """Write model and tokenizer as one Hugging Face folder, safetensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        files.publish_folder(folder, uri)
