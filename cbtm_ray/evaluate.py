@@ -1,0 +1,196 @@
+"""Perplexity on held-out documents: every token predicted once, mixtures computed from the experts' saved log-probabilities.
+
+T tokens (of one document after the other), K experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from cbtm_ray.config import EvaluateConfig
+from cbtm_ray.merge import mix_logprobs
+from cbtm_ray.route import embedding_scores, evidence, hold_after_prefix, posterior_scores, sparse_weights
+from cbtm_ray.train import loss_function
+
+BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Everything the mixtures are computed from, for the documents of one half of the held-out set."""
+
+    lengths: np.ndarray
+    """Tokens of each document, int64."""
+    logprobs_TK: np.ndarray
+    """Every expert's log-probability of every token, in nats."""
+    squared_distances_TK: np.ndarray
+    """Of every token's context to every cluster's centre."""
+
+    def documents(self) -> Iterator[slice]:
+        ends = np.cumsum(self.lengths)
+        return (slice(int(end - length), int(end)) for end, length in zip(ends, self.lengths, strict=True))
+
+    def evidence(self, gamma: float) -> np.ndarray:
+        return np.concatenate([evidence(self.logprobs_TK[rows], gamma) for rows in self.documents()])
+
+
+def score_documents(
+    model: PreTrainedModel,
+    documents: list[np.ndarray],
+    *,
+    sequence_length: int,
+    end_of_text: int,
+    batch_tokens: int,
+) -> np.ndarray:
+    """Log-probability of every token in nats, float32, one document after the other.
+
+    A document begins after an end-of-text token. Longer ones are cut into windows that begin with the last token of the
+    window before, so that every token is predicted exactly once.
+    """
+    streams = [np.concatenate([[end_of_text], document]).astype(np.int64) for document in documents]
+    starts = np.cumsum([0, *(len(document) for document in documents)])
+    windows = [
+        (int(start) + first, stream[first : first + sequence_length + 1])
+        for start, stream in zip(starts, streams, strict=False)
+        for first in range(0, len(stream) - 1, sequence_length)
+    ]
+    windows.sort(key=lambda window: len(window[1]))
+    logprobs = np.zeros(int(starts[-1]), np.float32)
+    model.eval()
+    token_loss = loss_function(model, torch.full((1, 3), end_of_text, device=model.device))
+    for batch in _batches(windows, batch_tokens):
+        width = len(batch[-1][1])
+        padded = np.full((len(batch), width), end_of_text, np.int64)
+        for row, (_, tokens) in enumerate(batch):
+            padded[row, : len(tokens)] = tokens
+        with torch.inference_mode():
+            losses_BT = token_loss(torch.from_numpy(padded).to(model.device)).reshape(len(batch), width - 1)
+        for (position, tokens), losses_T in zip(batch, losses_BT.float().cpu().numpy(), strict=True):
+            logprobs[position : position + len(tokens) - 1] = -losses_T[: len(tokens) - 1]
+    return logprobs
+
+
+def _batches(windows: list[tuple[int, np.ndarray]], batch_tokens: int) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Neighbours in length together, at most `batch_tokens` with the padding, at least one window."""
+    batch: list[tuple[int, np.ndarray]] = []
+    for window in windows:
+        if batch and (len(batch) + 1) * len(window[1]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def candidates(routing: str, config: EvaluateConfig) -> list[dict[str, float]]:
+    """The settings to choose from for one way of routing."""
+    if routing == "embedding":
+        return [{"temperature": temperature} for temperature in config.temperatures]
+    return [
+        {"gamma": gamma, "temperature": temperature, "beta": beta}
+        for gamma in config.gammas
+        for temperature in config.temperatures
+        for beta in config.betas
+    ]
+
+
+def mixture_logprobs(
+    held_out: HeldOut,
+    *,
+    routing: str,
+    top_k: int,
+    settings: dict[str, float],
+    prefix_tokens: int,
+    evidence_TK: np.ndarray | None = None,
+) -> np.ndarray:
+    """The mixture's log-probability of every token, (T,).
+
+    `evidence_TK` may be given where the caller has it for `settings["gamma"]`, to save computing it again.
+    """
+    weights_TK = routing_weights(
+        held_out, routing=routing, top_k=top_k, settings=settings, prefix_tokens=prefix_tokens, evidence_TK=evidence_TK
+    )
+    return mix_logprobs(held_out.logprobs_TK, weights_TK)
+
+
+def routing_weights(
+    held_out: HeldOut,
+    *,
+    routing: str,
+    top_k: int,
+    settings: dict[str, float],
+    prefix_tokens: int,
+    evidence_TK: np.ndarray | None = None,
+) -> np.ndarray:
+    """Weights of the experts for every token, (T, K): 'embedding', 'posterior', or 'prefix' (posterior, then held)."""
+    distances_TK = held_out.squared_distances_TK
+    if routing == "embedding":
+        return sparse_weights(embedding_scores(distances_TK, settings["temperature"]), top_k)
+    if evidence_TK is None:
+        evidence_TK = held_out.evidence(settings["gamma"])
+    scores_TK = posterior_scores(distances_TK, evidence_TK, settings["temperature"], settings["beta"])
+    if routing == "prefix":
+        held = [hold_after_prefix(scores_TK[rows], top_k, prefix_tokens) for rows in held_out.documents()]
+        scores_TK = np.concatenate(held)
+    return sparse_weights(scores_TK, top_k)
+
+
+def tune(held_out: HeldOut, config: EvaluateConfig, *, routing: str, top_k: int) -> dict[str, float]:
+    """The settings of least loss on these documents, which must not be those that are reported on."""
+    best: tuple[float, dict[str, float]] = (math.inf, {})
+    evidence_at: tuple[float, np.ndarray | None] = (math.nan, None)
+    for settings in candidates(routing, config):
+        if settings.get("gamma", math.nan) != evidence_at[0] and "gamma" in settings:
+            evidence_at = (settings["gamma"], held_out.evidence(settings["gamma"]))
+        logprobs_T = mixture_logprobs(
+            held_out,
+            routing=routing,
+            top_k=top_k,
+            settings=settings,
+            prefix_tokens=config.prefix_tokens,
+            evidence_TK=evidence_at[1],
+        )
+        best = min(best, (float(-logprobs_T.mean()), settings), key=lambda found: found[0])
+    return best[1]
+
+
+def summarise(logprobs_T: np.ndarray, lengths: np.ndarray, text_bytes: int, dense_T: np.ndarray) -> dict[str, Any]:
+    """Token-weighted perplexity, bits per byte, and the ratio to the dense control, with 95 % intervals over documents.
+
+    The bootstrap draws the same documents for both systems, so that the ratio's interval leaves out what they share.
+    """
+    sums_N = -np.add.reduceat(logprobs_T.astype(np.float64), np.cumsum(lengths) - lengths)
+    dense_N = -np.add.reduceat(dense_T.astype(np.float64), np.cumsum(lengths) - lengths)
+    draws = np.random.default_rng(0).integers(0, len(lengths), (BOOTSTRAP, len(lengths)))
+    tokens_R = lengths[draws].sum(axis=1)
+    loss_R, dense_R = sums_N[draws].sum(axis=1) / tokens_R, dense_N[draws].sum(axis=1) / tokens_R
+    loss, dense = sums_N.sum() / lengths.sum(), dense_N.sum() / lengths.sum()
+    ppl_low, ppl_high = np.exp(np.quantile(loss_R, [0.025, 0.975]))
+    ratio_low, ratio_high = np.exp(np.quantile(loss_R - dense_R, [0.025, 0.975]))
+    return {
+        "ppl": float(np.exp(loss)),
+        "ppl_low": float(ppl_low),
+        "ppl_high": float(ppl_high),
+        "ratio_to_dense": float(np.exp(loss - dense)),
+        "ratio_low": float(ratio_low),
+        "ratio_high": float(ratio_high),
+        "loss_nats": float(loss),
+        "bpb": float(sums_N.sum() / math.log(2) / text_bytes),
+    }
+
+
+def experts_run(routing: str, top_k: int, n_experts: int, lengths: np.ndarray, prefix_tokens: int) -> float:
+    """Experts that run for a token, on average: evidence needs all of them, prefix routing only for the prefix."""
+    if routing == "embedding" or top_k == n_experts:
+        return float(top_k)
+    if routing == "posterior":
+        return float(n_experts)
+    prefixes = np.minimum(lengths, prefix_tokens).sum() / lengths.sum()
+    return float(prefixes * n_experts + (1 - prefixes) * top_k)

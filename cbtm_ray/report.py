@@ -1,0 +1,164 @@
+"""report.html: one self-contained page that says how a run came out, and from what.
+
+No script, no request to anywhere, the same bytes for the same data. Plots are SVG inside the page whose ink is
+`currentColor`, so that they follow the reader's light or dark theme; series differ in marker and line style too.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+
+from cbtm_ray import plots
+
+Row = dict[str, Any]
+
+MAX_HEAT_MAP_DOMAINS = 40
+_KEYS = {
+    "stages": ("stage", "seconds", "summary"),
+    "clusters": ("cluster", "documents", "tokens", "top_terms", "samples", "domains"),
+    "results": (
+        "system", "n_clusters", "top_k", "routing", "ppl", "ppl_low", "ppl_high", "ratio_to_dense", "ratio_low",
+        "ratio_high", "loss_nats", "bpb", "train_tokens", "train_flops", "infer_flops_per_token",
+    ),
+    "domain_rows": ("domain", "tokens", "dense_ppl", "cbtm_ppl"),
+    "sample_text": ("token", "expert", "weight"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """What the page shows, as plain values; lists of rows are lists of dicts with exactly the keys named here."""
+
+    title: str
+    """Heading of the page, e.g. the run's name."""
+    config_yaml: str
+    """The resolved configuration, shown as it is."""
+    stages: list[Row]
+    """stage, seconds (wall clock), summary (one line): in the order they ran."""
+    clusters: list[Row]
+    """cluster (id), documents, tokens, top_terms, samples (texts nearest the centre), domains (name -> documents)."""
+    clustering: Row
+    """nmi, purity (None: no domains), gap (relative, to the bound), n_iter, balanced, size_skew (largest / mean)."""
+    curves: dict[str, list[Row]]
+    """Name ("seed", "dense", "expert 0003") -> points of step, tokens (seen so far), loss_nats, tokens_per_s."""
+    results: list[Row]
+    """Rows of evaluation/results.json; one has system "dense", at least one "cbtm", one of these `chosen`: the best on the
+    tuning half. Intervals are 95 % bootstrap."""
+    domain_rows: list[Row] = field(default_factory=list)
+    """domain, tokens, dense_ppl, cbtm_ppl (of the cbtm row of lowest perplexity), on held-out text. May be empty."""
+    routing: Row
+    """temperature, beta, gamma: the chosen values; tuned_on_documents, reported_on_documents: two disjoint sets."""
+    map2d: dict[str, list[Any]] = field(default_factory=dict)
+    """x, y, cluster: a sample of documents in two dimensions (2,000 are plenty). May be empty."""
+    sample_text: list[Row] = field(default_factory=list)
+    """token (its text), expert (the one of most weight), weight (0..1): one held-out text. May be empty."""
+
+    def __post_init__(self) -> None:
+        for name, keys in _KEYS.items():
+            for i, row in enumerate(getattr(self, name)):
+                if missing := [key for key in keys if key not in row]:
+                    raise ValueError(f"{name}[{i}] has no {', '.join(missing)}; it needs all of: {', '.join(keys)}.")
+        systems = Counter(row["system"] for row in self.results)
+        if systems["dense"] != 1 or not systems["cbtm"]:
+            found = f"results={dict(systems)} must hold one row of 'dense' and at least one of 'cbtm'"
+            raise ValueError(f"{found}. Run the evaluation of the dense control and of the ensemble again.")
+        if (chosen := sum(bool(row.get("chosen")) for row in self.results)) != 1:
+            raise ValueError(
+                f"results={chosen} rows are 'chosen'; exactly one ensemble is, the best on the tuning half."
+            )
+        if len(lengths := {len(self.map2d.get(key, ())) for key in ("x", "y", "cluster")}) > 1:
+            raise ValueError(f"map2d has lists of lengths {sorted(lengths)}; x, y and cluster must be equally long.")
+
+
+def render_report(data: ReportData) -> str:
+    """The page as HTML."""
+    options: dict[str, Any] = {
+        "autoescape": True,
+        "undefined": StrictUndefined,
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+    }
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)
+    environment.filters.update(sig=sig, scaled=scaled, exact=exact, duration=duration)
+    dense = next(row for row in data.results if row["system"] == "dense")
+    ensembles = [row for row in data.results if row["system"] == "cbtm"]
+    best = next(row for row in ensembles if row.get("chosen"))
+    curves = {name: points for name, points in data.curves.items() if points}
+    speeds = {name: statistics.median(point["tokens_per_s"] for point in points) for name, points in curves.items()}
+    seed = {name: points for name, points in curves.items() if name == "seed"}
+    branched = {name: points for name, points in curves.items() if name != "seed"}
+    drawings: dict[str, tuple[str, Callable[[Axes], None], Any]] = {
+        "perplexity": ("Perplexity against top-k", lambda axes: plots.draw_results(axes, data.results), True),
+        "branched": ("Training loss after branching", lambda axes: plots.draw_curves(axes, branched), branched),
+        "seed": ("Training loss of the seed", lambda axes: plots.draw_curves(axes, seed), seed),
+        "map": ("Documents in two dimensions", lambda axes: plots.draw_map(axes, data.map2d), data.map2d.get("x")),
+    }
+    figures = {name: plots.plot(name, label, draw) if there else "" for name, (label, draw, there) in drawings.items()}
+    ratios = sorted(((row["cbtm_ppl"] / row["dense_ppl"], row) for row in data.domain_rows), key=lambda pair: pair[0])
+    return environment.get_template("report.html.j2").render(
+        data=data, dense=dense, best=best, ensembles=ensembles, plots=figures, speeds=speeds, domain_ratios=ratios,
+        heat_map=heat_map(data.clusters), max_domains=MAX_HEAT_MAP_DOMAINS, palette=plots.PALETTE,
+    )  # fmt: skip
+
+
+def heat_map(clusters: list[Row]) -> list[Row]:
+    """Rows of gold domains: documents in each cluster and their shares; domains of one cluster stand together."""
+    totals: Counter[str] = Counter()
+    for cluster in clusters:
+        totals.update(cluster["domains"])
+    rows = []
+    for domain, total in totals.most_common(MAX_HEAT_MAP_DOMAINS):
+        counts = [cluster["domains"].get(domain, 0) for cluster in clusters]
+        rows.append({"domain": domain, "counts": counts, "shares": [count / total for count in counts]})
+    return sorted(rows, key=lambda row: (row["counts"].index(max(row["counts"])), -max(row["shares"]), row["domain"]))
+
+
+def _number(value: float, text: str | Markup) -> Markup:
+    """A rounded number that carries its exact value, for readers who follow it back to results.json."""
+    return Markup('<data value="{}">{}</data>').format(value, text)
+
+
+def _significant(value: float, digits: int) -> str:
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = digits - 1 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{max(0, decimals)}f}" if decimals < 8 else f"{rounded:.{digits - 1}e}"
+
+
+def sig(value: float | None, digits: int = 3) -> str | Markup:
+    """Three significant digits; '-' for None. 0.82567 -> 0.826, 41.05 -> 41.0, 1234 -> 1,230."""
+    return "-" if value is None else _number(value, _significant(value, digits))
+
+
+def exact(value: float | None) -> str | Markup:
+    """Every digit of a count: 1234567 -> 1,234,567."""
+    return "-" if value is None else _number(value, f"{value:,}")
+
+
+def scaled(value: float | None, units: str = "kMBT") -> str | Markup:
+    """Three significant digits and a unit of thousands: 1600000 -> 1.60 M, 950 -> 950."""
+    if value is None:
+        return "-"
+    rounded = float(f"{value:.2e}")
+    step = min(int(math.log10(rounded) // 3), len(units)) if rounded >= 1000 else 0
+    return _number(value, f"{_significant(rounded / 1000**step, 3)} {units[step - 1] if step else ''}".strip())
+
+
+def duration(seconds: float) -> Markup:
+    """Wall-clock time: 7.4 -> 7.4 s, 192 -> 3 min 12 s, 7260 -> 2 h 1 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return _number(seconds, f"{seconds:.1f} s")
+    minutes, hours = f"{whole // 60} min {whole % 60} s", f"{whole // 3600} h {whole % 3600 // 60} min"
+    return _number(seconds, minutes if whole < 3600 else hours)

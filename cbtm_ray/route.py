@@ -1,0 +1,63 @@
+"""Routing: the context of every token -> weights over experts, sparse and summing to 1.
+
+T tokens (of one document after the other), K experts, D embedding dimensions.
+
+All scores are log weights up to a constant. Row t of everything speaks of the context before token t.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.signal import lfilter
+from scipy.special import softmax
+
+
+def squared_distances(prefixes_TD: np.ndarray, centers_KD: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distance of each context's embedding to each centre, float32 (T, K)."""
+    cross_TK = prefixes_TD @ centers_KD.T
+    norms_T1 = (prefixes_TD**2).sum(axis=1, keepdims=True)
+    return np.maximum(norms_T1 - 2 * cross_TK + (centers_KD**2).sum(axis=1), 0).astype(np.float32)
+
+
+def embedding_scores(squared_distances_TK: np.ndarray, temperature: float) -> np.ndarray:
+    """The paper's routing (section 2): w_j proportional to exp(-||h - c_j||^2 / T)."""
+    return -squared_distances_TK / temperature
+
+
+def evidence(logprobs_TK: np.ndarray, gamma: float) -> np.ndarray:
+    """What each expert's likelihood of one document's past says for it, forgetting by `gamma` a token.
+
+    Row t is sum over s < t of gamma^(t-1-s) * logprobs[s]; row 0 is zero.
+    """
+    return lfilter([0.0, 1.0], [1.0, -gamma], logprobs_TK, axis=0).astype(np.float32)
+
+
+def posterior_scores(
+    squared_distances_TK: np.ndarray, evidence_TK: np.ndarray, temperature: float, beta: float
+) -> np.ndarray:
+    """The embedding as prior, the experts' likelihoods of the context as evidence, weighted by `beta`."""
+    return embedding_scores(squared_distances_TK, temperature) + beta * evidence_TK
+
+
+def hold_after_prefix(scores_TK: np.ndarray, top_k: int, prefix_tokens: int) -> np.ndarray:
+    """Prefix routing of one document: after `prefix_tokens` the best `top_k` experts of that moment stay for good.
+
+    The other experts' scores become -inf from there on: they need not run.
+    """
+    held_TK = scores_TK.copy()
+    if len(held_TK) > prefix_tokens:
+        dropped = np.argsort(-scores_TK[prefix_tokens], kind="stable")[top_k:]
+        held_TK[prefix_tokens:, dropped] = -np.inf
+    return held_TK
+
+
+def sparse_weights(scores_TK: np.ndarray, top_k: int) -> np.ndarray:
+    """Softmax of the scores, kept for the `top_k` largest of each row and renormalised; ties go to the lower expert."""
+    n_experts = scores_TK.shape[1]
+    if not 1 <= top_k <= n_experts:
+        raise ValueError(f"top_k={top_k} must be between 1 and the number of experts, {n_experts}. Change it.")
+    if top_k < n_experts:
+        order_TK = np.argsort(-scores_TK, axis=1, kind="stable")
+        scores_TK = scores_TK.copy()
+        np.put_along_axis(scores_TK, order_TK[:, top_k:], -np.inf, axis=1)
+    return softmax(scores_TK, axis=1)
