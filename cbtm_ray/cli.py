@@ -1,0 +1,56 @@
+"""The command line that all jobs share: `python -m jobs.VERB_NOUN --config FILE [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable
+
+from cbtm_ray import progress
+from cbtm_ray.load_config import dump_config, load_config
+from cbtm_ray.ray_session import ray_session
+from cbtm_ray.run import Run
+
+
+def main(description: str, work: Callable[[Run], None], arguments: list[str] | None = None) -> int:
+    """Parse the command line, run the job on Ray, and return its exit code: 0, or 2 with one line for a user's mistake."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields to set over the file's")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.print_config:
+            print(dump_config(config), end="")
+            return 0
+        run = Run(config)
+        run.begin()
+        with ray_session():
+            work(run)
+    except ValueError as error:
+        return _refuse(str(_cause(error)))
+    except OSError as error:
+        if getattr(_cause(error), "errno", None) != errno.ENOSPC:
+            raise
+        return _refuse(
+            f"run.dir={options.config}: no space left on the device. Free some, or give another run.dir; what is "
+            "finished is kept, and the same command continues."
+        )
+    except KeyboardInterrupt:
+        progress.console.print("Interrupted. The same command continues.")
+        return 130
+    return 0
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The exception that a Ray worker raised, without the remote traceback that Ray prints before it."""
+    while (cause := getattr(error, "cause", None)) is not None:
+        error = cause
+    return error
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message.splitlines()[0]}", file=sys.stderr)
+    return 2

@@ -1,0 +1,73 @@
+"""The stages in their order: what each job runs, and the line it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from cbtm_ray import branch, corpus, discover, findings, partition, progress, results
+from cbtm_ray.run import Run
+from cbtm_ray.tokens import load_tokenizer, save_tokenizer, train_tokenizer
+
+Work = Callable[[Run], dict[str, Any]]
+
+
+def make_tokenizer(run: Run) -> dict[str, Any]:
+    """Stage `tokenizer/`: a Hugging Face folder, trained on the corpus sample or loaded."""
+    wanted = run.config.tokens
+    tokenizer: PreTrainedTokenizerBase
+    if wanted.tokenizer == "train":
+        texts = corpus.read_sample(run)["text"].to_pylist()
+        tokenizer = train_tokenizer(texts, wanted.vocab_size)
+    else:
+        tokenizer = load_tokenizer(wanted.tokenizer)
+    save_tokenizer(tokenizer, run.uri("tokenizer"))
+    return {"vocabulary": len(tokenizer)}
+
+
+JOBS: dict[str, list[tuple[str, Work, str]]] = {
+    "build_corpus": [
+        (
+            "corpus",
+            corpus.build_corpus,
+            "{train_documents:,} documents, {train_bytes:,} bytes; {valid_documents:,} held out; {empty_documents:,} empty",
+        ),
+        ("tokenizer", make_tokenizer, "{vocabulary:,} tokens"),
+    ],
+    "fit_clusters": [
+        ("clusterer", discover.fit_clusters, "{n_clusters} clusters in {n_iter} iterations, gap to the bound {gap:.3%}")
+    ],
+    "partition_corpus": [
+        (
+            "shards",
+            partition.partition_corpus,
+            "{train[tokens]:,} tokens; largest cluster {train[size_skew]:.2f} x mean",
+        )
+    ],
+    "train_seed": [("seed", branch.train_seed, "{parameters:,} parameters, {train_tokens:,} tokens")],
+    "train_experts": [
+        ("experts", branch.train_experts, "{experts} experts and the dense control, {train_tokens:,} tokens each side")
+    ],
+    "evaluate_mixture": [
+        ("evaluation", results.evaluate_mixture, "{reported_tokens:,} tokens of {reported_on_documents:,} documents")
+    ],
+}
+"""Job -> stages (folder, work, summary of its manifest)."""
+
+
+def run_job(run: Run, job: str) -> None:
+    """Do what is missing of a job's stages, and say in a line how each came out."""
+    for folder, work, template in JOBS[job]:
+        manifest, ran = run.stage(folder, partial(work, run))
+        progress.summary(folder, manifest["seconds"] if ran else None, template.format(**manifest))
+    if job == "evaluate_mixture":
+        findings.write_report(run)
+        findings.print_results(run)
+
+
+def run_all(run: Run) -> None:
+    for job in JOBS:
+        run_job(run, job)

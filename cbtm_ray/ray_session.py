@@ -1,0 +1,36 @@
+"""Connect to the cluster that a job runs on, or start Ray on this machine, and keep Ray's own talk in its log files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+_POLL_S = "0.5"
+
+
+@contextlib.contextmanager
+def ray_session(local_cpus: int | None = None) -> Iterator[None]:
+    """Ray for the length of the block.
+
+    Under `ray job submit`, or with RAY_ADDRESS set, that cluster; else a Ray of our own on this machine, which ends with
+    the block.
+    """
+    # Ray Train polls its workers this often; a checkpoint report and the end of a run each wait for a poll (default 2 s).
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_S)
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    local: dict[str, Any] = {} if address else {"num_cpus": local_cpus, "include_dashboard": False}
+    ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    data_context = ray.data.DataContext.get_current()
+    data_context.enable_progress_bars = False
+    data_context.raise_original_map_exception = True  # a user's ValueError arrives as one
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log as errors arrives as exceptions too
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,9 @@
+"""Read, check, count and sample the documents; train or load the tokenizer."""
+
+import sys
+
+from cbtm_ray.cli import main
+from cbtm_ray.pipeline import run_job
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, lambda run: run_job(run, "build_corpus")))

@@ -1,0 +1,9 @@
+"""Run the whole of C-BTM: every stage in order, skipping what is finished."""
+
+import sys
+
+from cbtm_ray.cli import main
+from cbtm_ray.pipeline import run_all
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, run_all))

@@ -1,0 +1,1 @@
+"""The sparse ensemble behind an OpenAI-compatible endpoint on Ray Serve."""
