@@ -1,0 +1,40 @@
+"""One Ray for the whole session, and one small finished run that many tests look at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from cbtm_ray.config import Config
+from cbtm_ray.load_config import build_config
+from cbtm_ray.run import Run
+from tests.tiny import tiny_tree, write_corpus
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray of this session's own with 4 logical CPUs, on a machine of 2."""
+    from cbtm_ray.ray_session import ray_session
+
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+    with ray_session(local_cpus=4):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("tiny")
+    return build_config(tiny_tree(folder / "run", write_corpus(folder / "corpus")))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_config: Config, ray_cluster: None) -> Run:
+    """Every stage of the tiny configuration, done."""
+    from cbtm_ray.pipeline import run_all
+
+    run = Run(tiny_config)
+    run.begin()
+    run_all(run)
+    return run

@@ -1,0 +1,99 @@
+"""Reading the corpus through Ray Data: counts, split, sample, and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from cbtm_ray.config import Config
+from cbtm_ray.corpus import build_corpus, read_sample
+from cbtm_ray.documents import is_held_out, unit_hash
+from cbtm_ray.load_config import build_config
+from cbtm_ray.run import Run
+from tests.tiny import tiny_tree, write_corpus
+
+pytestmark = pytest.mark.ray
+
+
+def test_counts_split_and_sample_are_those_of_the_documents(finished_run: Run) -> None:
+    manifest = finished_run.need("corpus", "build_corpus")
+    corpus = finished_run.config.corpus
+    ids = [f"d{index:04d}" for index in range(240)]
+    train = [i for i in ids if not is_held_out(i, corpus, 0)]
+    assert manifest["train_documents"] == len(train)
+    assert manifest["valid_documents"] == 240 - len(train)
+    expected = sorted(train, key=lambda i: unit_hash(0, i))[:150]
+    assert read_sample(finished_run)["id"].to_pylist() == expected
+
+
+def test_documents_without_text_are_counted_and_left_out(tmp_path: Path, ray_cluster: None) -> None:
+    folder = write_corpus(tmp_path / "corpus", documents=40)
+    rows = [{"id": f"e{i}", "text": text, "domain": "sea"} for i, text in enumerate(["", "  \n"])]
+    (folder / "part-9.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = build_corpus(Run(build_config(tiny_tree(tmp_path / "run", folder))))
+    assert manifest["empty_documents"] == 2
+    assert manifest["train_documents"] + manifest["valid_documents"] == 40
+
+
+def refused(tmp_path: Path, folder: Path, **cluster: int) -> Run:
+    tree = tiny_tree(tmp_path / "run", folder)
+    tree["cluster"].update(cluster)
+    tree["train"]["total_tokens"] = 100_000
+    return Run(build_config(tree))
+
+
+def test_more_clusters_than_documents_are_refused(tmp_path: Path, ray_cluster: None) -> None:
+    folder = write_corpus(tmp_path / "corpus", documents=30)
+    with pytest.raises(ValueError, match=r"cluster.n_clusters=100 must be at most .* documents, 2\d. Lower it"):
+        build_corpus(refused(tmp_path, folder, n_clusters=100))
+
+
+def test_an_empty_corpus_is_refused(tmp_path: Path, ray_cluster: None) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"corpus\.paths: the corpus is empty"):
+        build_corpus(refused(tmp_path, folder))
+
+
+def test_an_error_in_a_shard_reaches_the_user_with_its_line(tmp_path: Path, ray_cluster: None) -> None:
+    folder = write_corpus(tmp_path / "corpus", documents=12)
+    (folder / "part-1.jsonl").write_bytes(b'{"id": "a", "text": "fine", "domain": "sea"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"part-1.jsonl:2 is not UTF-8: byte 0xe9"):
+        build_corpus(refused(tmp_path, folder))
+
+
+def test_held_out_files_of_their_own_are_used_whole(tmp_path: Path, ray_cluster: None) -> None:
+    train, valid = write_corpus(tmp_path / "train", 40), write_corpus(tmp_path / "valid", 12)
+    tree = tiny_tree(tmp_path / "run", train)
+    tree["corpus"]["valid_paths"] = [str(valid)]
+    manifest = build_corpus(Run(build_config(tree)))
+    assert (manifest["train_documents"], manifest["valid_documents"]) == (40, 12)
+
+
+def test_packages_become_documents_with_the_package_as_domain(tmp_path: Path, ray_cluster: None) -> None:
+    tree = tiny_tree(tmp_path / "run", tmp_path)
+    tree["corpus"] = {"packages": ["jinja2", "yaml", "rich"], "package_bytes": 20_000, "valid_fraction": 0.2}
+    run = Run(build_config(tree))
+    manifest = build_corpus(run)
+    sample = read_sample(run)
+    assert set(sample["domain"].to_pylist()) <= {"jinja2", "yaml", "rich"}
+    assert len(set(sample["text"].to_pylist())) == manifest["train_documents"] > 20
+    assert manifest["train_bytes"] + manifest["valid_bytes"] <= 60_000
+
+
+def test_the_sample_does_not_depend_on_how_the_files_are_cut(
+    tmp_path: Path, tiny_config: Config, ray_cluster: None
+) -> None:
+    samples = []
+    for shards in (1, 5):
+        folder = write_corpus(tmp_path / f"corpus{shards}", shards=shards)
+        corpus = dataclasses.replace(tiny_config.corpus, paths=(str(folder),), sample_documents=50)
+        run_config = dataclasses.replace(tiny_config.run, dir=str(tmp_path / f"run{shards}"))
+        run = Run(dataclasses.replace(tiny_config, corpus=corpus, run=run_config))
+        build_corpus(run)
+        samples.append(read_sample(run).to_pylist())
+    assert samples[0] == samples[1]

@@ -1,0 +1,181 @@
+"""The jobs as a user runs them: results, skipping, refusals with exit code 2, and a kill in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cbtm_ray import files, pipeline
+from cbtm_ray.branch import DENSE, expert_folder
+from cbtm_ray.findings import curves
+from cbtm_ray.run import Run
+from tests.tiny import tiny_tree, write_corpus
+
+pytestmark = pytest.mark.ray
+
+ARTEFACTS = (
+    "tokenizer/tokenizer.json",
+    "clusterer/centers.npy",
+    "clusterer/embedder.npy",
+    "shards/train/part-00000.parquet",
+    "shards/valid/part-00002.parquet",
+    "seed/model.safetensors",
+    "controls/dense/model.safetensors",
+    "experts/cluster=0000/model.safetensors",
+    "experts/cluster=0001/model.safetensors",
+)
+
+
+def rows(run: Run) -> list[dict]:
+    return files.read_json(run.uri("evaluation", "results.json"))["rows"]
+
+
+def test_results_compare_every_system_on_the_same_tokens(finished_run: Run) -> None:
+    found = rows(finished_run)
+    assert [row["system"] for row in found[:2]] == ["seed", "dense"]
+    mixtures = {(row["routing"], row["top_k"]) for row in found[2:]}
+    expected = {(r, k) for r in ("embedding", "posterior") for k in (1, 2)} | {("prefix", 1)}
+    assert mixtures == expected
+    dense = found[1]
+    assert dense["ratio_to_dense"] == dense["ratio_low"] == dense["ratio_high"] == 1
+    for row in found[2:]:
+        assert row["train_tokens"] == dense["train_tokens"] == 2 * 8 * 128
+        assert row["ratio_to_dense"] == pytest.approx(row["ppl"] / dense["ppl"])
+        assert row["ppl"] == pytest.approx(np.exp(row["loss_nats"]))
+        assert row["ppl_low"] < row["ppl"] < row["ppl_high"]
+    assert sum(bool(row.get("chosen")) for row in found) == 1
+
+
+def test_dense_row_is_what_hugging_face_gives(finished_run: Run) -> None:
+    from cbtm_ray.results import held_out_documents
+
+    model = AutoModelForCausalLM.from_pretrained(finished_run.uri(DENSE)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished_run.uri(DENSE))
+    documents = held_out_documents(finished_run)
+    total, tokens = 0.0, 0
+    for ids, tuning in zip(documents.tokens, documents.for_tuning, strict=True):
+        stream = [tokenizer.eos_token_id, *ids.tolist()]
+        for first in range(0, 0 if tuning else len(ids), 32):
+            window = torch.tensor([stream[first : first + 33]])
+            with torch.no_grad():
+                logprobs = model(window[:, :-1]).logits.log_softmax(-1)
+            total -= logprobs.gather(2, window[:, 1:, None]).sum().item()
+            tokens += window.shape[1] - 1
+    assert rows(finished_run)[1]["loss_nats"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_every_model_loads_as_a_hugging_face_folder(finished_run: Run) -> None:
+    for folder in ("seed", DENSE, *(expert_folder(cluster) for cluster in range(2))):
+        model = AutoModelForCausalLM.from_pretrained(finished_run.uri(folder))
+        tokenizer = AutoTokenizer.from_pretrained(finished_run.uri(folder))
+        generated = model.generate(**tokenizer("the ship", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+        assert generated.shape[1] > 3
+        assert finished_run.manifest(folder)["train_tokens"] > 0
+    assert finished_run.manifest(expert_folder(1))["cluster"] == 1
+
+
+def test_curves_and_report_are_in_the_run(finished_run: Run) -> None:
+    assert set(curves(finished_run)) == {"seed", "dense", "expert 0000", "expert 0001"}
+    points = [json.loads(line) for line in files.read_bytes(finished_run.uri("metrics.jsonl")).splitlines()]
+    assert [p["step"] for p in points if p["model"] == "dense"] == list(range(2, 17, 2))
+    html = files.read_bytes(finished_run.uri("report.html")).decode()
+    chosen = next(row for row in rows(finished_run) if row.get("chosen"))
+    assert f'value="{chosen["ppl"]}"' in html
+    assert not files.exists(finished_run.uri("checkpoints", "seed"))
+
+
+def test_a_second_run_does_nothing_but_show_the_results(finished_run: Run, capsys: pytest.CaptureFixture) -> None:
+    before = {name: os.stat(finished_run.uri(name)).st_mtime_ns for name in ARTEFACTS}
+    pipeline.run_all(finished_run)
+    assert {name: os.stat(finished_run.uri(name)).st_mtime_ns for name in ARTEFACTS} == before
+    out = capsys.readouterr().out
+    assert out.count("already done") == 7
+    assert "dense control" in out
+
+
+def command(job: str, config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", f"jobs.{job}", "--config", str(config), *overrides]
+
+
+def write_config(tmp_path: Path, **changes: dict) -> Path:
+    tree = tiny_tree(tmp_path / "run", write_corpus(tmp_path / "corpus"))
+    for section, fields in changes.items():
+        tree[section].update(fields)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.total_token=5"], "train.total_token is not a key. Did you mean train.total_tokens?"),
+        (
+            ["corpus.text_column=body"],
+            "corpus.text_column='body' is not in part-0.jsonl:1, which has id, text, domain.",
+        ),
+        (["corpus.paths=[nowhere]"], "nowhere holds no documents"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, overrides: list[str], message: str) -> None:
+    done = subprocess.run(command("build_corpus", write_config(tmp_path), *overrides), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_directory_of_another_configuration_is_refused(finished_run: Run, tmp_path: Path) -> None:
+    path = Path(finished_run.uri("config.yaml"))
+    before = path.read_bytes()
+    done = subprocess.run(command("run_all", path, "cluster.n_clusters=2"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cluster.n_clusters=3 (the run has 2)" in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_print_config_shows_overrides_and_starts_nothing(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    done = subprocess.run(
+        command("run_all", path, "--print-config", "run.seed=7"), capture_output=True, text=True, check=True
+    )
+    assert yaml.safe_load(done.stdout)["run"]["seed"] == 7
+    assert not (tmp_path / "run").exists()
+
+
+def kill_when(tmp_path: Path, config: Path, there: str) -> None:
+    """Start the whole run, and kill its process group when a file of the run shows that a stage is at work."""
+    process = subprocess.Popen(command("run_all", config), start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    try:
+        while not any((tmp_path / "run").glob(there)):
+            assert process.poll() is None, f"the run ended before {there} was there"
+            assert time.monotonic() < deadline, f"{there} never came"
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_run_continues_to_the_same_artefacts(tmp_path: Path, finished_run: Run) -> None:
+    config = write_config(tmp_path)
+    for there in ("checkpoints/seed/checkpoint_*", "experts/cluster=*/manifest.json"):
+        kill_when(tmp_path, config, there)
+    assert not (tmp_path / "run" / "experts" / "manifest.json").exists()
+    subprocess.run(command("run_all", config), check=True, stdout=subprocess.DEVNULL)
+    for name in ARTEFACTS:
+        assert (tmp_path / "run" / name).read_bytes() == files.read_bytes(finished_run.uri(name)), name
+    killed = files.read_json(str(tmp_path / "run" / "evaluation" / "results.json"))["rows"]
+    assert killed == rows(finished_run)

@@ -1,0 +1,98 @@
+"""Token shards: complete, sorted by cluster, made once, and refused when the corpus changes under them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cbtm_ray import files
+from cbtm_ray.embed import load_clusterer
+from cbtm_ray.load_config import build_config
+from cbtm_ray.partition import partition_corpus
+from cbtm_ray.pipeline import run_job
+from cbtm_ray.run import Run
+from cbtm_ray.tokens import encode, load_tokenizer, read_documents
+from tests.tiny import tiny_tree, write_corpus
+
+pytestmark = pytest.mark.ray
+
+
+def parts(run: Run, split: str) -> list[Path]:
+    return sorted(Path(run.uri("shards", split)).glob("*.parquet"))
+
+
+def test_every_document_is_in_the_shards_once_at_its_nearest_centre(finished_run: Run) -> None:
+    rows = [
+        row
+        for split in ("train", "valid")
+        for part in parts(finished_run, split)
+        for row in pq.read_table(part).to_pylist()
+    ]
+    assert sorted(row["id"] for row in rows) == [f"d{index:04d}" for index in range(240)]
+    embedder, centers_KD = load_clusterer(finished_run.uri("clusterer"))
+    embeddings_ND = embedder.transform([np.array(row["tokens"]) for row in rows])
+    distances_NK = ((embeddings_ND[:, None] - centers_KD) ** 2).sum(axis=2)
+    assert (distances_NK.argmin(axis=1) == [row["cluster"] for row in rows]).all()
+
+
+def test_tokens_are_those_of_the_text(finished_run: Run) -> None:
+    tokenizer = load_tokenizer(finished_run.uri("tokenizer"))
+    texts = {}
+    for uri in files.list_files(finished_run.config.corpus.paths[0]):
+        texts |= {row["id"]: row["text"] for row in map(json.loads, files.read_bytes(uri).splitlines())}
+    for row in pq.read_table(parts(finished_run, "train")[0]).to_pylist():
+        assert row["tokens"] == encode(tokenizer, [texts[row["id"]]])[0].tolist()
+        assert row["text_bytes"] == len(texts[row["id"]].encode())
+
+
+def test_row_groups_hold_one_cluster_each_and_an_expert_reads_its_own(finished_run: Run) -> None:
+    for part in parts(finished_run, "train"):
+        metadata = pq.ParquetFile(part).metadata
+        column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index("cluster")
+        for group in range(metadata.num_row_groups):
+            statistics = metadata.row_group(group).column(column).statistics
+            assert statistics.min == statistics.max
+    counted = finished_run.need("shards", "partition_corpus")["train"]["clusters"]
+    for cluster in counted:
+        documents = read_documents(finished_run.uri("shards"), "train", cluster["cluster"])
+        assert (len(documents), sum(map(len, documents))) == (cluster["documents"], cluster["tokens"])
+
+
+def test_a_restart_makes_only_what_is_missing_and_the_same_bytes(finished_run: Run) -> None:
+    first, second, *_ = parts(finished_run, "train")
+    before = {part: (part.read_bytes(), os.stat(part).st_mtime_ns) for part in (first, second)}
+    second.unlink()
+    partition_corpus(finished_run)
+    assert os.stat(first).st_mtime_ns == before[first][1]
+    assert second.read_bytes() == before[second][0]
+
+
+def test_a_corpus_that_changed_is_refused_by_the_name_of_its_shard(tmp_path: Path, ray_cluster: None) -> None:
+    folder = write_corpus(tmp_path / "corpus", documents=80)
+    run = Run(build_config(tiny_tree(tmp_path / "run", folder)))
+    for job in ("build_corpus", "fit_clusters"):
+        run_job(run, job)
+    lines = (folder / "part-2.jsonl").read_text().splitlines()
+    (folder / "part-2.jsonl").write_text("\n".join(lines[:-5]) + "\n")
+    with pytest.raises(ValueError, match=r"part-2.jsonl gave \d+ documents for .* when the corpus was built"):
+        partition_corpus(run)
+
+
+def test_the_number_of_actors_changes_nothing(finished_run: Run, tmp_path: Path) -> None:
+    config = finished_run.config
+    other = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=str(tmp_path)),
+        cluster=dataclasses.replace(config.cluster, actors=1),
+    )
+    run = Run(other)
+    for job in ("build_corpus", "fit_clusters", "partition_corpus"):
+        run_job(run, job)
+    for name in ("clusterer/centers.npy", "clusterer/embedder.npy", "shards/train/part-00001.parquet"):
+        assert files.read_bytes(run.uri(name)) == files.read_bytes(finished_run.uri(name))

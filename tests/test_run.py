@@ -1,0 +1,207 @@
+"""The run directory: finished stages are skipped, others continued, and a differing configuration is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cbtm_ray.config import EXECUTION_FIELDS
+from cbtm_ray.load_config import build_config, config_tree, load_config
+from cbtm_ray.run import STAGE_SETTINGS, Run
+
+
+def run_with(folder: Path, **overrides: Any) -> Run:
+    """A run in `folder`; overrides as section__key=value."""
+    tree: dict[str, Any] = {
+        "run": {"dir": str(folder)},
+        "corpus": {"paths": ["documents"]},
+        "seed_model": {"train_tokens": 1000},
+    }
+    for name, value in overrides.items():
+        section, _, key = name.partition("__")
+        tree.setdefault(section, {})[key] = value
+    return Run(build_config(tree))
+
+
+def finish(folder: Path, stage: str, **overrides: Any) -> None:
+    run_with(folder, **overrides).stage(stage, dict)
+
+
+def never() -> dict[str, Any]:
+    raise AssertionError("a finished stage must not run again")
+
+
+def test_a_stage_runs_once(tmp_path: Path) -> None:
+    made, ran = run_with(tmp_path).stage("corpus", lambda: {"documents": 3})
+    assert ran
+    assert made["documents"] == 3
+    assert made["seconds"] >= 0
+    assert run_with(tmp_path).stage("corpus", never) == (made, False)
+    assert json.loads((tmp_path / "corpus" / "manifest.json").read_text()) == made
+
+
+def test_the_manifest_is_written_last(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+
+    def work() -> dict[str, Any]:
+        assert run.manifest("shards") is None
+        assert (tmp_path / "shards" / "settings.json").exists()
+        return {}
+
+    run.stage("shards", work)
+    assert run.manifest("shards") is not None
+
+
+def test_a_stage_that_fails_is_not_finished_and_is_continued(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+
+    def fail() -> dict[str, Any]:
+        (tmp_path / "corpus" / "half.txt").write_text("made so far")
+        raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        run.stage("corpus", fail)
+    assert run.manifest("corpus") is None
+    run.check()
+    made, ran = run.stage("corpus", lambda: {"found": (tmp_path / "corpus" / "half.txt").read_text()})
+    assert ran
+    assert made["found"] == "made so far"
+
+
+@pytest.mark.parametrize(
+    ("stage", "field", "before", "now"),
+    [
+        ("corpus", "run__seed", 0, 1),
+        ("corpus", "corpus__text_column", "text", "body"),
+        ("tokenizer", "tokens__vocab_size", 512, 1024),
+        ("clusterer", "embed__dimensions", 10, 20),
+        ("clusterer", "cluster__n_clusters", 2, 4),
+        ("seed", "seed_model__hidden_size", 32, 64),
+        ("seed", "train__betas", [0.9, 0.95], [0.9, 0.99]),
+        ("experts", "train__learning_rate", 1e-3, 2e-3),
+        ("experts", "tokens__sequence_length", 64, 128),
+        ("evaluation", "evaluate__top_k", [1], [1, 2]),
+    ],
+)
+def test_another_configuration_is_refused_by_the_stage_that_depends_on_it(
+    tmp_path: Path, stage: str, field: str, before: Any, now: Any
+) -> None:
+    finish(tmp_path, stage, **{field: before})
+    run_with(tmp_path, **{field: before}).check()
+    with pytest.raises(ValueError, match="was made with another configuration") as caught:
+        run_with(tmp_path, **{field: now}).check()
+    message = str(caught.value)
+    assert f"run.dir={tmp_path} " in message
+    assert f"{field.replace('__', '.')}={now!r} (the run has {before!r})" in message
+    assert f"delete {tmp_path / stage} and the stages after it" in message
+    assert "Give another run.dir, restore the field, or" in message
+
+
+def test_an_unfinished_stage_refuses_another_configuration_too(tmp_path: Path) -> None:
+    run_with(tmp_path, run__seed=0).start("corpus")
+    with pytest.raises(ValueError, match=r"run\.seed=1 \(the run has 0\)"):
+        run_with(tmp_path, run__seed=1).check()
+
+
+def test_every_differing_field_is_named(tmp_path: Path) -> None:
+    finish(tmp_path, "clusterer")
+    changed = run_with(tmp_path, embed__dimensions=7, cluster__n_clusters=3, cluster__balanced=False)
+    with pytest.raises(ValueError, match=r"cluster\.balanced=False .*cluster\.n_clusters=3 .*embed\.dimensions=7 "):
+        changed.check()
+
+
+def test_a_field_that_no_made_stage_depends_on_may_change(tmp_path: Path) -> None:
+    for stage in ("corpus", "tokenizer", "clusterer", "shards"):
+        finish(tmp_path, stage)
+    run_with(tmp_path, train__learning_rate=0.5, evaluate__top_k=[3], seed_model__hidden_size=32).check()
+
+
+def test_the_training_budget_of_the_experts_leaves_the_seed(tmp_path: Path) -> None:
+    finish(tmp_path, "seed")
+    run_with(tmp_path, train__total_tokens=2_000_000, train__learning_rate=0.5).check()
+
+
+def test_where_and_how_fast_it_runs_may_change(tmp_path: Path) -> None:
+    for stage in STAGE_SETTINGS:
+        finish(tmp_path, stage)
+    changed = {
+        "cluster__actors": 7,
+        "seed_model__cpus": 3,
+        "train__slots": 5,
+        "train__cpus_per_expert": 2,
+        "train__gpus_per_expert": 0.5,
+        "train__log_every": 3,
+        "train__checkpoint_every": 17,
+        "train__max_failures": 9,
+        "evaluate__batch_tokens": 99,
+    }
+    assert {name.replace("__", ".") for name in changed} | {"run.dir"} == EXECUTION_FIELDS
+    run_with(tmp_path, **changed).check()
+
+
+def test_a_moved_run_is_the_same_run(tmp_path: Path) -> None:
+    for stage in STAGE_SETTINGS:
+        finish(tmp_path / "here", stage)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = run_with(tmp_path / "there")
+    moved.check()
+    assert moved.stage("corpus", never)[1] is False
+
+
+def test_begin_keeps_the_whole_configuration(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "new" / "run", run__seed=5)
+    run.begin()
+    assert load_config(str(tmp_path / "new" / "run" / "config.yaml")) == run.config
+
+
+def test_begin_overwrites_nothing_where_it_refuses(tmp_path: Path) -> None:
+    first = run_with(tmp_path, run__seed=0)
+    first.begin()
+    first.stage("corpus", dict)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"run\.seed"):
+        run_with(tmp_path, run__seed=1).begin()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_need_names_the_job_that_is_missing(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"clusterer is not finished\. Run first: python -m jobs\.fit_clusters --config"
+    ):
+        run.need("clusterer", "fit_clusters")
+    run.start("clusterer")
+    with pytest.raises(ValueError, match="clusterer is not finished"):
+        run.need("clusterer", "fit_clusters")
+    run.finish("clusterer", {"n_iter": 3})
+    assert run.need("clusterer", "fit_clusters") == {"n_iter": 3}
+
+
+def test_manifests_of_folders_inside_a_stage(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+    assert run.manifest("experts", "cluster=0003") is None
+    run.finish("experts/cluster=0003", {"cluster": 3})
+    assert run.manifest("experts", "cluster=0003") == {"cluster": 3}
+    assert run.manifest("experts") is None
+
+
+def test_a_relative_directory_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = run_with(Path("runs/a"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run.stage("corpus", dict)
+    assert (tmp_path / "runs" / "a" / "corpus" / "manifest.json").exists()
+
+
+def test_every_field_belongs_to_a_stage_or_to_execution(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+    owned = {name for stage in STAGE_SETTINGS for name in run.settings(stage)}
+    assert "run.seed" in owned
+    assert owned & EXECUTION_FIELDS == set()
+    assert owned | EXECUTION_FIELDS == {
+        f"{name}.{key}" for name, keys in config_tree(run.config).items() for key in keys
+    }

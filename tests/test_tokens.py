@@ -1,0 +1,223 @@
+"""The tokenizer round trip, packing as a pure function of the position, and reading one cluster's documents."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from cbtm_ray import files, partition
+from cbtm_ray.tokens import (
+    END_OF_TEXT,
+    PackedSequences,
+    encode,
+    load_tokenizer,
+    read_documents,
+    save_tokenizer,
+    train_tokenizer,
+)
+
+TEXTS = ["the ship sailed over the waves and the captain slept", "stir the butter and the flour", "caf\u00e9"] * 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS, vocab_size=300)
+
+
+def packed(documents: list[list[int]], length: int, seed: int = 0) -> PackedSequences:
+    arrays = [np.array(document, np.int32) for document in documents]
+    return PackedSequences(arrays, sequence_length=length, end_of_text=0, seed=seed)
+
+
+def numbered(lengths: list[int]) -> list[list[int]]:
+    """Documents of these lengths in which every token stands once: 1, 2, 3, ..."""
+    ends = np.cumsum(lengths)
+    return [list(range(end - length + 1, end + 1)) for end, length in zip(ends, lengths, strict=True)]
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_comes_back_from_its_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    (ids,) = encode(tokenizer, [text])
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_trained_tokenizer_has_all_bytes_merges_and_an_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert len(tokenizer) == 300
+    assert tokenizer.eos_token == END_OF_TEXT
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == 0
+    assert len(encode(tokenizer, ["the ship"])[0]) < len("the ship")
+
+
+def test_encoding_adds_no_special_tokens_and_keeps_the_order(tokenizer: PreTrainedTokenizerFast) -> None:
+    together = encode(tokenizer, TEXTS)
+    assert all(0 not in ids for ids in together)
+    assert [ids.tolist() for ids in together] == [encode(tokenizer, [text])[0].tolist() for text in TEXTS]
+    assert encode(tokenizer, []) == []
+    assert encode(tokenizer, [""])[0].tolist() == []
+
+
+def test_training_is_the_same_every_time(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert train_tokenizer(TEXTS, vocab_size=300).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_saved_tokenizer_loads_as_itself(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, scheme: str) -> None:
+    save_tokenizer(tokenizer, f"{scheme}{tmp_path}/tokenizer")
+    back = load_tokenizer(f"{scheme}{tmp_path}/tokenizer")
+    assert back.eos_token_id == 0
+    assert back.get_vocab() == tokenizer.get_vocab()
+    texts = [*TEXTS, "  two  spaces \n\n", "\U0001f600 x"]
+    assert [ids.tolist() for ids in encode(back, texts)] == [ids.tolist() for ids in encode(tokenizer, texts)]
+    assert back.decode(encode(back, ["a , b ."])[0]) == "a , b ."
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokens\.tokenizer='.*nowhere' cannot be loaded"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_field_and_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokens\.tokenizer='.*' cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no end-of-text token \(eos_token\)\. Use one that has"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_one_document_is_cut_into_sequences_that_overlap_by_one() -> None:
+    """The stream 0 | 1 2 3 4 5 6 0 has two sequences of 3 targets; the last 0 is dropped."""
+    sequences = packed([[1, 2, 3, 4, 5, 6]], 3)
+    assert sequences.per_epoch == 2
+    assert sorted(sequences.sequence(n).tolist() for n in range(2)) == [[0, 1, 2, 3], [3, 4, 5, 6]]
+
+
+def test_documents_are_joined_by_end_of_text_in_either_order() -> None:
+    """Two documents of 2 tokens and their ends make 6 targets, whichever comes first."""
+    epochs = set()
+    sequences = packed([[1, 2], [3, 4]], 3)
+    for epoch in range(20):
+        epochs.add(tuple(sorted(tuple(sequences.sequence(2 * epoch + n).tolist()) for n in range(2))))
+    assert epochs == {((0, 1, 2, 0), (0, 3, 4, 0))}
+    streams = {tuple(packed([[1, 2], [3]], 5, seed).sequence(0).tolist()) for seed in range(20)}
+    assert streams == {(0, 1, 2, 0, 3, 0), (0, 3, 0, 1, 2, 0)}
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=12),
+    length=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    epoch=st.integers(0, 5),
+)
+def test_every_token_is_a_target_once_an_epoch_up_to_the_tail(
+    lengths: list[int], length: int, seed: int, epoch: int
+) -> None:
+    total = sum(lengths) + len(lengths)
+    if total < length:
+        return
+    sequences = packed(numbered(lengths), length, seed)
+    assert sequences.per_epoch == total // length
+    rows = sequences.batch(epoch * sequences.per_epoch, sequences.per_epoch)
+    assert rows.shape == (total // length, length + 1)
+    targets = Counter(rows[:, 1:].ravel().tolist())
+    ends = targets.pop(0, 0)
+    assert set(targets) <= set(range(1, sum(lengths) + 1))
+    assert set(targets.values()) <= {1}
+    assert ends <= len(lengths)
+    assert ends + len(targets) == total - total % length
+    for row in rows:  # inside a document each token follows the one before it
+        assert all(b in (a + 1, 0) or a == 0 for a, b in itertools.pairwise(row))
+
+
+def test_a_position_gives_the_same_in_any_order_of_access() -> None:
+    documents = numbered([5, 9, 3, 7, 11])
+    positions = np.random.default_rng(0).permutation(60)
+    forward = packed(documents, 4)
+    expected = [forward.sequence(n).tolist() for n in range(60)]
+    jumping = packed(documents, 4)
+    assert {int(n): jumping.sequence(int(n)).tolist() for n in positions} == dict(enumerate(expected))
+
+
+def test_a_batch_is_its_sequences_also_across_the_end_of_an_epoch() -> None:
+    sequences = packed(numbered([5, 9, 3]), 4)
+    first = sequences.per_epoch - 2
+    batch = sequences.batch(first, 5)
+    assert batch.dtype == np.int64
+    assert batch.tolist() == [sequences.sequence(first + row).tolist() for row in range(5)]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    documents = numbered([4] * 20)
+
+    def epoch(number: int, seed: int) -> list[list[int]]:
+        sequences = packed(documents, 5, seed)
+        return sequences.batch(number * sequences.per_epoch, sequences.per_epoch).tolist()
+
+    seen = [epoch(0, 0), epoch(1, 0), epoch(0, 1)]
+    assert len({str(rows) for rows in seen}) == 3
+    assert (
+        len({str(sorted(rows)) for rows in seen}) == 1
+    )  # documents of 5 targets fill sequences of 5, whatever the order
+
+
+def test_sequences_of_an_epoch_are_shuffled() -> None:
+    sequences = packed(numbered([500]), 5)
+    starts = [int(sequences.sequence(n)[1]) for n in range(100)]
+    assert sorted(starts) == list(range(1, 501, 5))
+    assert starts != sorted(starts)
+
+
+@pytest.mark.parametrize(("documents", "tokens"), [([[1, 2], [3]], 5), ([], 0)])
+def test_too_short_a_corpus_is_refused(documents: list[list[int]], tokens: int) -> None:
+    message = rf"tokens\.sequence_length=6 must be at most the tokens of a cluster's documents, {tokens}\. Lower it"
+    with pytest.raises(ValueError, match=message):
+        packed(documents, 6)
+
+
+def test_a_corpus_of_one_sequence_is_enough() -> None:
+    assert packed([[1, 2], [3]], 5).per_epoch == 1
+
+
+def write_shard(uri: str, rows: list[tuple[int, list[int]]]) -> None:
+    """A shard as partitioning writes it, of (cluster, tokens)."""
+    written = [
+        {"id": f"{uri}:{n}", "domain": None, "cluster": cluster, "text_bytes": 9, "tokens": np.array(tokens, np.int32)}
+        for n, (cluster, tokens) in enumerate(rows)
+    ]
+    partition._write(uri, written, n_clusters=4)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_one_clusters_documents_are_read_in_the_order_of_the_shards(tmp_path: Path, scheme: str) -> None:
+    shards = f"{scheme}{tmp_path}/shards"
+    write_shard(files.join(shards, "train", "part-00001.parquet"), [(0, [7]), (2, [8, 9])])
+    write_shard(files.join(shards, "train", "part-00000.parquet"), [(2, [5]), (0, [1, 2, 3]), (2, [6, 6]), (1, [4])])
+    write_shard(files.join(shards, "valid", "part-00000.parquet"), [(2, [99])])
+
+    def read(split: str, cluster: int | None) -> list[list[int]]:
+        return [document.tolist() for document in read_documents(shards, split, cluster)]
+
+    assert read("train", 0) == [[1, 2, 3], [7]]
+    assert read("train", 1) == [[4]]
+    assert read("train", 2) == [[5], [6, 6], [8, 9]]
+    assert read("train", 3) == []
+    assert read("train", None) == [[1, 2, 3], [4], [5], [6, 6], [7], [8, 9]]
+    assert read("valid", 2) == [[99]]
+    assert all(document.dtype == np.int32 for document in read_documents(shards, "train", 2))
+
+
+def test_files_aside_are_no_shards(tmp_path: Path) -> None:
+    write_shard(str(tmp_path / "train" / "part-00000.parquet"), [(0, [1, 2])])
+    (tmp_path / "train" / ".part-00001.parquet.1a2b3c4d").write_bytes(b"half")
+    assert [document.tolist() for document in read_documents(str(tmp_path), "train", None)] == [[1, 2]]
