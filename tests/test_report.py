@@ -161,6 +161,7 @@ def test_numbers_of_the_other_tables_appear() -> None:
     assert page.row("seed")[1] == "3.500"
     assert ["seed", "3 min 12 s", HOSTILE] in page.rows
     assert "103 documents, 33.0 k tokens" in page.text("article")
+    assert "29 % of 103 sampled" in page.text("article")
     for number in ("0.083 %", "0.437", "0.612", "1.57", "23 iterations"):
         assert number in page.text("facts")
 
