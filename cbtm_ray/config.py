@@ -15,7 +15,9 @@ from pydantic.dataclasses import dataclass
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 NonNegative = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FromZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -30,7 +32,7 @@ EXECUTION_FIELDS = frozenset(
 class RunConfig:
     dir: str
     """Where everything goes: a local path or a URI (s3://, gs://)."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     """Seed of every random choice: splits, samples, starts, initial weights, data order."""
 
 
@@ -86,7 +88,7 @@ class ClusterConfig:
     """Equal cluster sizes while fitting (paper section 3.2); False is the unbalanced control."""
     max_iter: Count = 50
     """Most Lloyd iterations."""
-    tol: Annotated[float, Field(ge=0)] = 1e-4
+    tol: FromZero = 1e-4
     """Stop when the centres move less than this: summed squared shift over the embeddings' variance."""
     actors: Count = 2
     """Ray actors that hold the embeddings while fitting."""
@@ -134,9 +136,9 @@ class TrainConfig:
     """Shape of the decay after warm-up (the paper's code: linear to 0)."""
     warmup_steps: NonNegative = 10
     """Optimiser steps from 0 to the peak learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: FromZero = 0.0
     """AdamW weight decay of matrices; vectors (norms, biases) have none."""
     clip_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
@@ -146,7 +148,7 @@ class TrainConfig:
     """Experts that train at once. None: as many as the cluster's CPUs and GPUs hold."""
     cpus_per_expert: Positive = 1
     """CPUs of one expert's training."""
-    gpus_per_expert: Annotated[float, Field(ge=0)] = 0
+    gpus_per_expert: FromZero = 0
     """GPUs of one expert's training, fractions allowed."""
     log_every: Count = 10
     """Optimiser steps between two points of the training curve."""
@@ -162,11 +164,11 @@ class EvaluateConfig:
     """Sizes of the sparse ensemble to report, beside all experts; those of K and more are the same as all."""
     max_documents: Count = 2000
     """At most this many held-out documents, those with the smallest hash."""
-    temperatures: tuple[Positive, ...] = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1.0)
+    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1.0)
     """Candidates for T in softmax(-d^2 / T); chosen on one half of the held-out documents, reported on the other."""
-    betas: tuple[Positive, ...] = (0.5, 1.0)
+    betas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0)
     """Candidates for posterior routing's weight of the experts' evidence."""
-    gammas: tuple[Fraction, ...] = (0.9, 0.95, 0.98)
+    gammas: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.9, 0.95, 0.98)
     """Candidates for posterior routing's forgetting, per token."""
     prefix_tokens: Count = 32
     """Tokens of a document that all experts read in prefix routing, before the best top-k stay for good."""

