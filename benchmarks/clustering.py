@@ -185,6 +185,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=100, help="embedding dimensions")
     parser.add_argument("--k", type=int, default=64, help="clusters")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="torch's threads, for all; 1 gives steady times on a busy machine")
     parser.add_argument("--repeat", type=int, default=3, help="our assignment is timed so often, the best counts")
     parser.add_argument("--auction-epsilon", type=float, default=0.02, help="as a share of the range of the distances")
     parser.add_argument("--auction-rounds", type=int, default=20_000, help="give up after so many")
@@ -198,6 +199,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     console = Console()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     points = skewed_documents(args.n - args.n % args.k, args.dim, args.seed)
     chosen = np.random.default_rng(args.seed).choice(len(points), args.k, replace=False)
     console.print(
