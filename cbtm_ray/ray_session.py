@@ -21,7 +21,7 @@ def ray_session(local_cpus: int | None = None) -> Iterator[None]:
     # Ray Train polls its workers this often; a checkpoint report and the end of a run each wait for a poll (default 2 s).
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_S)
     # Threads that spin while they wait starve each other once anything else runs on the machine: on 2 cores beside one
-    # busy process, training fell from 38,000 tokens/s to 450, and to 20,000 with this.
+    # busy process, training fell from 36,000 tokens/s to 450, and to 20,000 with this.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import ray
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+import torch
 
 from cbtm_ray.config import Config
 from cbtm_ray.load_config import build_config
@@ -16,6 +17,7 @@ from tests.tiny import tiny_tree, write_corpus
 # The same examples every time, and no example fails for being slow on a busy machine.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+torch.set_num_threads(1)  # toy tensors; more threads only wait for each other
 
 
 @pytest.fixture(scope="session")

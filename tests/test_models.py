@@ -1,0 +1,60 @@
+"""Models as Hugging Face folders, and their costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from cbtm_ray import flops
+from cbtm_ray.config import SeedModelConfig
+from cbtm_ray.models import load_model, new_model, save_model
+from cbtm_ray.tokens import train_tokenizer
+
+SIZES = SeedModelConfig(hidden_size=16, n_layers=2, n_heads=2, intermediate_size=32, train_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(["some text to train on"], 300)
+
+
+def test_a_new_model_is_a_function_of_its_seed_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first = new_model(SIZES, tokenizer, 64, 0)
+    assert torch.equal(torch.rand(3), expected)
+    second, other = (new_model(SIZES, tokenizer, 64, seed) for seed in (0, 1))
+    assert torch.equal(first.lm_head.weight, second.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert first.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_saved_model_comes_back(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = new_model(SIZES, tokenizer, 64, 0)
+    save_model(model, tokenizer, str(tmp_path / "model"))
+    for loaded in (load_model(str(tmp_path / "model")), AutoModelForCausalLM.from_pretrained(tmp_path / "model")):
+        state = loaded.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no causal language model can be loaded from"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_costs_by_hand(tied: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    layer = 4 * 8 * 8 + 3 * 8 * 16 + 2 * 8
+    n_parameters = flops.parameters(LlamaForCausalLM(config))
+    assert n_parameters == 100 * 8 + 2 * layer + 8
+    per_token = flops.infer_flops_per_token(n_parameters, n_layers=2, hidden_size=8, context=10)
+    assert per_token == 2 * n_parameters + 2 * 2 * 10 * 8
+    assert flops.train_flops(per_token, 5) == 15 * per_token
