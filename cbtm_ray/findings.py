@@ -92,6 +92,7 @@ def print_results(run: Run) -> None:
     progress.console.print("compute: of inference, dense control = 1; posterior routing runs all experts for evidence")
     progress.console.print(f"* best on the tuning documents. {verdict(evaluation)}", soft_wrap=True)
     progress.console.print(f"Report: {run.uri('report.html')}", soft_wrap=True)
+    progress.console.print(f"Next, serve it: serve run serve.app:build run_dir={run.dir}", soft_wrap=True)
 
 
 def ensemble_name(row: dict[str, Any]) -> str:

@@ -7,10 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cbtm_ray.config import EvaluateConfig
-from cbtm_ray.evaluate import HeldOut, experts_run, mixture_logprobs, score_documents, summarise, tune
+from cbtm_ray.evaluate import (
+    HeldOut,
+    candidates,
+    experts_run,
+    mixture_logprobs,
+    routing_weights,
+    score_documents,
+    summarise,
+    tune,
+)
 
 CONFIG = EvaluateConfig()
 
@@ -104,3 +113,99 @@ def test_experts_that_run_by_hand() -> None:
     assert experts_run("embedding", 2, 8, lengths, 16) == 2
     assert experts_run("posterior", 2, 8, lengths, 16) == 8
     assert experts_run("prefix", 2, 8, lengths, 16) == pytest.approx((26 * 8 + 14 * 2) / 40)
+
+
+@pytest.mark.parametrize("end_of_text", [0, 7])
+def test_a_model_that_scales_its_logits_is_scored_as_by_hugging_face(end_of_text: int) -> None:
+    """Its embedding of token 0, the padding, is zero, and so are all logits after it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = CohereConfig(**sizes, vocab_size=50, intermediate_size=32, logit_scale=4.0, pad_token_id=0)
+    model = CohereForCausalLM(config).eval()
+    document = np.random.default_rng(0).integers(1, 50, 8).astype(np.int32)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([[end_of_text, *document[:-1]]])).logits[0].log_softmax(-1)
+    found = score_documents(model, [document], sequence_length=8, end_of_text=end_of_text, batch_tokens=100)
+    np.testing.assert_allclose(found, logprobs[np.arange(8), document], atol=1e-5)
+
+
+def test_no_documents_have_no_scores(model: LlamaForCausalLM) -> None:
+    assert score_documents(model, [], sequence_length=8, end_of_text=0, batch_tokens=9).shape == (0,)
+
+
+def test_candidates_by_hand() -> None:
+    config = EvaluateConfig(temperatures=(0.1, 1.0), betas=(0.5,), gammas=(0.9, 0.8))
+    assert candidates("embedding", config) == [{"temperature": 0.1}, {"temperature": 1.0}]
+    expected = [{"gamma": g, "temperature": t, "beta": 0.5} for g in (0.9, 0.8) for t in (0.1, 1.0)]
+    for routing in ("posterior", "prefix"):
+        assert candidates(routing, config) == expected
+
+
+@pytest.mark.parametrize("routing", ["embedding", "posterior", "prefix"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_tuning_finds_the_best_of_all_candidates(routing: str, top_k: int) -> None:
+    given = held_out(lengths=(20, 30))
+    config = EvaluateConfig(prefix_tokens=4)
+    losses = [
+        -mixture_logprobs(given, routing=routing, top_k=top_k, settings=settings, prefix_tokens=4).mean()
+        for settings in candidates(routing, config)
+    ]
+    assert len(set(losses)) > 1 or (routing, top_k) == ("embedding", 1)
+    best = candidates(routing, config)[int(np.argmin(losses))]
+    assert tune(given, config, routing=routing, top_k=top_k) == best
+
+
+def test_posterior_routing_turns_to_the_expert_that_explains_the_past() -> None:
+    """The embedding is undecided; expert 1 gave token 0 probability 1/2 and expert 0 only 1/8: weights 1/5 and 4/5."""
+    logprobs_TK = np.log([[1 / 8, 1 / 2], [1 / 10, 1 / 5]]).astype(np.float32)
+    given = HeldOut(np.array([2]), logprobs_TK, np.ones((2, 2), np.float32))
+    weights = routing_weights(given, routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=9)
+    np.testing.assert_allclose(weights, [[0.5, 0.5], [0.2, 0.8]], rtol=1e-5)
+    mixed = mixture_logprobs(given, routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=9)
+    np.testing.assert_allclose(np.exp(mixed), [0.5 / 8 + 0.5 / 2, 0.2 / 10 + 0.8 / 5], rtol=1e-5)
+
+
+def test_prefix_routing_is_held_in_each_document_by_itself() -> None:
+    given = held_out(n_experts=4, lengths=(6, 2, 12))
+    weights = routing_weights(given, routing="prefix", top_k=2, settings=SETTINGS, prefix_tokens=3)
+    posterior = routing_weights(given, routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=3)
+    for rows in given.documents():
+        np.testing.assert_allclose(weights[rows][:4], posterior[rows][:4])
+        assert len({tuple(np.flatnonzero(row)) for row in weights[rows][3:]}) <= 1
+    assert not np.allclose(weights, posterior)
+
+
+def test_evidence_that_is_given_is_used() -> None:
+    given = held_out()
+    alone, handed = (
+        mixture_logprobs(
+            given, routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=3, evidence_TK=evidence_TK
+        )
+        for evidence_TK in (None, given.evidence(SETTINGS["gamma"]))
+    )
+    np.testing.assert_array_equal(alone, handed)
+
+
+def test_a_summary_weighs_by_tokens_and_compares_with_itself_as_one() -> None:
+    """Losses 1, 1, 1 and 5 nats in 12 bytes: perplexity e^2, though the mean over documents would be e^3."""
+    logprobs, lengths = np.array([-1.0, -1.0, -1.0, -5.0], np.float32), np.array([3, 1])
+    found = summarise(logprobs, lengths, 12, logprobs)
+    assert found["ppl"] == pytest.approx(math.e**2)
+    assert found["bpb"] == pytest.approx(8 / math.log(2) / 12)
+    assert (found["ratio_to_dense"], found["ratio_low"], found["ratio_high"]) == (1, 1, 1)
+    assert found["ppl_low"] == pytest.approx(math.e)
+    assert found["ppl_high"] == pytest.approx(math.e**5)
+
+
+@pytest.mark.parametrize("lengths", [(3, 0, 1), (0, 3, 1), (3, 1, 0)])
+def test_a_document_without_tokens_adds_nothing_to_a_summary(lengths: tuple[int, ...]) -> None:
+    logprobs = np.array([-1.0, -1.0, -1.0, -5.0])
+    found = summarise(logprobs, np.array(lengths), 12, logprobs - 1)
+    assert found["loss_nats"] == pytest.approx(2)
+    assert found["ratio_to_dense"] == pytest.approx(1 / math.e)
+
+
+def test_all_experts_run_where_all_are_mixed() -> None:
+    assert experts_run("prefix", 8, 8, np.array([10, 30]), 16) == 8
+    assert experts_run("prefix", 1, 8, np.array([10, 30]), 100) == 8
+    assert experts_run("prefix", 1, 8, np.array([10, 30]), 0) == 1

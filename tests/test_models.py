@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from cbtm_ray import flops
 from cbtm_ray.config import SeedModelConfig
@@ -58,3 +58,33 @@ def test_costs_by_hand(tied: bool) -> None:
     per_token = flops.infer_flops_per_token(n_parameters, n_layers=2, hidden_size=8, context=10)
     assert per_token == 2 * n_parameters + 2 * 2 * 10 * 8
     assert flops.train_flops(per_token, 5) == 15 * per_token
+
+
+def test_a_new_model_has_the_sizes_asked_for_and_shares_its_table(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = new_model(SIZES, tokenizer, 64, 0)
+    assert model.get_input_embeddings().weight.shape == (len(tokenizer), 16)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert (len(model.model.layers), model.config.intermediate_size) == (2, 32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_model_goes_through_a_uri_with_its_tokenizer(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = new_model(SIZES, tokenizer, 64, 0)
+    save_model(model, tokenizer, f"file://{tmp_path}/model")
+    loaded = load_model(f"file://{tmp_path}/model")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab() == tokenizer.get_vocab()
+    assert [path.suffix for path in (tmp_path / "model").iterdir() if path.suffix in (".bin", ".pt", ".pkl")] == []
+
+
+def test_a_model_in_half_precision_is_loaded_in_float32(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    half = new_model(SIZES, tokenizer, 64, 0).to(torch.bfloat16)
+    save_model(half, tokenizer, str(tmp_path))
+    loaded = load_model(str(tmp_path))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.lm_head.weight, half.lm_head.weight.float())
+
+
+def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no causal language model can be loaded from '.*nowhere'"):
+        load_model(str(tmp_path / "nowhere"))

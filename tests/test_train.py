@@ -5,14 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -148,3 +153,114 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step() -> None:
 def test_a_token_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="token id 60 is not below the model's vocabulary of 50"):
         Trainer(make_model(), make_sequences(highest=60), SPEC)
+
+
+@given(
+    step=st.integers(0, 99),
+    warmup=st.integers(0, 120),
+    share=st.floats(0, 1),
+    schedule=st.sampled_from(["linear", "cosine"]),
+)
+def test_the_learning_rate_rises_to_its_peak_and_then_falls_to_its_share(
+    step: int, warmup: int, share: float, schedule: str
+) -> None:
+    spec = dataclasses.replace(
+        SPEC, steps=100, warmup_steps=warmup, final_lr_fraction=share, schedule=schedule, learning_rate=1.0
+    )
+    here, after = learning_rate(spec, step), learning_rate(spec, step + 1)
+    assert 0 <= here <= 1
+    if step + 1 < warmup:
+        assert 0 < here < after
+    if warmup <= step:
+        assert here >= after >= share - 1e-12
+        assert learning_rate(spec, warmup) == 1
+    if warmup < 100:
+        assert learning_rate(spec, 100) == pytest.approx(share, abs=1e-12)
+
+
+def make_capped() -> Gemma2ForCausalLM:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8}
+    return Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=5.0)).eval()
+
+
+@pytest.mark.parametrize("growth", [1, 100])
+def test_a_model_that_caps_its_logits_keeps_its_own_loss_as_they_grow(growth: float) -> None:
+    """A new model's logits are far below the cap, where capping changes nothing yet."""
+    model, batch = make_capped(), torch.from_numpy(make_sequences().batch(0, 4))
+    token_loss = loss_function(model, batch[:1])
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= growth
+        expected = model(input_ids=batch, labels=batch).loss
+        assert token_loss(batch).mean().item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_half_precision_gives_nearly_the_same_curve(name: str) -> None:
+    curves = [
+        train(make_model(name), dataclasses.replace(SPEC, steps=6, precision=precision))[0]
+        for precision in ("fp32", "bf16")
+    ]
+    losses = [[point["loss_nats"] for point in curve] for curve in curves]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+
+
+def test_weights_stay_float32_in_half_precision() -> None:
+    model = make_model()
+    train(model, dataclasses.replace(SPEC, steps=2, precision="bf16"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_point_of_the_curve_is_the_mean_since_the_point_before() -> None:
+    every = [point["loss_nats"] for point in train(make_model(), dataclasses.replace(SPEC, log_every=1))[0]]
+    points = train(make_model())[0]
+    steps = [point["step"] for point in points]
+    assert steps == [3, 6, 9, 12, 15, 18, 20]
+    expected = [np.mean(every[first:last]) for first, last in itertools.pairwise([0, *steps])]
+    assert [point["loss_nats"] for point in points] == pytest.approx(expected, rel=1e-9)
+    assert [point["learning_rate"] for point in points] == [learning_rate(SPEC, step - 1) for step in steps]
+
+
+def test_the_first_loss_is_that_of_the_first_batch() -> None:
+    model = make_model()
+    with torch.no_grad():
+        batch = torch.from_numpy(make_sequences().batch(0, 4))
+        expected = model(input_ids=batch, labels=batch).loss.item()
+    curve, _ = train(model, dataclasses.replace(SPEC, steps=1))
+    assert curve[0]["loss_nats"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_states_are_saved_every_few_steps_but_not_at_the_end() -> None:
+    _, saved = train(make_model())
+    steps = [torch.load(io.BytesIO(state), weights_only=True)["step"] for state in saved]
+    assert steps == [5, 10, 15]
+
+
+def test_a_large_gradient_is_scaled_down_to_the_norm() -> None:
+    trainer = Trainer(make_model(), make_sequences(), dataclasses.replace(SPEC, clip_norm=1e-3))
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters())  # so that a step is the gradient
+    before = torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
+    trainer.train_step()
+    moved = torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach() - before
+    assert moved.norm().item() == pytest.approx(learning_rate(SPEC, 0) * 1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_a_model_with_dropout_resumes_bit_for_bit_too(name: str) -> None:
+    whole, resumed = make_model(name), make_model(name)
+    curve, saved = train(whole)
+    resumed_curve, _ = train(resumed, state=torch.load(io.BytesIO(saved[0]), weights_only=True))
+    assert without_speed(resumed_curve) == without_speed(curve)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_state_with_broken_weights_is_never_saved() -> None:
+    """Else the promise of intact checkpoints fails where checkpoints are more frequent than points."""
+    model, saved = make_model(), []
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:] = float("nan")
+    spec = dataclasses.replace(SPEC, log_every=10, checkpoint_every=5)
+    with pytest.raises(ValueError, match="earlier checkpoints are intact"):
+        train_model(model, make_sequences(), spec, state=None, save=saved.append, log=lambda point: None)
+    assert saved == []
