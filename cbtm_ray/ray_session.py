@@ -26,6 +26,8 @@ def ray_session(local_cpus: int | None = None) -> Iterator[None]:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
+    if not address:  # one machine cannot outlive its own preemption, and the watcher is a process for every expert
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     local: dict[str, Any] = {} if address else {"num_cpus": local_cpus, "include_dashboard": False}
     ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     data_context = ray.data.DataContext.get_current()
