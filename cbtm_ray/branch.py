@@ -21,9 +21,7 @@ from ray.train.torch import TorchTrainer
 
 from cbtm_ray import files, flops, progress
 from cbtm_ray.config import Config
-from cbtm_ray.models import load_model, new_model, save_model
 from cbtm_ray.run import Run
-from cbtm_ray.tokens import PackedSequences, load_tokenizer, read_documents
 from cbtm_ray.train import TrainSpec, train_model
 
 DENSE = "controls/dense"
@@ -193,6 +191,10 @@ def _train_loop(task: dict[str, Any]) -> str | None:
 
 
 def _train_branch(config: Config, branch: Branch, board: Any) -> None:
+    # Imported in the worker alone: the run's controller imports this file too, and transformers takes seconds.
+    from cbtm_ray.models import load_model, new_model, save_model
+    from cbtm_ray.tokens import PackedSequences, load_tokenizer, read_documents
+
     run, spec, started = Run(config), branch.spec, time.perf_counter()
     tokenizer = load_tokenizer(run.uri("tokenizer"))
     if branch.init is None:

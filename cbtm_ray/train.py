@@ -9,13 +9,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from cbtm_ray.tokens import PackedSequences
+if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what they take seconds to import
+    from transformers import PreTrainedModel
+
+    from cbtm_ray.tokens import PackedSequences
 
 _LOSS_CHUNK = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)
 """Rows of logits alive at once: 512 of a 2,048 vocabulary stay in a core's cache, 2.5 times as fast as all at once."""
