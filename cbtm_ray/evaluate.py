@@ -166,8 +166,7 @@ def summarise(logprobs_T: np.ndarray, lengths: np.ndarray, text_bytes: int, dens
 
     The bootstrap draws the same documents for both systems, so that the ratio's interval leaves out what they share.
     """
-    sums_N = -np.add.reduceat(logprobs_T.astype(np.float64), np.cumsum(lengths) - lengths)
-    dense_N = -np.add.reduceat(dense_T.astype(np.float64), np.cumsum(lengths) - lengths)
+    sums_N, dense_N = -_document_sums(logprobs_T, lengths), -_document_sums(dense_T, lengths)
     draws = np.random.default_rng(0).integers(0, len(lengths), (BOOTSTRAP, len(lengths)))
     tokens_R = lengths[draws].sum(axis=1)
     loss_R, dense_R = sums_N[draws].sum(axis=1) / tokens_R, dense_N[draws].sum(axis=1) / tokens_R
@@ -184,6 +183,13 @@ def summarise(logprobs_T: np.ndarray, lengths: np.ndarray, text_bytes: int, dens
         "loss_nats": float(loss),
         "bpb": float(sums_N.sum() / math.log(2) / text_bytes),
     }
+
+
+def _document_sums(values_T: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sum over each document's tokens, float64; 0 for one without tokens."""
+    totals = np.concatenate([[0.0], np.cumsum(values_T, dtype=np.float64)])
+    ends = np.cumsum(lengths)
+    return totals[ends] - totals[ends - lengths]
 
 
 def experts_run(routing: str, top_k: int, n_experts: int, lengths: np.ndarray, prefix_tokens: int) -> float:
