@@ -139,7 +139,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, overrides: list[s
 def test_a_run_directory_of_another_configuration_is_refused(finished_run: Run, tmp_path: Path) -> None:
     path = Path(finished_run.uri("config.yaml"))
     before = path.read_bytes()
-    done = subprocess.run(command("run_all", path, "cluster.n_clusters=2"), capture_output=True, text=True)
+    done = subprocess.run(command("run_all", path, "cluster.n_clusters=3"), capture_output=True, text=True)
     assert done.returncode == 2
     assert "cluster.n_clusters=3 (the run has 2)" in done.stderr
     assert path.read_bytes() == before
