@@ -147,7 +147,7 @@ def _slots(cpus: float, gpus: float) -> int:
     return max(1, int(min(fits, have.get("GPU", 0) / gpus) if gpus else fits))
 
 
-def _fit(run: Run, branch: Branch, board: Any, cpus: float, gpus: float) -> Any:
+def _fit(run: Run, branch: Branch, board: Any, cpus: float, gpus: float) -> None:
     storage, name = run.uri("checkpoints"), branch.spec.name.replace("/", "-")
     resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
     trainer: Any = TorchTrainer(
@@ -165,7 +165,6 @@ def _fit(run: Run, branch: Branch, board: Any, cpus: float, gpus: float) -> Any:
     if result.return_value is not None:
         raise ValueError(result.return_value)
     files.delete(files.join(storage, name))
-    return result
 
 
 def _raise_failures(futures: dict[Future, Branch]) -> None:

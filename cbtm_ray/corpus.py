@@ -18,6 +18,7 @@ from cbtm_ray.documents import Document, Shard, is_held_out, list_shards, read_s
 from cbtm_ray.installed_docs import package_documents
 from cbtm_ray.run import Run
 
+COUNTS = ("train_documents", "valid_documents", "empty_documents", "train_bytes", "valid_bytes")
 SAMPLE_SCHEMA = pa.schema([("id", pa.string()), ("domain", pa.string()), ("text", pa.string())])
 
 
@@ -43,20 +44,14 @@ def build_corpus(run: Run) -> dict[str, Any]:
         for row in scan.iter_rows():
             scanned[f"{row['split']}:{row['names'][0]}"] = row
             for document in row.pop("sample"):
-                entry = Document(**document)
-                heapq.heappush(sample, (-unit_hash(config.run.seed, entry.id), entry.id, entry))
-                if len(sample) > corpus.sample_documents:
-                    heapq.heappop(sample)
+                _offer(sample, Document(**document), config.run.seed, corpus.sample_documents)
             done(len(scanned))
     ordered = [scanned[f"{task['split']}:{task['names'][0]}"] for task in tasks]
     _check_counts(ordered, config.cluster.n_clusters)
     kept = [entry for _, _, entry in sorted(sample, key=lambda item: (-item[0], item[1]))]
     with files.writing(run.uri("corpus", "sample.parquet")) as stream:
         pq.write_table(pa.Table.from_pylist([asdict(document) for document in kept], SAMPLE_SCHEMA), stream)
-    totals = {
-        key: sum(row[key] for row in ordered)
-        for key in ("train_documents", "valid_documents", "empty_documents", "train_bytes", "valid_bytes")
-    }
+    totals = {key: sum(row[key] for row in ordered) for key in COUNTS}
     return {**totals, "sample_documents": len(kept), "shards": ordered}
 
 
@@ -103,7 +98,7 @@ def _package_texts(row: dict[str, Any], max_bytes: int) -> dict[str, Any]:
 
 
 def _scan(row: dict[str, Any], corpus: CorpusConfig, seed: int) -> dict[str, Any]:
-    counts = dict.fromkeys(("train_documents", "valid_documents", "empty_documents", "train_bytes", "valid_bytes"), 0)
+    counts = dict.fromkeys(COUNTS, 0)
     sample: list[tuple[float, str, Document]] = []
     for document in read_shard(Shard(tuple(row["uris"]), tuple(row["names"])), corpus):
         if not document.text.strip():
@@ -113,10 +108,15 @@ def _scan(row: dict[str, Any], corpus: CorpusConfig, seed: int) -> dict[str, Any
         counts[f"{split}_documents"] += 1
         counts[f"{split}_bytes"] += len(document.text.encode())
         if split == "train":
-            heapq.heappush(sample, (-unit_hash(seed, document.id), document.id, document))
-            if len(sample) > corpus.sample_documents:
-                heapq.heappop(sample)
+            _offer(sample, document, seed, corpus.sample_documents)
     return {**row, **counts, "sample": [asdict(document) for _, _, document in sample]}
+
+
+def _offer(sample: list[tuple[float, str, Document]], document: Document, seed: int, most: int) -> None:
+    """Keep the document if it is among the `most` of smallest hash; `sample` is a heap with the largest hash on top."""
+    heapq.heappush(sample, (-unit_hash(seed, document.id), document.id, document))
+    if len(sample) > most:
+        heapq.heappop(sample)
 
 
 def _check_counts(rows: list[dict[str, Any]], n_clusters: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,34 @@ class HeldOut:
     """Every expert's log-probability of every token, in nats."""
     squared_distances_TK: np.ndarray
     """Of every token's context to every cluster's centre."""
+    _evidence: dict[float, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    """That of the last gamma asked for: tuning goes through all else before it takes another."""
 
     def documents(self) -> Iterator[slice]:
         ends = np.cumsum(self.lengths)
         return (slice(int(end - length), int(end)) for end, length in zip(ends, self.lengths, strict=True))
 
     def evidence(self, gamma: float) -> np.ndarray:
-        return np.concatenate([evidence(self.logprobs_TK[rows], gamma) for rows in self.documents()])
+        """Every expert's evidence before every token, (T, K); each document starts anew."""
+        if gamma not in self._evidence:
+            self._evidence.clear()
+            parts = [evidence(self.logprobs_TK[rows], gamma) for rows in self.documents()]
+            self._evidence[gamma] = np.concatenate(parts)
+        return self._evidence[gamma]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """One way of routing, with its settings."""
+
+    routing: str
+    """'embedding', 'posterior', or 'prefix' (posterior, then held)."""
+    top_k: int
+    """Experts mixed for a token."""
+    settings: dict[str, float]
+    """temperature; for posterior and prefix also beta and gamma."""
+    prefix_tokens: int
+    """Tokens of a document after which prefix routing holds its experts."""
 
 
 def score_documents(
@@ -101,64 +122,31 @@ def candidates(routing: str, config: EvaluateConfig) -> list[dict[str, float]]:
     ]
 
 
-def mixture_logprobs(
-    held_out: HeldOut,
-    *,
-    routing: str,
-    top_k: int,
-    settings: dict[str, float],
-    prefix_tokens: int,
-    evidence_TK: np.ndarray | None = None,
-) -> np.ndarray:
-    """The mixture's log-probability of every token, (T,).
-
-    `evidence_TK` may be given where the caller has it for `settings["gamma"]`, to save computing it again.
-    """
-    weights_TK = routing_weights(
-        held_out, routing=routing, top_k=top_k, settings=settings, prefix_tokens=prefix_tokens, evidence_TK=evidence_TK
-    )
-    return mix_logprobs(held_out.logprobs_TK, weights_TK)
+def mixture_logprobs(held_out: HeldOut, route: Route) -> np.ndarray:
+    """The mixture's log-probability of every token, (T,)."""
+    return mix_logprobs(held_out.logprobs_TK, routing_weights(held_out, route))
 
 
-def routing_weights(
-    held_out: HeldOut,
-    *,
-    routing: str,
-    top_k: int,
-    settings: dict[str, float],
-    prefix_tokens: int,
-    evidence_TK: np.ndarray | None = None,
-) -> np.ndarray:
-    """Weights of the experts for every token, (T, K): 'embedding', 'posterior', or 'prefix' (posterior, then held)."""
-    distances_TK = held_out.squared_distances_TK
-    if routing == "embedding":
-        return sparse_weights(embedding_scores(distances_TK, settings["temperature"]), top_k)
-    if evidence_TK is None:
-        evidence_TK = held_out.evidence(settings["gamma"])
+def routing_weights(held_out: HeldOut, route: Route) -> np.ndarray:
+    """Weights of the experts for every token, (T, K)."""
+    distances_TK, settings = held_out.squared_distances_TK, route.settings
+    if route.routing == "embedding":
+        return sparse_weights(embedding_scores(distances_TK, settings["temperature"]), route.top_k)
+    evidence_TK = held_out.evidence(settings["gamma"])
     scores_TK = posterior_scores(distances_TK, evidence_TK, settings["temperature"], settings["beta"])
-    if routing == "prefix":
-        held = [hold_after_prefix(scores_TK[rows], top_k, prefix_tokens) for rows in held_out.documents()]
+    if route.routing == "prefix":
+        held = [hold_after_prefix(scores_TK[rows], route.top_k, route.prefix_tokens) for rows in held_out.documents()]
         scores_TK = np.concatenate(held)
-    return sparse_weights(scores_TK, top_k)
+    return sparse_weights(scores_TK, route.top_k)
 
 
-def tune(held_out: HeldOut, config: EvaluateConfig, *, routing: str, top_k: int) -> dict[str, float]:
-    """The settings of least loss on these documents, which must not be those that are reported on."""
-    best: tuple[float, dict[str, float]] = (math.inf, {})
-    evidence_at: tuple[float, np.ndarray | None] = (math.nan, None)
-    for settings in candidates(routing, config):
-        if settings.get("gamma", math.nan) != evidence_at[0] and "gamma" in settings:
-            evidence_at = (settings["gamma"], held_out.evidence(settings["gamma"]))
-        logprobs_T = mixture_logprobs(
-            held_out,
-            routing=routing,
-            top_k=top_k,
-            settings=settings,
-            prefix_tokens=config.prefix_tokens,
-            evidence_TK=evidence_at[1],
-        )
-        best = min(best, (float(-logprobs_T.mean()), settings), key=lambda found: found[0])
-    return best[1]
+def tune(held_out: HeldOut, config: EvaluateConfig, *, routing: str, top_k: int) -> Route:
+    """The route of least loss on these documents, which must not be those that are reported on."""
+    routes = [
+        Route(routing=routing, top_k=top_k, settings=settings, prefix_tokens=config.prefix_tokens)
+        for settings in candidates(routing, config)
+    ]
+    return min(routes, key=lambda route: float(-mixture_logprobs(held_out, route).mean()))
 
 
 def summarise(logprobs_T: np.ndarray, lengths: np.ndarray, text_bytes: int, dense_T: np.ndarray) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from cbtm_ray.branch import expert_folder
 from cbtm_ray.embed import TokenTfidf, load_clusterer
 from cbtm_ray.merge import mix_logprobs
 from cbtm_ray.models import load_model
-from cbtm_ray.route import posterior_scores, sparse_weights, squared_distances
+from cbtm_ray.route import check_top_k, posterior_scores, sparse_weights, squared_distances
 from cbtm_ray.tokens import load_tokenizer
 
 
@@ -68,8 +68,7 @@ class PrefixRouter:
 
     def __init__(self, ensemble: Ensemble, top_k: int) -> None:
         n_experts = len(ensemble.experts)
-        if not 1 <= top_k <= n_experts:
-            raise ValueError(f"top_k={top_k} must be between 1 and the number of experts, {n_experts}. Change it.")
+        check_top_k(top_k, n_experts)
         self.ensemble, self.top_k = ensemble, top_k
         self.running = list(range(n_experts))
         self.length = 0

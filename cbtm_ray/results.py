@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,6 @@ class HeldOutDocuments:
     tokens: list[np.ndarray]
     text_bytes: np.ndarray
     domains: list[str | None]
-    clusters: np.ndarray
     for_tuning: np.ndarray
 
 
@@ -60,18 +58,22 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
         {**_single_row(system, models[name]), **evaluate.summarise(scores_T, reported.lengths, text_bytes, dense_T)}
         for system, name, scores_T in (("seed", "seed", seed_T), ("dense", DENSE, dense_T))
     ]
-    rows += _mixture_rows(config, [models[name] for name in experts], tuning, reported, text_bytes, dense_T)
-    chosen = min((row for row in rows if row["system"] == "cbtm"), key=lambda row: row["tuning_loss_nats"])
-    chosen["chosen"] = True
-    mixture_T = evaluate.mixture_logprobs(reported, **_route_of(chosen, config))
+    routes = _routes(config, tuning)
+    mixtures = [
+        _mixture_row(route, [models[name] for name in experts], tuning, reported, text_bytes, dense_T)
+        for route in routes
+    ]
+    best = min(range(len(mixtures)), key=lambda index: mixtures[index]["tuning_loss_nats"])
+    mixtures[best]["chosen"] = True
+    mixture_T = evaluate.mixture_logprobs(reported, routes[best])
     results = {
-        "rows": rows,
+        "rows": [*rows, *mixtures],
         "domains": _domain_rows(documents, reported, dense_T, mixture_T),
         "tuned_on_documents": len(tuning.lengths),
         "reported_on_documents": len(reported.lengths),
         "reported_tokens": int(reported.lengths.sum()),
         "prefix_tokens": config.evaluate.prefix_tokens,
-        "sample": _sample(run, documents, reported, chosen),
+        "sample": _sample(run, documents, reported, routes[best]),
     }
     files.write_json(run.uri("evaluation", "results.json"), results)
     return {key: results[key] for key in ("tuned_on_documents", "reported_on_documents", "reported_tokens")}
@@ -89,7 +91,6 @@ def held_out_documents(run: Run) -> HeldOutDocuments:
         tokens=[np.asarray(tokens, np.int32) for tokens in table["tokens"].to_pylist()],
         text_bytes=table["text_bytes"].to_numpy(),
         domains=table["domain"].to_pylist(),
-        clusters=table["cluster"].to_numpy(),
         for_tuning=np.argsort(np.argsort(hashes[kept], kind="stable")) % 2 == 0,
     )
 
@@ -152,40 +153,40 @@ def _single_row(system: str, manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _mixture_rows(
-    config: Config,
+def _routes(config: Config, tuning: evaluate.HeldOut) -> list[evaluate.Route]:
+    """Every way of routing to report, tuned."""
+    n_clusters = config.cluster.n_clusters
+    sizes = sorted({*(k for k in config.evaluate.top_k if k < n_clusters), n_clusters})
+    return [
+        evaluate.tune(tuning, config.evaluate, routing=routing, top_k=top_k)
+        for routing in ROUTINGS
+        for top_k in sizes
+        if routing != "prefix" or top_k < n_clusters  # holding all experts leaves nothing out: posterior routing
+    ]
+
+
+def _mixture_row(
+    route: evaluate.Route,
     manifests: list[dict[str, Any]],
     tuning: evaluate.HeldOut,
     reported: evaluate.HeldOut,
     text_bytes: int,
     dense_T: np.ndarray,
-) -> Iterator[dict[str, Any]]:
+) -> dict[str, Any]:
     n_clusters = len(manifests)
-    for routing in ROUTINGS:
-        for top_k in sorted({*(k for k in config.evaluate.top_k if k < n_clusters), n_clusters}):
-            if routing == "prefix" and top_k == n_clusters:
-                continue  # nothing is left out, so it is posterior routing
-            settings = evaluate.tune(tuning, config.evaluate, routing=routing, top_k=top_k)
-            row = {"routing": routing, "top_k": top_k, "settings": settings}
-            route = _route_of(row, config)
-            running = evaluate.experts_run(routing, top_k, n_clusters, reported.lengths, config.evaluate.prefix_tokens)
-            yield {
-                "system": "cbtm",
-                "n_clusters": n_clusters,
-                **row,
-                "train_tokens": sum(manifest["train_tokens"] for manifest in manifests),
-                "train_flops": sum(manifest["train_flops"] for manifest in manifests),
-                "infer_flops_per_token": running * manifests[0]["infer_flops_per_token"],
-                "tuning_loss_nats": float(-evaluate.mixture_logprobs(tuning, **route).mean()),
-                **evaluate.summarise(
-                    evaluate.mixture_logprobs(reported, **route), reported.lengths, text_bytes, dense_T
-                ),
-            }
-
-
-def _route_of(row: dict[str, Any], config: Config) -> dict[str, Any]:
-    route = {key: row[key] for key in ("routing", "top_k", "settings")}
-    return {**route, "prefix_tokens": config.evaluate.prefix_tokens}
+    running = evaluate.experts_run(route.routing, route.top_k, n_clusters, reported.lengths, route.prefix_tokens)
+    return {
+        "system": "cbtm",
+        "n_clusters": n_clusters,
+        "routing": route.routing,
+        "top_k": route.top_k,
+        "settings": route.settings,
+        "train_tokens": sum(manifest["train_tokens"] for manifest in manifests),
+        "train_flops": sum(manifest["train_flops"] for manifest in manifests),
+        "infer_flops_per_token": running * manifests[0]["infer_flops_per_token"],
+        "tuning_loss_nats": float(-evaluate.mixture_logprobs(tuning, route).mean()),
+        **evaluate.summarise(evaluate.mixture_logprobs(reported, route), reported.lengths, text_bytes, dense_T),
+    }
 
 
 def _domain_rows(
@@ -206,7 +207,7 @@ def _domain_rows(
 
 
 def _sample(
-    run: Run, documents: HeldOutDocuments, reported: evaluate.HeldOut, chosen: dict[str, Any]
+    run: Run, documents: HeldOutDocuments, reported: evaluate.HeldOut, route: evaluate.Route
 ) -> list[dict[str, Any]]:
     """The reported document closest to 300 tokens, with the expert of most weight for each token."""
     index = int(np.argmin(np.abs(reported.lengths - SAMPLE_TOKENS)))
@@ -214,7 +215,7 @@ def _sample(
     one = evaluate.HeldOut(
         reported.lengths[index : index + 1], reported.logprobs_TK[rows], reported.squared_distances_TK[rows]
     )
-    weights_TK = evaluate.routing_weights(one, **_route_of(chosen, run.config))[:SAMPLE_TOKENS]
+    weights_TK = evaluate.routing_weights(one, route)[:SAMPLE_TOKENS]
     tokens = documents.tokens[int(np.flatnonzero(~documents.for_tuning)[index])][:SAMPLE_TOKENS]
     tokenizer = load_tokenizer(run.uri("tokenizer"))
     return [

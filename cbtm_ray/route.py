@@ -51,11 +51,15 @@ def hold_after_prefix(scores_TK: np.ndarray, top_k: int, prefix_tokens: int) -> 
     return held_TK
 
 
+def check_top_k(top_k: int, n_experts: int) -> None:
+    if not 1 <= top_k <= n_experts:
+        raise ValueError(f"top_k={top_k} must be between 1 and the number of experts, {n_experts}. Change it.")
+
+
 def sparse_weights(scores_TK: np.ndarray, top_k: int) -> np.ndarray:
     """Softmax of the scores, kept for the `top_k` largest of each row and renormalised; ties go to the lower expert."""
     n_experts = scores_TK.shape[1]
-    if not 1 <= top_k <= n_experts:
-        raise ValueError(f"top_k={top_k} must be between 1 and the number of experts, {n_experts}. Change it.")
+    check_top_k(top_k, n_experts)
     if top_k < n_experts:
         order_TK = np.argsort(-scores_TK, axis=1, kind="stable")
         scores_TK = scores_TK.copy()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -125,12 +124,12 @@ def read_documents(shards_uri: str, split: str, cluster: int | None) -> list[np.
 
     Only the row groups of that cluster are read.
     """
-    return [np.asarray(tokens, dtype=np.int32) for tokens in _column(shards_uri, split, cluster, "tokens")]
-
-
-def _column(shards_uri: str, split: str, cluster: int | None, column: str) -> Any:
     filesystem, path = files.resolve(files.join(shards_uri, split))
     dataset = ds.dataset(path, filesystem=filesystem, format="parquet")
     wanted = None if cluster is None else ds.field("cluster") == cluster
-    for batch in dataset.to_batches(columns=[column], filter=wanted, use_threads=False):
-        yield from batch.column(0).to_numpy(zero_copy_only=False)
+    batches = dataset.to_batches(columns=["tokens"], filter=wanted, use_threads=False)
+    return [
+        np.asarray(tokens, dtype=np.int32)
+        for batch in batches
+        for tokens in batch.column(0).to_numpy(zero_copy_only=False)
+    ]

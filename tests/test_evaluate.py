@@ -12,6 +12,7 @@ from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForC
 from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.evaluate import (
     HeldOut,
+    Route,
     candidates,
     experts_run,
     mixture_logprobs,
@@ -60,7 +61,7 @@ SETTINGS = {"temperature": 0.3, "beta": 1.0, "gamma": 0.9}
 @pytest.mark.parametrize("routing", ["embedding", "posterior", "prefix"])
 def test_a_mixture_of_one_expert_is_that_expert(routing: str) -> None:
     alone = held_out(n_experts=1)
-    found = mixture_logprobs(alone, routing=routing, top_k=1, settings=SETTINGS, prefix_tokens=3)
+    found = mixture_logprobs(alone, Route(routing=routing, top_k=1, settings=SETTINGS, prefix_tokens=3))
     np.testing.assert_allclose(found, alone.logprobs_TK[:, 0], atol=1e-6)
 
 
@@ -69,7 +70,8 @@ def test_permuting_the_experts_changes_nothing(routing: str) -> None:
     given, order = held_out(), [2, 0, 1]
     permuted = HeldOut(given.lengths, given.logprobs_TK[:, order], given.squared_distances_TK[:, order])
     results = [
-        mixture_logprobs(h, routing=routing, top_k=2, settings=SETTINGS, prefix_tokens=3) for h in (given, permuted)
+        mixture_logprobs(h, Route(routing=routing, top_k=2, settings=SETTINGS, prefix_tokens=3))
+        for h in (given, permuted)
     ]
     np.testing.assert_allclose(results[0], results[1], atol=1e-5)
 
@@ -84,9 +86,11 @@ def test_tuning_finds_the_temperature_that_trusts_a_good_embedding() -> None:
     near = np.tile([0.0, 1.0], (40, 1)).astype(np.float32)
     logprobs_TK = np.log(np.tile([0.9, 0.01], (40, 1))).astype(np.float32)
     lengths = np.array([20, 20])
-    assert tune(HeldOut(lengths, logprobs_TK, near), CONFIG, routing="embedding", top_k=2) == {"temperature": 0.01}
+    assert tune(HeldOut(lengths, logprobs_TK, near), CONFIG, routing="embedding", top_k=2).settings == {
+        "temperature": 0.01
+    }
     misled = HeldOut(lengths, logprobs_TK, 1 - near)
-    assert tune(misled, CONFIG, routing="embedding", top_k=2) == {"temperature": 1.0}
+    assert tune(misled, CONFIG, routing="embedding", top_k=2).settings == {"temperature": 1.0}
 
 
 def test_summary_by_hand() -> None:
@@ -147,43 +151,46 @@ def test_tuning_finds_the_best_of_all_candidates(routing: str, top_k: int) -> No
     given = held_out(lengths=(20, 30))
     config = EvaluateConfig(prefix_tokens=4)
     losses = [
-        -mixture_logprobs(given, routing=routing, top_k=top_k, settings=settings, prefix_tokens=4).mean()
+        -mixture_logprobs(given, Route(routing=routing, top_k=top_k, settings=settings, prefix_tokens=4)).mean()
         for settings in candidates(routing, config)
     ]
     assert len(set(losses)) > 1 or (routing, top_k) == ("embedding", 1)
     best = candidates(routing, config)[int(np.argmin(losses))]
-    assert tune(given, config, routing=routing, top_k=top_k) == best
+    assert tune(given, config, routing=routing, top_k=top_k).settings == best
 
 
 def test_posterior_routing_turns_to_the_expert_that_explains_the_past() -> None:
     """The embedding is undecided; expert 1 gave token 0 probability 1/2 and expert 0 only 1/8: weights 1/5 and 4/5."""
     logprobs_TK = np.log([[1 / 8, 1 / 2], [1 / 10, 1 / 5]]).astype(np.float32)
     given = HeldOut(np.array([2]), logprobs_TK, np.ones((2, 2), np.float32))
-    weights = routing_weights(given, routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=9)
+    weights = routing_weights(given, Route(routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=9))
     np.testing.assert_allclose(weights, [[0.5, 0.5], [0.2, 0.8]], rtol=1e-5)
-    mixed = mixture_logprobs(given, routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=9)
+    mixed = mixture_logprobs(given, Route(routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=9))
     np.testing.assert_allclose(np.exp(mixed), [0.5 / 8 + 0.5 / 2, 0.2 / 10 + 0.8 / 5], rtol=1e-5)
 
 
 def test_prefix_routing_is_held_in_each_document_by_itself() -> None:
     given = held_out(n_experts=4, lengths=(6, 2, 12))
-    weights = routing_weights(given, routing="prefix", top_k=2, settings=SETTINGS, prefix_tokens=3)
-    posterior = routing_weights(given, routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=3)
+    weights = routing_weights(given, Route(routing="prefix", top_k=2, settings=SETTINGS, prefix_tokens=3))
+    posterior = routing_weights(given, Route(routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=3))
     for rows in given.documents():
         np.testing.assert_allclose(weights[rows][:4], posterior[rows][:4])
         assert len({tuple(np.flatnonzero(row)) for row in weights[rows][3:]}) <= 1
     assert not np.allclose(weights, posterior)
 
 
-def test_evidence_that_is_given_is_used() -> None:
-    given = held_out()
-    alone, handed = (
-        mixture_logprobs(
-            given, routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=3, evidence_TK=evidence_TK
-        )
-        for evidence_TK in (None, given.evidence(SETTINGS["gamma"]))
+def test_evidence_that_is_kept_is_that_of_the_gamma_asked_for() -> None:
+    route = Route(routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=3)
+    used = held_out()
+    used.evidence(0.5)
+    alone, after, again = (
+        mixture_logprobs(held_out(), route),
+        mixture_logprobs(used, route),
+        mixture_logprobs(used, route),
     )
-    np.testing.assert_array_equal(alone, handed)
+    np.testing.assert_array_equal(alone, after)
+    np.testing.assert_array_equal(alone, again)
+    assert not np.allclose(used.evidence(0.5), held_out().evidence(SETTINGS["gamma"]))
 
 
 def test_a_summary_weighs_by_tokens_and_compares_with_itself_as_one() -> None:

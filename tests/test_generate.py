@@ -44,10 +44,7 @@ def test_text_has_the_probability_that_evaluation_gives_it(ensemble: Ensemble, f
     distances_TK = squared_distances(ensemble.embedder.prefix_embeddings(tokens), ensemble.centers_KD)
     expected_T = evaluate.mixture_logprobs(
         evaluate.HeldOut(np.array([len(tokens)]), logprobs_TK, distances_TK),
-        routing="prefix",
-        top_k=top_k,
-        settings=ensemble.settings,
-        prefix_tokens=ensemble.prefix_tokens,
+        evaluate.Route(routing="prefix", top_k=top_k, settings=ensemble.settings, prefix_tokens=ensemble.prefix_tokens),
     )
     np.testing.assert_allclose(read(ensemble, tokens, top_k), expected_T, atol=1e-4)
     for prompt in (5, 20, 41):  # a prompt is read in one piece, or two where the prefix ends inside it
