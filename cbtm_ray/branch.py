@@ -6,11 +6,13 @@ and keeps their checkpoints; this file decides only which runs there are and whi
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ray.train.torch import TorchTrainer
 
 from cbtm_ray import files, flops, progress
 from cbtm_ray.config import Config
-from cbtm_ray.run import Run
+from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.train import TrainSpec, train_model
 
 DENSE = "controls/dense"
@@ -101,22 +103,23 @@ def train_branches(run: Run, branches: list[Branch], *, title: str, cpus: float,
     config = run.config
     in_flight = slots or _slots(cpus, config.train.gpus_per_expert)
     board: Any = ray.remote(num_cpus=0)(Board).remote()
-    with (
-        progress.bar(title, sum(branch.spec.steps for branch in waiting), "steps") as done,
-        ThreadPoolExecutor(min(in_flight, len(waiting))) as pool,
-    ):
-        futures = {
-            pool.submit(_fit, run, branch, board, cpus, config.train.gpus_per_expert): branch for branch in waiting
-        }
-        try:
-            while not all(future.done() for future in futures):
+    failed: dict[str, BaseException] = {}
+    # A pool of daemon threads: fit() never returns once an interrupt has shut Ray down, and must not hold the exit up.
+    with ThreadPool(min(in_flight, len(waiting))) as pool:
+        fits = [
+            pool.apply_async(
+                _fit,
+                (run, branch, board, cpus, config.train.gpus_per_expert),
+                error_callback=partial(failed.__setitem__, branch.spec.name),
+            )
+            for branch in waiting
+        ]
+        with progress.bar(title, sum(branch.spec.steps for branch in waiting), "steps") as done:
+            while not all(fit.ready() for fit in fits):
                 time.sleep(POLL_S)
                 steps: Any = ray.get(board.steps.remote())
                 done(sum(steps.values()))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    _raise_failures(futures)
+    _raise_failures(failed, len(waiting))
 
 
 class Board:
@@ -167,25 +170,28 @@ def _fit(run: Run, branch: Branch, board: Any, cpus: float, gpus: float) -> None
     files.delete(files.join(storage, name))
 
 
-def _raise_failures(futures: dict[Future, Branch]) -> None:
-    failed = {branch.spec.name: future.exception() for future, branch in futures.items() if future.exception()}
+def _raise_failures(failed: dict[str, BaseException], runs: int) -> None:
     for error in failed.values():
         if isinstance(error, ValueError):
             raise error
     if failed:
         name, error = next(iter(failed.items()))
         raise RuntimeError(
-            f"{len(failed)} of {len(futures)} training runs failed: {', '.join(failed)}. The others are finished and "
+            f"{len(failed)} of {runs} training runs failed: {', '.join(failed)}. The others are finished and "
             f"kept; the same command trains what is missing. First failure, {name}: {error}"
         ) from error
 
 
 def _train_loop(task: dict[str, Any]) -> str | None:
-    """What a Ray Train worker runs. A user's mistake is returned, since to restart after it would only repeat it."""
+    """What a Ray Train worker runs. What a restart would only meet again is returned: a user's mistake, a full disk."""
     try:
         _train_branch(task["config"], task["branch"], task["board"])
     except ValueError as error:
         return str(error)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return no_space_left(task["config"].run.dir)
     return None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from cbtm_ray import progress
 from cbtm_ray.load_config import dump_config, load_config
 from cbtm_ray.ray_session import ray_session
-from cbtm_ray.run import Run
+from cbtm_ray.run import Run, no_space_left
 
 
 def main(description: str, work: Callable[[Run], None], arguments: list[str] | None = None) -> int:
@@ -34,10 +34,7 @@ def main(description: str, work: Callable[[Run], None], arguments: list[str] | N
     except OSError as error:
         if getattr(_cause(error), "errno", None) != errno.ENOSPC:
             raise
-        return _refuse(
-            f"run.dir={options.config}: no space left on the device. Free some, or give another run.dir; what is "
-            "finished is kept, and the same command continues."
-        )
+        return _refuse(no_space_left(config.run.dir))
     except KeyboardInterrupt:
         progress.console.print("Interrupted. The same command continues.")
         return 130

@@ -12,7 +12,7 @@ from cbtm_ray import files, progress
 from cbtm_ray.branch import DENSE, expert_folder
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.report import ReportData, render_report
-from cbtm_ray.run import STAGE_SETTINGS, Run
+from cbtm_ray.run import Run
 
 SYSTEM_NAMES = {"seed": "seed, before branching", "dense": "dense control"}
 
@@ -31,13 +31,13 @@ def metrics_lines(run: Run) -> str:
     )
 
 
-def write_report(run: Run) -> None:
-    """Write report.html, and metrics.jsonl beside it."""
-    files.write_bytes(run.uri("report.html"), render_report(collect(run)).encode())
+def write_report(run: Run, summaries: dict[str, str]) -> None:
+    """Write report.html with a line on each stage, and metrics.jsonl beside it."""
+    files.write_bytes(run.uri("report.html"), render_report(collect(run, summaries)).encode())
     files.write_bytes(run.uri("metrics.jsonl"), metrics_lines(run).encode())
 
 
-def collect(run: Run) -> ReportData:
+def collect(run: Run, summaries: dict[str, str]) -> ReportData:
     """All that the report shows, out of the manifests and results of a finished run."""
     found = run.need("clusterer", "fit_clusters")
     shards = run.need("shards", "partition_corpus")
@@ -48,9 +48,8 @@ def collect(run: Run) -> ReportData:
         title=f"C-BTM run {run.dir.rstrip('/').rpartition('/')[2]}",
         config_yaml=dump_config(run.config),
         stages=[
-            {"stage": stage, "seconds": manifest["seconds"], "summary": ""}
-            for stage in STAGE_SETTINGS
-            if (manifest := run.manifest(stage))
+            {"stage": stage, "seconds": run.need(stage, "run_all")["seconds"], "summary": summary}
+            for stage, summary in summaries.items()
         ],
         clusters=[{**cluster, **counted[cluster["cluster"]]} for cluster in found["clusters"]],
         clustering={

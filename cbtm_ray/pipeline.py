@@ -64,8 +64,18 @@ def run_job(run: Run, job: str) -> None:
         manifest, ran = run.stage(folder, partial(work, run))
         progress.summary(folder, manifest["seconds"] if ran else None, template.format(**manifest))
     if job == "evaluate_mixture":
-        findings.write_report(run)
+        findings.write_report(run, summaries(run))
         findings.print_results(run)
+
+
+def summaries(run: Run) -> dict[str, str]:
+    """The line of every finished stage, by its folder, in the stages' order."""
+    return {
+        folder: template.format(**manifest)
+        for stages in JOBS.values()
+        for folder, _, template in stages
+        if (manifest := run.manifest(folder))
+    }
 
 
 def run_all(run: Run) -> None:

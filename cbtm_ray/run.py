@@ -116,5 +116,13 @@ class Run:
         return self.finish(name, {**manifest, "seconds": round(time.perf_counter() - started, 1)}), True
 
 
+def no_space_left(run_dir: str) -> str:
+    """What to tell a user whose disk is full."""
+    return (
+        f"run.dir={run_dir}: no space left on the device. Free some, or give another run.dir; what is finished is kept, "
+        "and the same command continues."
+    )
+
+
 def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
     return {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
