@@ -1,9 +1,9 @@
-# make demo | test | check | fix | serve | clean
+# make demo | test | test-all | check | fix | serve | clean
 # The virtual environment is made once and installed into only when a requirements file changes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check fix serve clean
+.PHONY: demo test test-all check fix serve clean
 
 demo: .venv/runtime
 	$(BIN)/python -m jobs.run_all --config configs/quickstart.yaml
@@ -12,6 +12,9 @@ serve: .venv/runtime
 	$(BIN)/serve run serve.app:build run_dir=runs/quickstart
 
 test: .venv/dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/dev
 	$(BIN)/python -m pytest
 
 check: .venv/dev

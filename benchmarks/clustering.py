@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cbtm_ray.cluster import BalancedKMeans, assign_points, squared_distances
+from cbtm_ray.cluster import BalancedKMeans, assign_points
+from cbtm_ray.distances import squared_distances
 
 MISSING = "not installed"
 

@@ -7,6 +7,7 @@ and keeps their checkpoints; this file decides only which runs there are and whi
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import tempfile
 import time
@@ -22,6 +23,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 
 from cbtm_ray import files, flops, progress
+from cbtm_ray.board import Board
 from cbtm_ray.config import Config
 from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.train import TrainSpec, train_model
@@ -88,16 +90,19 @@ def expert_branches(run: Run) -> list[Branch]:
     ]
 
 
-def train_branches(run: Run, branches: list[Branch], *, title: str, cpus: float, slots: int | None) -> None:
-    """Train every branch that has no manifest yet, `slots` at a time.
+def train_branches(
+    run: Run, branches: list[Branch], *, title: str, cpus: float, slots: int | None, per_run: int = 1
+) -> None:
+    """Train every branch that has no manifest yet: `per_run` in a Ray Train run, one after the other, `slots` runs at once.
 
     A failing run leaves the others alone; when all have ended, the failures are raised together.
 
     Raises:
-        ValueError: a run refused its input, as its message says.
-        RuntimeError: a run failed for another reason, with its name.
+        ValueError: a branch refused its input, as its message says.
+        RuntimeError: a run failed for another reason, with the names of what it left untrained.
     """
-    waiting = [branch for branch in branches if run.manifest(branch.spec.name) is None]
+    groups = [group for group in _groups(branches, per_run) if _untrained(run, group)]
+    waiting = [branch for group in groups for branch in _untrained(run, group)]
     if not waiting:
         return
     config = run.config
@@ -105,34 +110,41 @@ def train_branches(run: Run, branches: list[Branch], *, title: str, cpus: float,
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     failed: dict[str, BaseException] = {}
     # A pool of daemon threads: fit() never returns once an interrupt has shut Ray down, and must not hold the exit up.
-    with ThreadPool(min(in_flight, len(waiting))) as pool:
+    with ThreadPool(min(in_flight, len(groups))) as pool:
         fits = [
             pool.apply_async(
                 _fit,
-                (run, branch, board, cpus, config.train.gpus_per_expert),
-                error_callback=partial(failed.__setitem__, branch.spec.name),
+                (run, group, board, cpus, config.train.gpus_per_expert),
+                callback=failed.update,
+                error_callback=partial(failed.__setitem__, _run_name(group)),
             )
-            for branch in waiting
+            for group in groups
         ]
         with progress.bar(title, sum(branch.spec.steps for branch in waiting), "steps") as done:
             while not all(fit.ready() for fit in fits):
                 time.sleep(POLL_S)
                 steps: Any = ray.get(board.steps.remote())
                 done(sum(steps.values()))
-    _raise_failures(failed, len(waiting))
+    _raise_failures(failed, [branch.spec.name for branch in waiting if run.manifest(branch.spec.name) is None])
 
 
-class Board:
-    """Where running experts post their step, for the driver to show."""
+def _groups(branches: list[Branch], per_run: int) -> list[list[Branch]]:
+    """What one run trains: at most `per_run` branches of equal length. The same whatever is finished, and so is its name."""
+    return [
+        members[first : first + per_run]
+        for _, equal in itertools.groupby(branches, key=lambda branch: branch.spec.steps)
+        for members in [list(equal)]
+        for first in range(0, len(members), per_run)
+    ]
 
-    def __init__(self) -> None:
-        self._steps: dict[str, int] = {}
 
-    def post(self, name: str, step: int) -> None:
-        self._steps[name] = step
+def _untrained(run: Run, branches: list[Branch]) -> list[Branch]:
+    return [branch for branch in branches if run.manifest(branch.spec.name) is None]
 
-    def steps(self) -> dict[str, int]:
-        return self._steps
+
+def _run_name(group: list[Branch]) -> str:
+    name = group[0].spec.name.replace("/", "-")
+    return name if len(group) == 1 else f"{name}-and-{len(group) - 1}-more"
 
 
 def _spec(config: Config, **own: Any) -> TrainSpec:
@@ -150,12 +162,13 @@ def _slots(cpus: float, gpus: float) -> int:
     return max(1, int(min(fits, have.get("GPU", 0) / gpus) if gpus else fits))
 
 
-def _fit(run: Run, branch: Branch, board: Any, cpus: float, gpus: float) -> None:
-    storage, name = run.uri("checkpoints"), branch.spec.name.replace("/", "-")
+def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) -> dict[str, ValueError]:
+    """One Ray Train run; the branches that refused their input, by name."""
+    storage, name = run.uri("checkpoints"), _run_name(group)
     resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
     trainer: Any = TorchTrainer(
         _train_loop,  # type: ignore[arg-type]  # its return value is Result.return_value
-        train_loop_config={"config": run.config, "branch": branch, "board": board},
+        train_loop_config={"config": run.config, "group": group, "board": board},
         scaling_config=ScalingConfig(num_workers=1, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
@@ -164,35 +177,40 @@ def _fit(run: Run, branch: Branch, board: Any, cpus: float, gpus: float) -> None
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    result = trainer.fit()
-    if result.return_value is not None:
-        raise ValueError(result.return_value)
-    files.delete(files.join(storage, name))
+    refused = {name: ValueError(message) for name, message in trainer.fit().return_value.items()}
+    if not refused:
+        files.delete(files.join(storage, name))
+    return refused
 
 
-def _raise_failures(failed: dict[str, BaseException], runs: int) -> None:
+def _raise_failures(failed: dict[str, BaseException], untrained: list[str]) -> None:
     for error in failed.values():
         if isinstance(error, ValueError):
             raise error
     if failed:
         name, error = next(iter(failed.items()))
         raise RuntimeError(
-            f"{len(failed)} of {runs} training runs failed: {', '.join(failed)}. The others are finished and "
+            f"{len(failed)} training runs failed and left untrained: {', '.join(untrained)}. The others are finished and "
             f"kept; the same command trains what is missing. First failure, {name}: {error}"
         ) from error
 
 
-def _train_loop(task: dict[str, Any]) -> str | None:
-    """What a Ray Train worker runs. What a restart would only meet again is returned: a user's mistake, a full disk."""
-    try:
-        _train_branch(task["config"], task["branch"], task["board"])
-    except ValueError as error:
-        return str(error)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return no_space_left(task["config"].run.dir)
-    return None
+def _train_loop(task: dict[str, Any]) -> dict[str, str]:
+    """What a Ray Train worker runs: what its branches refused, by name.
+
+    Only what a restart would meet again is returned, a user's mistake or a full disk; all else is raised, and Ray restarts.
+    """
+    config, refused = task["config"], {}
+    for branch in _untrained(Run(config), task["group"]):
+        try:
+            _train_branch(config, branch, task["board"])
+        except ValueError as error:
+            refused[branch.spec.name] = str(error)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            refused[branch.spec.name] = no_space_left(config.run.dir)
+    return refused
 
 
 def _train_branch(config: Config, branch: Branch, board: Any) -> None:
@@ -215,8 +233,8 @@ def _train_branch(config: Config, branch: Branch, board: Any) -> None:
         model,
         sequences,
         spec,
-        state=_last_state(),
-        save=_report_checkpoint,
+        state=_last_state(spec.name),
+        save=partial(_report_checkpoint, spec.name),
         log=lambda point: board.post.remote(spec.name, point["step"]),
     )
     save_model(model.cpu(), tokenizer, run.uri(spec.name))
@@ -241,17 +259,19 @@ def _train_branch(config: Config, branch: Branch, board: Any) -> None:
     )
 
 
-def _last_state() -> dict[str, Any] | None:
+def _last_state(name: str) -> dict[str, Any] | None:
+    """The state in the run's last checkpoint, if that is of this branch and not of one before it."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
-        return torch.load(os.path.join(folder, "state.pt"), weights_only=True, map_location="cpu")
+        saved = torch.load(os.path.join(folder, "state.pt"), weights_only=True, map_location="cpu")
+    return saved["state"] if saved["name"] == name else None
 
 
-def _report_checkpoint(state: dict[str, Any]) -> None:
+def _report_checkpoint(name: str, state: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(state, Path(folder) / "state.pt")
+        torch.save({"name": name, "state": state}, Path(folder) / "state.pt")
         ray.train.report({"step": state["step"]}, checkpoint=Checkpoint.from_directory(folder))
 
 
@@ -272,8 +292,14 @@ def train_experts(run: Run) -> dict[str, Any]:
     """Stage `experts/`: K experts, and the dense control of the same total tokens in `controls/dense/`."""
     run.need("seed", "train_seed")
     branches = expert_branches(run)
+    train = run.config.train
     train_branches(
-        run, branches, title="train_experts", cpus=run.config.train.cpus_per_expert, slots=run.config.train.slots
+        run,
+        branches,
+        title="train_experts",
+        cpus=train.cpus_per_expert,
+        slots=train.slots,
+        per_run=train.experts_per_run,
     )
     manifests = [run.need(branch.spec.name, "train_experts") for branch in branches]
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
-from collections.abc import Callable
 
 from cbtm_ray import progress
 from cbtm_ray.load_config import dump_config, load_config
@@ -13,7 +12,7 @@ from cbtm_ray.ray_session import ray_session
 from cbtm_ray.run import Run, no_space_left
 
 
-def main(description: str, work: Callable[[Run], None], arguments: list[str] | None = None) -> int:
+def main(description: str, job: str, arguments: list[str] | None = None) -> int:
     """Parse the command line, run the job on Ray, and return its exit code: 0, or 2 with one line for a user's mistake."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/quickstart.yaml")
@@ -28,7 +27,10 @@ def main(description: str, work: Callable[[Run], None], arguments: list[str] | N
         run = Run(config)
         run.begin()
         with ray_session():
-            work(run)
+            # Imported only now: it takes seconds, which a mistyped key need not wait for.
+            from cbtm_ray import pipeline
+
+            pipeline.run_all(run) if job == "run_all" else pipeline.run_job(run, job)
     except ValueError as error:
         return _refuse(str(_cause(error)))
     except OSError as error:

@@ -10,27 +10,37 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "must be a number")
+    return value
+
+
+_NUMBER = BeforeValidator(_no_boolean)
 Count = Annotated[int, Field(ge=1, strict=True)]
 NonNegative = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-FromZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER]
+FromZero = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
+BelowOne = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
 
 _STRICT = ConfigDict(extra="forbid")
 
 EXECUTION_FIELDS = frozenset(
-    {"run.dir", "cluster.actors", "seed_model.cpus", "train.slots", "train.cpus_per_expert", "train.gpus_per_expert",
-     "train.log_every", "train.checkpoint_every", "train.max_failures", "evaluate.batch_tokens"}
+    {"run.dir", "embed.batch_documents", "embed.gpus", "cluster.actors", "cluster.gpus_per_actor", "seed_model.cpus",
+     "train.slots", "train.experts_per_run", "train.cpus_per_expert", "train.gpus_per_expert", "train.log_every",
+     "train.checkpoint_every", "train.max_failures", "evaluate.batch_tokens"}
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
-    dir: str
+    dir: Annotated[str, Field(min_length=1)]
     """Where everything goes: a local path or a URI (s3://, gs://)."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     """Seed of every random choice: splits, samples, starts, initial weights, data order."""
@@ -52,7 +62,7 @@ class CorpusConfig:
     """Column with a gold domain, used only to report and never to cluster. None: there is none."""
     id_column: str | None = None
     """Column with a unique document id. None: file name and row number."""
-    valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    valid_fraction: Annotated[float, Field(gt=0, lt=1), _NUMBER] = 0.02
     """Share of documents held out, where `valid_paths` is empty."""
     sample_documents: Count = 20_000
     """Size of the uniform sample on which tokenizer, embedder and clusterer are fitted, in training documents."""
@@ -76,8 +86,28 @@ class TokensConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EmbedConfig:
+    embedder: Literal["token_tfidf", "word_tfidf", "sentence"] = "token_tfidf"
+    """tf-idf over tokens (routing costs a row addition a token), over words (the paper's), or a Hugging Face encoder."""
     dimensions: Annotated[int, Field(ge=2, strict=True)] = 100
-    """Dimensions of a document embedding (paper section 3.2: 100)."""
+    """Dimensions of a tf-idf embedding (paper section 3.2: 100); an encoder has its own."""
+    normalisation: Literal["l2", "standard"] = "l2"
+    """word_tfidf: rows of unit length (the paper's code), or dimensions of mean 0 and variance 1 (the paper's text)."""
+    encoder: str | None = None
+    """sentence: a folder, URI or Hugging Face name of the encoder; its copy in the run is used from then on."""
+    encoder_tokens: Count = 256
+    """sentence: tokens that the encoder reads, the first of a document and the last of a context."""
+    refresh_tokens: Count = 16
+    """sentence: tokens between two readings of a growing context."""
+    batch_documents: Count = 32
+    """sentence: documents that the encoder reads at once."""
+    gpus: FromZero = 0
+    """sentence: GPUs of one worker that embeds documents, fractions allowed."""
+
+    def __post_init__(self) -> None:
+        if (self.embedder == "sentence") != (self.encoder is not None):
+            raise ValueError("embed.encoder goes with embed.embedder=sentence: set both, or neither")
+        if self.normalisation == "standard" and self.embedder != "word_tfidf":
+            raise ValueError("embed.normalisation=standard goes with embed.embedder=word_tfidf")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -90,8 +120,10 @@ class ClusterConfig:
     """Most Lloyd iterations."""
     tol: FromZero = 1e-4
     """Stop when the centres move less than this: summed squared shift over the embeddings' variance."""
-    actors: Count = 2
-    """Ray actors that hold the embeddings while fitting."""
+    actors: Annotated[int, Field(ge=1, le=16, strict=True)] = 2
+    """Ray actors that hold the embeddings while fitting, at most 16."""
+    gpus_per_actor: FromZero = 0
+    """GPUs of one such actor, fractions allowed."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -146,6 +178,9 @@ class TrainConfig:
     """Arithmetic of the forward pass; bf16 is faster on GPUs and on CPUs with AMX or AVX512-BF16, and slower elsewhere."""
     slots: Count | None = None
     """Experts that train at once. None: as many as the cluster's CPUs and GPUs hold."""
+    experts_per_run: Count = 1
+    """Experts that one Ray Train run trains one after the other. Starting a run costs 10 to 20 s of a CPU: a share that
+    counts only where experts train for seconds. A run that fails for good leaves its later experts untrained too."""
     cpus_per_expert: Positive = 1
     """CPUs of one expert's training."""
     gpus_per_expert: FromZero = 0

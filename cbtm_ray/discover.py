@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from cbtm_ray import files, progress
 from cbtm_ray.cluster import BalancedKMeans
+from cbtm_ray.config import Config
 from cbtm_ray.corpus import read_sample
 from cbtm_ray.distributed import fit_distributed
-from cbtm_ray.embed import TokenTfidf, silent_tokens
+from cbtm_ray.embed import Embedder, fit_embedder, load_embedder, save_embedder
+from cbtm_ray.embed_workers import map_embedding
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import encode, load_tokenizer
 
@@ -29,12 +32,9 @@ def fit_clusters(run: Run) -> dict[str, Any]:
     sample = read_sample(run)
     tokenizer = load_tokenizer(run.uri("tokenizer"))
     documents = encode(tokenizer, sample["text"].to_pylist())
-    embedder = TokenTfidf.fit(
-        documents, silent_tokens(tokenizer), dimensions=config.embed.dimensions, random_state=config.run.seed
-    )
-    embedder.save(run.uri("clusterer", "embedder.npy"))
-    embeddings_ND = embedder.transform(documents)
-    shard_uris = _write_shards(run, embeddings_ND)
+    embedder = fit_embedder(config.embed, tokenizer, documents, config.run.seed)
+    save_embedder(embedder, config.embed, run.uri("clusterer", "embedder"))
+    shard_uris = _embed_sample(run, embedder, documents)
     with progress.bar("fit_clusters", config.cluster.max_iter, "iterations") as done:
         clusterer = fit_distributed(
             shard_uris,
@@ -44,6 +44,7 @@ def fit_clusters(run: Run) -> dict[str, Any]:
             tol=config.cluster.tol,
             random_state=config.run.seed,
             n_actors=config.cluster.actors,
+            gpus_per_actor=config.cluster.gpus_per_actor,
             state_uri=run.uri("clusterer", "_state.npz"),
             on_iteration=lambda iteration, _: done(iteration),
         )
@@ -54,7 +55,7 @@ def fit_clusters(run: Run) -> dict[str, Any]:
         "n_iter": clusterer.n_iter_,
         "inertia": clusterer.inertia_,
         "gap": clusterer.gap_,
-        **describe_clusters(clusterer, embeddings_ND, sample),
+        **describe_clusters(clusterer, np.concatenate([files.read_array(uri) for uri in shard_uris]), sample),
     }
     files.delete(run.uri("clusterer", "embeddings"))
     files.delete(run.uri("clusterer", "_state.npz"))
@@ -131,9 +132,33 @@ def top_terms(texts: list[str], labels_N: np.ndarray, n_clusters: int) -> list[l
     return found
 
 
-def _write_shards(run: Run, embeddings_ND: np.ndarray) -> list[str]:
-    uris = []
-    for first in range(0, len(embeddings_ND), SHARD_ROWS):
-        uris.append(run.uri("clusterer", "embeddings", f"part-{first // SHARD_ROWS:05d}.npy"))
-        files.write_array(uris[-1], embeddings_ND[first : first + SHARD_ROWS])
-    return uris
+def _embed_sample(run: Run, embedder: Embedder, documents: list[np.ndarray]) -> list[str]:
+    """Write the sample's embeddings in shards: an encoder's on the cluster, those of tf-idf, which take seconds, here."""
+    tasks: list[dict[str, Any]] = [
+        {
+            "uri": run.uri("clusterer", "embeddings", f"part-{first // SHARD_ROWS:05d}.npy"),
+            "documents": documents[first : first + SHARD_ROWS],
+        }
+        for first in range(0, len(documents), SHARD_ROWS)
+    ]
+    if run.config.embed.embedder == "sentence":
+        with progress.bar("embed", len(tasks), "shards") as done:
+            rows = map_embedding(tasks, partial(_embed_shard, config=run.config), run.config.embed.gpus).iter_rows()
+            for number, _ in enumerate(rows, start=1):
+                done(number)
+    else:
+        for task in tasks:
+            files.write_array(task["uri"], embedder.transform(task["documents"]))
+    return [task["uri"] for task in tasks]
+
+
+def _embed_shard(task: dict[str, Any], config: Config) -> dict[str, Any]:
+    if not files.exists(task["uri"]):
+        files.write_array(task["uri"], _load_once(config).transform(task["documents"]))
+    return {"uri": task["uri"]}
+
+
+@lru_cache(maxsize=1)
+def _load_once(config: Config) -> Embedder:
+    run = Run(config)
+    return load_embedder(run.uri("clusterer", "embedder"), load_tokenizer(run.uri("tokenizer")))

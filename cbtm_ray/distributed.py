@@ -1,11 +1,12 @@
-"""Balanced k-means over Ray actors: the loops and steps of `cluster.py`, with the shards held by actors.
+"""Balanced k-means over Ray actors: the loops of `cluster.py`, the steps of `shard_steps.py`, the shards held by actors.
 
     N documents, D embedding dims, K clusters
 
 An actor's state is a function of its URIs alone, and a step is a pure function of its arguments, so Ray may restart an
-actor and repeat a step without counting anything twice. Results come back for each shard and are added up in the order
-of `shard_uris`, so the number of actors does not change a bit of the outcome. While fitting, messages hold K x D or
-K x K numbers; the labels (N int32) and the documents at a border cross once, when the last centres are labelled.
+actor and repeat a step without counting anything twice. Shards stand in at most 16 groups, whatever N and the number of
+actors; a group's sums come back and are added up in the order of `shard_uris`, so the number of actors does not change a
+bit of the outcome. While fitting, messages hold K x D or K x K numbers a group; the labels (N int32) and the documents at
+a border cross once, when the last centres are labelled.
 """
 
 from __future__ import annotations
@@ -21,18 +22,41 @@ import ray
 import torch
 
 from cbtm_ray import files
-from cbtm_ray.cluster import CACHE_BYTES, BalancedKMeans, OnShards, Progress, Shard, on_local
+from cbtm_ray.cluster import BalancedKMeans, Progress
+from cbtm_ray.shard_steps import CACHE_BYTES, LocalShards, Shard, add_up, groups
 
 
 class _ShardActor:
-    """Holds consecutive shards; `position` is the number of the first."""
+    """Holds consecutive groups of shards; `position` is the number of the first shard."""
 
-    def __init__(self, uris: list[str], position: int) -> None:
+    def __init__(self, groups: list[list[str]], position: int, device: str) -> None:
+        uris = [uri for group in groups for uri in group]
         cache_bytes = CACHE_BYTES // len(uris)
-        self._on_shards = on_local([Shard(_read_points(uri), position + i, cache_bytes) for i, uri in enumerate(uris)])
+        held = [Shard(_read_points(uri).to(device), position + i, cache_bytes) for i, uri in enumerate(uris)]
+        self._shards, self._sizes = LocalShards(held), [len(group) for group in groups]
 
-    def run(self, step: Callable[..., Any], args: tuple) -> list[Any]:
-        return self._on_shards(step, *args)
+    def each(self, step: Callable[..., Any], args: tuple) -> list[Any]:
+        return self._shards.each(step, *args)
+
+    def sums(self, step: Callable[..., tuple], args: tuple) -> list[tuple]:
+        """The sum of every group."""
+        results = iter(self._shards.each(step, *args))
+        return [add_up(list(itertools.islice(results, size))) for size in self._sizes]
+
+
+class ActorShards:
+    """Shards held by actors; a step runs on all actors at once, and results are in the order of the shards."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        self._actors = actors
+
+    def each(self, step: Callable[..., Any], *args: Any) -> list[Any]:
+        parts = ray.get([actor.each.remote(step, args) for actor in self._actors])
+        return [result for part in parts for result in part]
+
+    def total(self, step: Callable[..., tuple], *args: Any) -> tuple:
+        parts = ray.get([actor.sums.remote(step, args) for actor in self._actors])
+        return add_up([group_sum for part in parts for group_sum in part])
 
 
 def fit_distributed(
@@ -45,6 +69,7 @@ def fit_distributed(
     random_state: int = 0,
     n_actors: int = 2,
     cpus_per_actor: float = 1,
+    gpus_per_actor: float = 0,
     state_uri: str | None = None,
     on_iteration: Callable[[int, float], None] | None = None,
 ) -> BalancedKMeans:
@@ -52,7 +77,7 @@ def fit_distributed(
 
     `state_uri` (.npz) is written after each iteration, and a call that finds it goes on from there. `on_iteration` gets
     the iteration (from 1) and the mean squared distance of the documents to the centres that it started from. There are
-    at most as many actors as shards, and as the cluster's CPUs hold now: one more would wait for ever.
+    at most 16 actors, and as many as shards, and as the cluster's CPUs and GPUs hold now: one more would wait for ever.
 
     Raises ValueError if there is no shard, n_actors < 1, N < K, an embedding is not finite, or the state at `state_uri`
     belongs to other arguments.
@@ -65,39 +90,32 @@ def fit_distributed(
     shards = hashlib.sha256("\n".join(shard_uris).encode()).hexdigest()[:12]
     identity = f"n_clusters={n_clusters} balanced={balanced} random_state={random_state} shards={shards}"
     saved = _load_state(state_uri, identity) if state_uri else None
-    actors = _start_actors(shard_uris, n_actors, cpus_per_actor)
+    actors = _start_actors(shard_uris, n_actors, cpus_per_actor, gpus_per_actor)
     try:
-        on_shards = _on_actors(actors)
-        states = model.iterations(on_shards, saved)
+        held = ActorShards(actors)
+        states = model.iterations(held, saved)
         state = next(states)  # the start, or what was saved
         for state in states:
             if state_uri:
                 _save_state(state_uri, identity, state)
             if on_iteration:
                 on_iteration(state.iteration, state.cost)
-        return model.finish(on_shards, state)
+        return model.finish(held, state)
     finally:
         for actor in actors:
             ray.kill(actor)
 
 
-def _start_actors(shard_uris: list[str], n_actors: int, cpus_per_actor: float) -> list[Any]:
-    room = int(ray.cluster_resources().get("CPU", 1) / cpus_per_actor) if cpus_per_actor > 0 else n_actors
-    n_actors = max(1, min(n_actors, len(shard_uris), room))
-    options = {"num_cpus": cpus_per_actor, "max_restarts": -1, "max_task_retries": -1}
-    cuts = [len(shard_uris) * i // n_actors for i in range(n_actors + 1)]
-    actor = ray.remote(_ShardActor).options(**options)
-    return [actor.remote(shard_uris[a:b], a) for a, b in itertools.pairwise(cuts)]
-
-
-def _on_actors(actors: list[Any]) -> OnShards:
-    """Runs a step on all actors at once; the results in the order of the shards."""
-
-    def on_shards(step: Callable[..., Any], *args: Any) -> list[Any]:
-        parts = ray.get([actor.run.remote(step, args) for actor in actors])
-        return [result for part in parts for result in part]
-
-    return on_shards
+def _start_actors(shard_uris: list[str], n_actors: int, cpus_per_actor: float, gpus_per_actor: float) -> list[Any]:
+    parts = [shard_uris[group] for group in groups(len(shard_uris))]
+    have = ray.cluster_resources()
+    room = [int(have.get(kind, 0) / each) for kind, each in (("CPU", cpus_per_actor), ("GPU", gpus_per_actor)) if each]
+    n_actors = max(1, min(n_actors, len(parts), *room))
+    options = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "max_restarts": -1, "max_task_retries": -1}
+    cuts = [len(parts) * i // n_actors for i in range(n_actors + 1)]
+    before = list(itertools.accumulate((len(part) for part in parts), initial=0))
+    actor, device = ray.remote(_ShardActor).options(**options), "cuda" if gpus_per_actor else "cpu"
+    return [actor.remote(parts[a:b], before[a], device) for a, b in itertools.pairwise(cuts)]
 
 
 def _read_points(uri: str) -> torch.Tensor:

@@ -138,6 +138,8 @@ def _json_rows(uri: str, name: str) -> Iterator[dict]:
                 row = json.loads(_decode(line, f"{name}:{number}"))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{name}:{number} is not JSON: {error.msg} at column {error.colno}.") from error
+            except RecursionError as error:
+                raise ValueError(f"{name}:{number} is JSON nested too deeply. Flatten it or take it out.") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{name}:{number} is not a JSON object with keys such as 'text'.")
             yield row

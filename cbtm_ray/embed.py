@@ -1,13 +1,20 @@
-"""TokenTfidf: document embeddings as sums of one row a token, so that routing costs one row addition a token.
+"""Embedders: documents and contexts, as token ids, -> points that clustering and routing measure distances between.
 
 N documents, T tokens, V vocabulary, D embedding dimensions.
 
-tf-idf followed by a truncated SVD is linear in the term counts, up to the final L2 norm. With the V x D table
-E[v] = idf[v] * components[:, v], the embedding of any text is normalise(sum of E[t] over its tokens t): tf-idf's own norm
-cancels. The paper (section 3.2) embeds words; tokens are what training needs anyway, so the text is passed over once.
+All share one interface, over token ids, since those are what training, evaluation and serving have at hand:
+
+    transform(documents) -> (N, D)      prefix_embeddings(tokens_T) -> (T, D)      context()      save(folder_uri)
+
+`TokenTfidf` is the default. tf-idf followed by a truncated SVD is linear in the term counts, up to the final L2 norm. With
+the V x D table E[v] = idf[v] * components[:, v], the embedding of any text is normalise(sum of E[t] over its tokens t):
+tf-idf's own norm cancels, and routing costs one row addition a token. The paper (section 3.2) embeds words: `WordTfidf`.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +25,31 @@ from sklearn.preprocessing import normalize
 from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import files
+from cbtm_ray.config import EmbedConfig
+from cbtm_ray.text_embedders import SentenceEncoder, WordTfidf
+
+
+class Context(Protocol):
+    """The embedding of a text that grows by a token at a time."""
+
+    def append(self, token: int) -> None: ...
+
+    def embedding(self) -> np.ndarray:
+        """Float32 (D,): the row that `prefix_embeddings` gives for the next token."""
+
+
+class Embedder(Protocol):
+    """What every embedder can do."""
+
+    def transform(self, documents: list[np.ndarray]) -> np.ndarray:
+        """Embeddings of whole documents, float32 (N, D)."""
+
+    def prefix_embeddings(self, tokens_T: np.ndarray) -> np.ndarray:
+        """Embedding of the context of every token, float32 (T, D): row t is that of tokens[:t]."""
+
+    def context(self) -> Context: ...
+
+    def save(self, folder_uri: str) -> None: ...
 
 
 class TokenTfidf:
@@ -79,18 +111,66 @@ class TokenTfidf:
         prefixes_TD = sums_TD / np.maximum(norms_T1, 1e-12)
         return np.concatenate([np.zeros((1, self.table_VD.shape[1])), prefixes_TD]).astype(np.float32)[: len(tokens_T)]
 
-    def save(self, uri: str) -> None:
-        files.write_array(uri, self.table_VD)
+    def context(self) -> TokenContext:
+        return TokenContext(self.table_VD)
+
+    def save(self, folder_uri: str) -> None:
+        files.write_array(files.join(folder_uri, "table.npy"), self.table_VD)
 
     @classmethod
-    def load(cls, uri: str) -> TokenTfidf:
-        return cls(files.read_array(uri))
+    def load(cls, folder_uri: str) -> TokenTfidf:
+        return cls(files.read_array(files.join(folder_uri, "table.npy")))
 
 
-def load_clusterer(folder_uri: str) -> tuple[TokenTfidf, np.ndarray]:
+class TokenContext:
+    """A running sum of table rows: O(D) a token."""
+
+    def __init__(self, table_VD: np.ndarray) -> None:
+        self._table_VD, self._sum_D = table_VD, np.zeros(table_VD.shape[1])
+
+    def append(self, token: int) -> None:
+        self._sum_D += self._table_VD[token]
+
+    def embedding(self) -> np.ndarray:
+        return (self._sum_D / max(float(np.linalg.norm(self._sum_D)), 1e-12)).astype(np.float32)
+
+
+def fit_embedder(
+    config: EmbedConfig, tokenizer: PreTrainedTokenizerBase, documents: list[np.ndarray], random_state: int
+) -> Embedder:
+    """The embedder that the configuration names, fitted on the token ids of a sample."""
+    if config.embedder == "sentence":
+        return SentenceEncoder.open(config, tokenizer)
+    if config.embedder == "word_tfidf":
+        return WordTfidf.fit(
+            documents,
+            tokenizer,
+            dimensions=config.dimensions,
+            standardise=config.normalisation == "standard",
+            random_state=random_state,
+        )
+    return TokenTfidf.fit(documents, silent_tokens(tokenizer), dimensions=config.dimensions, random_state=random_state)
+
+
+def save_embedder(embedder: Embedder, config: EmbedConfig, folder_uri: str) -> None:
+    """Arrays, JSON and safetensors, and last the settings that `load_embedder` goes by."""
+    embedder.save(folder_uri)
+    files.write_json(files.join(folder_uri, "embedder.json"), dataclasses.asdict(config))
+
+
+def load_embedder(folder_uri: str, tokenizer: PreTrainedTokenizerBase) -> Embedder:
+    config = EmbedConfig(**files.read_json(files.join(folder_uri, "embedder.json")))
+    if config.embedder == "sentence":
+        return SentenceEncoder.load(folder_uri, config, tokenizer)
+    if config.embedder == "word_tfidf":
+        return WordTfidf.load(folder_uri, tokenizer)
+    return TokenTfidf.load(folder_uri)
+
+
+def load_clusterer(folder_uri: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Embedder, torch.Tensor]:
     """The embedder and the cluster centres, float32 (K, D), of a finished `clusterer/`."""
-    embedder = TokenTfidf.load(files.join(folder_uri, "embedder.npy"))
-    return embedder, files.read_array(files.join(folder_uri, "centers.npy"))
+    centers_KD = torch.from_numpy(files.read_array(files.join(folder_uri, "centers.npy")))
+    return load_embedder(files.join(folder_uri, "embedder"), tokenizer), centers_KD
 
 
 def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

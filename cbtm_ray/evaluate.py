@@ -129,24 +129,45 @@ def mixture_logprobs(held_out: HeldOut, route: Route) -> np.ndarray:
 
 def routing_weights(held_out: HeldOut, route: Route) -> np.ndarray:
     """Weights of the experts for every token, (T, K)."""
-    distances_TK, settings = held_out.squared_distances_TK, route.settings
-    if route.routing == "embedding":
-        return sparse_weights(embedding_scores(distances_TK, settings["temperature"]), route.top_k)
-    evidence_TK = held_out.evidence(settings["gamma"])
-    scores_TK = posterior_scores(distances_TK, evidence_TK, settings["temperature"], settings["beta"])
+    scores_TK = _scores(held_out, route.routing, route.settings)
     if route.routing == "prefix":
         held = [hold_after_prefix(scores_TK[rows], route.top_k, route.prefix_tokens) for rows in held_out.documents()]
         scores_TK = np.concatenate(held)
     return sparse_weights(scores_TK, route.top_k)
 
 
-def tune(held_out: HeldOut, config: EvaluateConfig, *, routing: str, top_k: int) -> Route:
-    """The route of least loss on these documents, which must not be those that are reported on."""
-    routes = [
+def _scores(held_out: HeldOut, routing: str, settings: dict[str, float]) -> np.ndarray:
+    distances_TK = held_out.squared_distances_TK
+    if routing == "embedding":
+        return embedding_scores(distances_TK, settings["temperature"])
+    evidence_TK = held_out.evidence(settings["gamma"])
+    return posterior_scores(distances_TK, evidence_TK, settings["temperature"], settings["beta"])
+
+
+def tune(held_out: HeldOut, config: EvaluateConfig, *, routing: str, sizes: list[int]) -> list[Route]:
+    """For each top-k of `sizes` the route of least loss on these documents, which must not be those reported on."""
+    best = {top_k: (math.inf, dict[str, float]()) for top_k in sizes}
+    for settings in candidates(routing, config):
+        scores_TK = _scores(held_out, routing, settings)
+        order_TK = np.argsort(-scores_TK, axis=1, kind="stable")
+        if routing == "prefix":
+            for rows in held_out.documents():
+                order_TK[rows][config.prefix_tokens :] = order_TK[rows][config.prefix_tokens : config.prefix_tokens + 1]
+        losses_K = -nested_mixtures(held_out.logprobs_TK, scores_TK, order_TK).mean(axis=0)
+        for top_k in sizes:
+            if losses_K[top_k - 1] < best[top_k][0]:
+                best[top_k] = float(losses_K[top_k - 1]), settings
+    return [
         Route(routing=routing, top_k=top_k, settings=settings, prefix_tokens=config.prefix_tokens)
-        for settings in candidates(routing, config)
+        for top_k, (_, settings) in best.items()
     ]
-    return min(routes, key=lambda route: float(-mixture_logprobs(held_out, route).mean()))
+
+
+def nested_mixtures(logprobs_TK: np.ndarray, scores_TK: np.ndarray, order_TK: np.ndarray) -> np.ndarray:
+    """The mixture's log-probability with the first 1, 2, ... K experts of each row's order, (T, K), in one pass."""
+    ranked_TK = np.take_along_axis(scores_TK, order_TK, axis=1).astype(np.float64)
+    joint_TK = ranked_TK + np.take_along_axis(logprobs_TK, order_TK, axis=1)
+    return np.logaddexp.accumulate(joint_TK, axis=1) - np.logaddexp.accumulate(ranked_TK, axis=1)
 
 
 def summarise(logprobs_T: np.ndarray, lengths: np.ndarray, text_bytes: int, dense_T: np.ndarray) -> dict[str, Any]:

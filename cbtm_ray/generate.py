@@ -18,10 +18,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cbtm_ray import files
 from cbtm_ray.branch import expert_folder
-from cbtm_ray.embed import TokenTfidf, load_clusterer
+from cbtm_ray.distances import squared_distances
+from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.merge import mix_logprobs
 from cbtm_ray.models import load_model
-from cbtm_ray.route import check_top_k, posterior_scores, sparse_weights, squared_distances
+from cbtm_ray.route import check_top_k, posterior_scores, sparse_weights
 from cbtm_ray.tokens import load_tokenizer
 
 
@@ -30,8 +31,8 @@ class Ensemble:
     """The experts of a run, by cluster, and what routes to them."""
 
     experts: list[PreTrainedModel]
-    embedder: TokenTfidf
-    centers_KD: np.ndarray
+    embedder: Embedder
+    centers_KD: torch.Tensor
     end_of_text: int
     settings: dict[str, float]
     """temperature, beta and gamma of posterior routing, tuned by the evaluation."""
@@ -73,7 +74,7 @@ class PrefixRouter:
         self.running = list(range(n_experts))
         self.length = 0
         self._evidence_K = np.zeros(n_experts)
-        self._sum_D = np.zeros(ensemble.embedder.table_VD.shape[1])
+        self._context = ensemble.embedder.context()
 
     def weights(self) -> np.ndarray:
         """Weights for the next token, (K,): 0 for all but `top_k` of the experts that run."""
@@ -84,15 +85,15 @@ class PrefixRouter:
         gamma = self.ensemble.settings["gamma"]
         for expert in self.running:
             self._evidence_K[expert] = gamma * self._evidence_K[expert] + logprobs[expert]
-        self._sum_D += self.ensemble.embedder.table_VD[token]
+        self._context.append(token)
         self.length += 1
         if self.length == self.ensemble.prefix_tokens:
             best = np.argsort(-self._scores()[0], kind="stable")[: self.top_k]
             self.running = sorted(int(expert) for expert in best)
 
     def _scores(self) -> np.ndarray:
-        norm = max(float(np.linalg.norm(self._sum_D)), 1e-12)
-        distances_1K = squared_distances((self._sum_D / norm)[None], self.ensemble.centers_KD)
+        h_1D = torch.from_numpy(self._context.embedding()[None])
+        distances_1K = squared_distances(h_1D, self.ensemble.centers_KD).numpy()
         settings = self.ensemble.settings
         scores_1K = posterior_scores(
             distances_1K, self._evidence_K[None], settings["temperature"], settings["beta"]
@@ -196,7 +197,7 @@ def load_ensemble(run_dir: str) -> tuple[Ensemble, PreTrainedTokenizerBase]:
     tuned = next(row for row in rows if row["routing"] == "posterior" and row["top_k"] == min(2, row["n_clusters"]))
     experts = [load_model(files.join(run_dir, expert_folder(k))).eval() for k in range(tuned["n_clusters"])]
     tokenizer = load_tokenizer(files.join(run_dir, "tokenizer"))
-    embedder, centers_KD = load_clusterer(files.join(run_dir, "clusterer"))
+    embedder, centers_KD = load_clusterer(files.join(run_dir, "clusterer"), tokenizer)
     ensemble = Ensemble(
         experts=experts,
         embedder=embedder,

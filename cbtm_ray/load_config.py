@@ -96,6 +96,8 @@ def _explain(item: Any) -> str:
         owner = _fields(location[:-1])
         nearest = difflib.get_close_matches(location[-1], owner, n=1, cutoff=0.0)[0]
         return f"{name} is not a key. Did you mean {'.'.join([*location[:-1], nearest])}? Allowed there: {', '.join(owner)}."
+    if item["type"] == "missing" and isinstance(item["loc"][-1], int):
+        return f"{'.'.join(location[:-1])}={list(value)!r} has too few values. Give at least {item['loc'][-1] + 1}."
     if item["type"] == "missing":
         return f"{name} is missing. Add it to the config file or give {name}=VALUE on the command line."
     if item["type"] == "value_error":

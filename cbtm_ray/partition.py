@@ -1,32 +1,38 @@
 """The corpus, streamed once through Ray Data: read -> tokenise -> embed -> nearest centre -> token shards.
 
 Each input shard becomes one Parquet file a split, written aside and renamed, so that a restart redoes only what is
-missing. Its rows are sorted by cluster and no row group mixes clusters: an expert reads its own by Parquet statistics.
+missing. No row group mixes clusters: an expert reads its own by Parquet statistics. Memory holds a few million tokens of a
+shard at a time, however large it is.
 Balance held while fitting only; here every document goes to its nearest centre (paper section 3.2).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
+import torch
 
 from cbtm_ray import files, progress
 from cbtm_ray.config import Config, CorpusConfig
 from cbtm_ray.corpus import corpus_shards
+from cbtm_ray.distances import squared_distances
 from cbtm_ray.documents import Document, Shard, is_held_out, read_shard
 from cbtm_ray.embed import load_clusterer
-from cbtm_ray.route import squared_distances
+from cbtm_ray.embed_workers import map_embedding
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import encode, load_tokenizer
 
+SPLITS = ("valid", "train")
 CHUNK_DOCUMENTS = 512
+BUFFER_TOKENS = 1 << 24  # what an output holds in memory: 64 MiB of token ids
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -47,11 +53,10 @@ def partition_corpus(run: Run) -> dict[str, Any]:
     counted = run.need("corpus", "build_corpus")["shards"]
     corpus, _ = corpus_shards(run)
     tasks = [{"index": index, **shard} for index, shard in enumerate(counted)]
-    totals = {split: _Totals(run.config.cluster.n_clusters) for split in ("train", "valid")}
+    totals = {split: _Totals(run.config.cluster.n_clusters) for split in SPLITS}
     with progress.bar("partition_corpus", len(tasks), "shards") as done:
-        written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-            functools.partial(_partition_shard, config=run.config, corpus=corpus)
-        )
+        work = functools.partial(_partition_shard, config=run.config, corpus=corpus)
+        written = map_embedding(tasks, work, run.config.embed.gpus)
         for number, row in enumerate(written.iter_rows(), start=1):
             for split in totals:
                 totals[split].add(row[split])
@@ -90,27 +95,64 @@ class _Totals:
 def _partition_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) -> dict[str, Any]:
     """Make both outputs of one input shard, or find them there; the counts per cluster of each."""
     run = Run(config)
-    uris = {split: run.uri("shards", split, f"part-{row['index']:05d}.parquet") for split in ("valid", "train")}
+    uris = {split: run.uri("shards", split, f"part-{row['index']:05d}.parquet") for split in SPLITS}
     if not all(files.exists(uri) for uri in uris.values()):
-        rows = _assign_shard(row, config, corpus)
-        for split, uri in uris.items():
-            _check(row, split, len(rows[split]))
-            _write(uri, rows[split], config.cluster.n_clusters)
+        with contextlib.ExitStack() as stack:
+            outputs = {
+                split: _Output(stack.enter_context(files.writing(uri)), config.cluster.n_clusters)
+                for split, uri in uris.items()
+            }
+            for split, document in _assign_shard(row, config, corpus):
+                outputs[split].add(document)
+            for split, output in outputs.items():
+                output.close()
+                _check(row, split, sum(output.documents_K))
     return {"index": row["index"], **{split: _read_counts(uri) for split, uri in uris.items()}}
 
 
-def _assign_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) -> dict[str, list[dict[str, Any]]]:
+def _assign_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The documents of one input shard as rows of the output, each with its split."""
     tokenizer, embedder, centers_KD = _tools(config)
     shard = Shard(tuple(row["uris"]), tuple(row["names"]))
-    rows: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
     documents = (document for document in read_shard(shard, corpus) if document.text.strip())
     for chunk in iter(lambda: list(itertools.islice(documents, CHUNK_DOCUMENTS)), []):
         tokens = encode(tokenizer, [document.text for document in chunk])
-        clusters_N = squared_distances(embedder.transform(tokens), centers_KD).argmin(axis=1)
-        for document, ids, cluster in zip(chunk, tokens, clusters_N, strict=True):
+        distances_NK = squared_distances(torch.from_numpy(embedder.transform(tokens)), centers_KD)
+        for document, ids, cluster in zip(chunk, tokens, distances_NK.argmin(1).tolist(), strict=True):
             held_out = row["split"] == "valid" or is_held_out(document.id, corpus, config.run.seed)
-            rows["valid" if held_out else "train"].append(_output_row(document, ids, int(cluster)))
-    return rows
+            yield "valid" if held_out else "train", _output_row(document, ids, cluster)
+
+
+class _Output:
+    """One output file: rows gather until there are many tokens, then every cluster's become a row group."""
+
+    def __init__(self, stream: Any, n_clusters: int) -> None:
+        self.documents_K, self.tokens_K = [0] * n_clusters, [0] * n_clusters
+        self._waiting: list[dict[str, Any]] = []
+        self._waiting_tokens = 0
+        self._writer = pq.ParquetWriter(stream, SCHEMA, compression="zstd")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.documents_K[row["cluster"]] += 1
+        self.tokens_K[row["cluster"]] += len(row["tokens"])
+        self._waiting.append(row)
+        self._waiting_tokens += len(row["tokens"])
+        if self._waiting_tokens >= BUFFER_TOKENS:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what waits, and the counts into the footer."""
+        self._flush()
+        counts = {"documents": self.documents_K, "tokens": self.tokens_K}
+        self._writer.add_key_value_metadata({"counts": json.dumps(counts)})
+        self._writer.close()
+
+    def _flush(self) -> None:
+        self._waiting.sort(key=lambda row: row["cluster"])
+        for _, members in itertools.groupby(self._waiting, key=lambda row: row["cluster"]):
+            group = pa.Table.from_pylist(list(members), SCHEMA)
+            self._writer.write_table(group, row_group_size=len(group))
+        self._waiting, self._waiting_tokens = [], 0
 
 
 def _output_row(document: Document, tokens: np.ndarray, cluster: int) -> dict[str, Any]:
@@ -127,7 +169,8 @@ def _output_row(document: Document, tokens: np.ndarray, cluster: int) -> dict[st
 def _tools(config: Config) -> tuple[Any, ...]:
     """Tokenizer, embedder and centres, loaded once a worker process."""
     run = Run(config)
-    return load_tokenizer(run.uri("tokenizer")), *load_clusterer(run.uri("clusterer"))
+    tokenizer = load_tokenizer(run.uri("tokenizer"))
+    return tokenizer, *load_clusterer(run.uri("clusterer"), tokenizer)
 
 
 def _check(row: dict[str, Any], split: str, documents: int) -> None:
@@ -139,21 +182,12 @@ def _check(row: dict[str, Any], split: str, documents: int) -> None:
         )
 
 
-def _write(uri: str, rows: list[dict[str, Any]], n_clusters: int) -> None:
-    """One row group a cluster; the counts travel in the footer."""
-    rows = sorted(rows, key=lambda row: row["cluster"])
-    clusters = [row["cluster"] for row in rows]
-    lengths = [len(row["tokens"]) for row in rows]
-    counts = {
-        "documents": np.bincount(clusters, minlength=n_clusters).tolist(),
-        "tokens": np.bincount(clusters, weights=lengths, minlength=n_clusters).astype(int).tolist(),
-    }
-    schema = SCHEMA.with_metadata({"counts": json.dumps(counts)})
-    with files.writing(uri) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
-        for _, members in itertools.groupby(rows, key=lambda row: row["cluster"]):
-            writer.write_table(pa.Table.from_pylist(list(members), schema), row_group_size=len(rows))
-
-
 def _read_counts(uri: str) -> dict[str, list[int]]:
+    """Counts per cluster from the footer. ValueError if they are not those of the rows: the file is damaged."""
     filesystem, path = files.resolve(uri)
-    return json.loads(pq.read_schema(path, filesystem=filesystem).metadata[b"counts"])
+    with filesystem.open_input_file(path) as stream:
+        metadata = pq.ParquetFile(stream).metadata
+    counts = json.loads((metadata.metadata or {}).get(b"counts", b"{}"))
+    if sum(counts.get("documents", ())) != metadata.num_rows:
+        raise ValueError(f"{uri} holds {metadata.num_rows} documents, but not those it was made with. Delete it.")
+    return counts

@@ -13,10 +13,10 @@ import torch
 from cbtm_ray import evaluate, files, progress
 from cbtm_ray.branch import DENSE, expert_folder
 from cbtm_ray.config import Config
+from cbtm_ray.distances import squared_distances
 from cbtm_ray.documents import unit_hash
 from cbtm_ray.embed import load_clusterer
 from cbtm_ray.models import load_model
-from cbtm_ray.route import squared_distances
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import load_tokenizer
 
@@ -45,10 +45,10 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
     models = {name: run.need(name, "train_experts") for name in ["seed", DENSE, *experts]}
     documents = held_out_documents(run)
     logprobs = {name: files.read_array(uri) for name, uri in _score_models(run, list(models)).items()}
-    embedder, centers_KD = load_clusterer(run.uri("clusterer"))
-    distances_TK = np.concatenate(
-        [squared_distances(embedder.prefix_embeddings(tokens), centers_KD) for tokens in documents.tokens]
-    )
+    tokenizer = load_tokenizer(run.uri("tokenizer"))
+    embedder, centers_KD = load_clusterer(run.uri("clusterer"), tokenizer)
+    prefixes = (torch.from_numpy(embedder.prefix_embeddings(tokens)) for tokens in documents.tokens)
+    distances_TK = torch.cat([squared_distances(prefixes_TD, centers_KD) for prefixes_TD in prefixes]).numpy()
     experts_TK = np.stack([logprobs[name] for name in experts], axis=1)
     tuning, reported = (_half(documents, experts_TK, distances_TK, half) for half in (True, False))
     tokens_T = _token_mask(documents, False)
@@ -158,10 +158,10 @@ def _routes(config: Config, tuning: evaluate.HeldOut) -> list[evaluate.Route]:
     n_clusters = config.cluster.n_clusters
     sizes = sorted({*(k for k in config.evaluate.top_k if k < n_clusters), n_clusters})
     return [
-        evaluate.tune(tuning, config.evaluate, routing=routing, top_k=top_k)
+        route
         for routing in ROUTINGS
-        for top_k in sizes
-        if routing != "prefix" or top_k < n_clusters  # holding all experts leaves nothing out: posterior routing
+        for route in evaluate.tune(tuning, config.evaluate, routing=routing, sizes=sizes)
+        if routing != "prefix" or route.top_k < n_clusters  # holding all leaves nothing out: posterior routing
     ]
 
 

@@ -1,6 +1,6 @@
 """Routing: the context of every token -> weights over experts, sparse and summing to 1.
 
-T tokens (of one document after the other), K experts, D embedding dimensions.
+T tokens (of one document after the other), K experts.
 
 All scores are log weights up to a constant. Row t of everything speaks of the context before token t.
 """
@@ -10,13 +10,6 @@ from __future__ import annotations
 import numpy as np
 from scipy.signal import lfilter
 from scipy.special import softmax
-
-
-def squared_distances(prefixes_TD: np.ndarray, centers_KD: np.ndarray) -> np.ndarray:
-    """Squared Euclidean distance of each context's embedding to each centre, float32 (T, K)."""
-    cross_TK = prefixes_TD @ centers_KD.T
-    norms_T1 = (prefixes_TD**2).sum(axis=1, keepdims=True)
-    return np.maximum(norms_T1 - 2 * cross_TK + (centers_KD**2).sum(axis=1), 0).astype(np.float32)
 
 
 def embedding_scores(squared_distances_TK: np.ndarray, temperature: float) -> np.ndarray:

@@ -63,10 +63,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, uri: str) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
-    """Token ids of each text, int32, without special tokens."""
+    """Token ids of each text, int32, without special tokens: a text that spells one out is text like any other."""
     if not texts:
         return []
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return [np.asarray(ids, dtype=np.int32) for ids in encoded]
 
 

@@ -3,7 +3,6 @@
 import sys
 
 from cbtm_ray.cli import main
-from cbtm_ray.pipeline import run_all
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, run_all))
+    sys.exit(main(__doc__, "run_all"))

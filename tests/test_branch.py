@@ -8,16 +8,32 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 from cbtm_ray import files
-from cbtm_ray.branch import DENSE, Branch, expert_branches, expert_folder, seed_branch, train_branches
+from cbtm_ray.branch import (
+    DENSE,
+    Branch,
+    _groups,
+    _run_name,
+    expert_branches,
+    expert_folder,
+    seed_branch,
+    train_branches,
+)
 from cbtm_ray.config import Config
 from cbtm_ray.load_config import build_config
+from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import Run
+from cbtm_ray.tokens import PackedSequences, load_tokenizer, read_documents
+from cbtm_ray.train import train_model
 from tests.tiny import tiny_tree, write_corpus
 
 pytestmark = pytest.mark.ray
@@ -35,11 +51,28 @@ def test_experts_share_the_budget_and_the_control_gets_all_of_it(tiny_config: Co
     assert seed_branch(run).spec.steps == 12
 
 
-def test_one_cluster_is_the_dense_control(tmp_path: Path, ray_cluster: None) -> None:
+def one_cluster_run(tmp_path: Path) -> Run:
     tree = tiny_tree(tmp_path / "run", write_corpus(tmp_path / "corpus", documents=60))
     tree["cluster"]["n_clusters"] = 1
     run = Run(build_config(tree))
-    for job in ("build_corpus", "fit_clusters", "partition_corpus", "train_seed", "train_experts"):
+    for job in ("build_corpus", "fit_clusters", "partition_corpus"):
+        run_job(run, job)
+    return run
+
+
+def test_one_expert_is_given_what_the_dense_control_is_given(tmp_path: Path, ray_cluster: None) -> None:
+    run = one_cluster_run(tmp_path)
+    dense, expert = expert_branches(run)
+    assert expert == dataclasses.replace(dense, cluster=0, spec=dataclasses.replace(dense.spec, name=expert_folder(0)))
+    theirs, ours = (read_documents(run.uri("shards"), "train", branch.cluster) for branch in (dense, expert))
+    assert all(np.array_equal(a, b) for a, b in zip(theirs, ours, strict=True))
+    assert len(ours) > 20
+
+
+@pytest.mark.slow
+def test_one_cluster_is_the_dense_control(tmp_path: Path, ray_cluster: None) -> None:
+    run = one_cluster_run(tmp_path)
+    for job in ("train_seed", "train_experts"):
         run_job(run, job)
     expert, dense = (files.read_bytes(run.uri(name, "model.safetensors")) for name in (expert_folder(0), DENSE))
     assert expert == dense
@@ -50,43 +83,80 @@ def branch_of(run: Run, name: str, **changes: object) -> Branch:
     return dataclasses.replace(template, spec=dataclasses.replace(template.spec, name=name), **changes)
 
 
-def test_a_failing_run_leaves_the_others_alone_and_is_said(finished_run: Run, tmp_path: Path) -> None:
-    good = branch_of(finished_run, "extra/good")
-    bad = branch_of(finished_run, "extra/bad", init=str(tmp_path / "no_model"))
+def test_what_fails_leaves_the_others_alone_and_is_said(finished_run: Run, tmp_path: Path) -> None:
+    """Beside it in the same Ray Train run, and in another."""
+    names = ("extra/bad", "extra/beside", "extra/apart")
+    bad, beside, apart = (branch_of(finished_run, name) for name in names)
+    bad = dataclasses.replace(bad, init=str(tmp_path / "no_model"))
     with pytest.raises(ValueError, match="no causal language model can be loaded from"):
-        train_branches(finished_run, [bad, good], title="test", cpus=1, slots=2)
-    assert finished_run.manifest("extra/good") is not None
-    assert finished_run.manifest("extra/bad") is None
+        train_branches(finished_run, [bad, beside, apart], title="test", cpus=1, slots=2, per_run=2)
+    assert [finished_run.manifest(name) is not None for name in names] == [False, True, True]
+    expert = files.read_bytes(finished_run.uri(expert_folder(0), "model.safetensors"))
+    for name in names[1:]:
+        assert files.read_bytes(finished_run.uri(name, "model.safetensors")) == expert
+
+
+def test_runs_are_of_branches_of_equal_length_whatever_is_finished(tiny_config: Config) -> None:
+    tree = dataclasses.replace(
+        tiny_config,
+        cluster=dataclasses.replace(tiny_config.cluster, n_clusters=5),
+        train=dataclasses.replace(tiny_config.train, total_tokens=128 * 10),
+    )
+    groups = _groups(expert_branches(Run(tree)), 2)
+    assert [[branch.cluster for branch in group] for group in groups] == [[None], [0, 1], [2, 3], [4]]
+    assert [_run_name(group) for group in groups] == [
+        "controls-dense",
+        "experts-cluster=0000-and-1-more",
+        "experts-cluster=0002-and-1-more",
+        "experts-cluster=0004",
+    ]
+
+
+def train_here(run: Run, branch: Branch) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """The same training without Ray and without an interruption."""
+    documents = read_documents(run.uri("shards"), "train", branch.cluster)
+    end_of_text = load_tokenizer(run.uri("tokenizer")).eos_token_id
+    sequences = PackedSequences(
+        documents, sequence_length=branch.spec.sequence_length, end_of_text=end_of_text, seed=run.config.run.seed
+    )
+    model = load_model(branch.init)
+    kept: list[dict[str, Any]] = []
+    curve = train_model(model, sequences, branch.spec, state=None, save=kept.append, log=kept.append)
+    return model, curve
+
+
+def kill_training_worker(manifest: Path, checkpoints: Path, killed: list[int]) -> None:
+    """SIGKILL the training worker of this session's Ray once the second branch of its run has a checkpoint."""
+    while not manifest.exists():
+        time.sleep(0.01)
+    before = set(checkpoints.glob("checkpoint_*/state.pt"))
+    while not set(checkpoints.glob("checkpoint_*/state.pt")) - before:
+        time.sleep(0.01)
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(process.pid)
 
 
 @pytest.mark.timeout(200)
-def test_a_killed_worker_resumes_to_the_same_weights(finished_run: Run) -> None:
-    undisturbed = branch_of(finished_run, "extra/undisturbed")
-    undisturbed = dataclasses.replace(undisturbed, spec=dataclasses.replace(undisturbed.spec, steps=4000))
-    victim = dataclasses.replace(undisturbed, spec=dataclasses.replace(undisturbed.spec, name="extra/victim"))
-    victim, undisturbed = (
-        dataclasses.replace(branch, spec=dataclasses.replace(branch.spec, checkpoint_every=500))
-        for branch in (victim, undisturbed)
-    )
+def test_a_killed_worker_resumes_to_the_weights_of_undisturbed_training(finished_run: Run) -> None:
+    template = branch_of(finished_run, "extra/victim")
+    spec = dataclasses.replace(template.spec, steps=1200, checkpoint_every=300)
+    branches = [
+        dataclasses.replace(template, cluster=cluster, spec=dataclasses.replace(spec, name=f"extra/victim-{cluster}"))
+        for cluster in (0, 1)
+    ]
     killed: list[int] = []
-
-    def kill_after_a_checkpoint() -> None:
-        checkpoints = Path(finished_run.uri("checkpoints", "extra-victim"))
-        while not any(checkpoints.glob("checkpoint_*/state.pt")):
-            time.sleep(0.02)
-        for process in psutil.process_iter(["cmdline"]):
-            if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append(process.pid)
-
-    killer = threading.Thread(target=kill_after_a_checkpoint, daemon=True)
+    first = Path(finished_run.uri("extra/victim-0", "manifest.json"))
+    checkpoints = Path(finished_run.uri("checkpoints", "extra-victim-0-and-1-more"))
+    killer = threading.Thread(target=kill_training_worker, args=(first, checkpoints, killed), daemon=True)
     killer.start()
-    train_branches(finished_run, [victim], title="test", cpus=1, slots=1)
+    train_branches(finished_run, branches, title="test", cpus=1, slots=1, per_run=2)
     killer.join(timeout=5)
     assert killed, "the worker was not killed while it trained"
-    train_branches(finished_run, [undisturbed], title="test", cpus=1, slots=1)
-    weights = [files.read_bytes(finished_run.uri(f"extra/{n}", "model.safetensors")) for n in ("victim", "undisturbed")]
-    assert weights[0] == weights[1]
-    curves = [finished_run.manifest(f"extra/{name}")["curve"] for name in ("victim", "undisturbed")]
-    losses = [[(point["step"], point["loss_nats"]) for point in curve] for curve in curves]
-    assert losses[0] == losses[1]
+    for branch in branches:
+        model, curve = train_here(finished_run, branch)
+        resumed = load_model(finished_run.uri(branch.spec.name)).state_dict()
+        assert all(torch.equal(weights, resumed[name]) for name, weights in model.state_dict().items())
+        theirs = finished_run.manifest(branch.spec.name)["curve"]
+        assert [(p["step"], p["loss_nats"]) for p in theirs] == [(p["step"], p["loss_nats"]) for p in curve]

@@ -11,7 +11,10 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
 from cbtm_ray import cluster
-from cbtm_ray.cluster import BalancedKMeans, assign_points, balanced_assignment, squared_distances
+from cbtm_ray.cluster import BalancedKMeans, assign_points, balanced_assignment
+from cbtm_ray.distances import squared_distances
+from cbtm_ray.rounding import round_sizes
+from cbtm_ray.shard_steps import LocalShards, Shard, cut
 
 COUNTS = [(2, 2), (7, 2), (9, 3), (10, 4), (23, 5), (40, 7), (61, 16), (96, 8), (31, 31), (33, 31)]
 
@@ -76,15 +79,15 @@ def test_cost_equals_linear_sum_assignment(n: int, n_clusters: int, seed: int) -
 @pytest.mark.parametrize(("n", "n_clusters"), COUNTS)
 def test_rounding_is_exact_and_proven_from_any_prices(n: int, n_clusters: int) -> None:
     distances, rng = random_distances(n, n_clusters), np.random.default_rng(1)
-    on_shards, best = cluster.on_local([cluster.Shard(distances)]), cheapest_cost(distances.numpy())
+    shards, best = LocalShards([Shard(distances)]), cheapest_cost(distances.numpy())
     for prices in (np.zeros(n_clusters), rng.normal(size=n_clusters), 5 * rng.random(n_clusters)):
-        assert cluster.lower_bound(on_shards, None, prices, n) <= best + 1e-12
-        rounded = cluster.round_sizes(distances.numpy(), np.zeros(n_clusters, int), prices)
+        assert cluster.lower_bound(shards, None, prices, n) <= best + 1e-12
+        rounded = round_sizes(distances.numpy(), np.zeros(n_clusters, int), prices)
         assert rounded is not None
         labels, proof = rounded
         assert_balanced(labels, n, n_clusters)
         assert distances.numpy()[np.arange(n), labels].mean() == pytest.approx(best, rel=1e-9)
-        assert cluster.lower_bound(on_shards, None, proof, n) == pytest.approx(best, rel=1e-9)
+        assert cluster.lower_bound(shards, None, proof, n) == pytest.approx(best, rel=1e-9)
 
 
 @pytest.mark.parametrize("n", [30_000, 30_011])
@@ -160,19 +163,9 @@ def test_labels_follow_a_permutation_of_documents_and_clusters() -> None:
     assert columns[permuted.labels].tolist() == balanced_assignment(distances).labels[rows].tolist()
 
 
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_float32_distances_match_float64(offset: float) -> None:
-    points = torch.from_numpy(blobs(500, dim=100)).double() + offset
-    points = points.float().double()
-    exact = torch.cdist(points, points[:9]) ** 2
-    ours = squared_distances(points.float(), points[:9].float())
-    assert ours.min() >= 0
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=2e-3)
-
-
 def test_blocks_are_the_same_kept_or_computed_again() -> None:
     points = torch.from_numpy(blobs(300))
-    kept, again = cluster.Shard(points), cluster.Shard(points, cache_bytes=0)
+    kept, again = Shard(points), Shard(points, cache_bytes=0)
     for centres in (points[:3], points[:3], points[5:9]):
         for shard in (kept, again):
             blocks = torch.cat([d for _, d in shard.blocks(centres)])
@@ -203,7 +196,7 @@ def test_bad_input_is_refused() -> None:
         BalancedKMeans(2).predict(np.zeros((3, 2), "f4"))
     with pytest.raises(ValueError, match="embeddings have 3 dimensions, but must have 5 as the centres do"):
         BalancedKMeans(2).fit(blobs(20)).transform(np.zeros((4, 3), "f4"))
-    uneven = cluster.on_local([cluster.Shard(torch.zeros(4, dim)) for dim in (2, 3)])
+    uneven = LocalShards([Shard(torch.zeros(4, dim)) for dim in (2, 3)])
     with pytest.raises(ValueError, match=r"embeddings have \[2, 3\] dimensions, but must all have as many"):
         cluster.check_documents(uneven, 2)
 
@@ -218,7 +211,7 @@ def test_no_documents_have_no_labels() -> None:
 @pytest.mark.parametrize("tol", [0.0, 1e-4])
 def test_unbalanced_equals_scikit_learn(n_clusters: int, tol: float) -> None:
     points = blobs(2000, n_blobs=6)
-    start = cluster.start_centres(cluster.on_local(cluster.cut(torch.from_numpy(points))), [2000], n_clusters, 3)
+    start = cluster.start_centres(LocalShards(cut(torch.from_numpy(points))), [2000], n_clusters, 3)
     ours = BalancedKMeans(n_clusters, balanced=False, max_iter=300, tol=tol, random_state=3).fit(points)
     theirs = KMeans(n_clusters, init=start.numpy(), n_init=1, tol=tol, algorithm="lloyd").fit(points)
     np.testing.assert_allclose(ours.cluster_centers_, theirs.cluster_centers_, atol=1e-4)
@@ -279,8 +272,8 @@ def test_threads_do_not_change_the_result() -> None:
 def test_empty_cluster_moves_to_the_farthest_document() -> None:
     points = torch.tensor([[0.0], [1.0], [10.0]])
     start = cluster.Progress(0, torch.tensor([[0.0], [99.0]]), torch.zeros(2), np.inf, np.inf, np.nan)
-    on_shards = cluster.on_local([cluster.Shard(points)])
-    first, *_, last = cluster.lloyd(on_shards, start, balanced=False, max_iter=9, tolerance=0.0)
+    shards = LocalShards([Shard(points)])
+    first, *_, last = cluster.lloyd(shards, start, balanced=False, max_iter=9, tolerance=0.0)
     assert first.centres[:, 0].tolist() == pytest.approx([11 / 3, 10.0])
     assert last.centres[:, 0].tolist() == [0.5, 10.0]
 
@@ -305,9 +298,9 @@ def test_as_many_clusters_as_documents_fit_exactly() -> None:
 
 def test_going_on_from_a_saved_iteration_changes_nothing() -> None:
     model = BalancedKMeans(4, max_iter=6, tol=0.0)
-    on_shards = cluster.on_local(cluster.cut(torch.from_numpy(blobs(500))))
-    straight = list(model.iterations(on_shards))
-    resumed = list(model.iterations(on_shards, straight[3]))
+    shards = LocalShards(cut(torch.from_numpy(blobs(500))))
+    straight = list(model.iterations(shards))
+    resumed = list(model.iterations(shards, straight[3]))
     assert len(straight) == 7
     assert len(resumed) == 4
     assert torch.equal(straight[-1].centres, resumed[-1].centres)

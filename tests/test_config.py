@@ -78,6 +78,8 @@ def test_an_unknown_section_gets_the_nearest_one() -> None:
         ("train", "warmup_steps", -1, "must be greater than or equal to 0"),
         ("train", "learning_rate", 0.0, "must be greater than 0"),
         ("train", "learning_rate", math.nan, "must be a finite number"),
+        ("train", "learning_rate", True, "must be a number"),
+        ("train", "gpus_per_expert", False, "must be a number"),
         ("train", "final_lr_fraction", 1.5, "must be less than or equal to 1"),
         ("train", "schedule", "step", "must be 'linear' or 'cosine'"),
         ("train", "precision", "fp16", "must be 'fp32' or 'bf16'"),
@@ -88,6 +90,7 @@ def test_an_unknown_section_gets_the_nearest_one() -> None:
         ("tokens", "vocab_size", 257, "must be greater than or equal to 258"),
         ("tokens", "sequence_length", 7, "must be greater than or equal to 8"),
         ("embed", "dimensions", 1, "must be greater than or equal to 2"),
+        ("cluster", "actors", 17, "must be less than or equal to 16"),
         ("cluster", "n_clusters", 0, "must be greater than or equal to 1"),
         ("cluster", "n_clusters", 8.0, "must be a valid integer"),
         ("cluster", "n_clusters", "8", "must be a valid integer"),
@@ -112,6 +115,29 @@ def test_infinity_is_refused(key: str) -> None:
 def test_a_beta_of_one_which_adamw_refuses_is_refused_here() -> None:
     with pytest.raises(ValueError, match=r"train\.betas\.1=1\.0: must be less than 1"):
         build_config(tree(train={"betas": [0.9, 1.0]}))
+
+
+def test_one_beta_is_too_few() -> None:
+    with pytest.raises(ValueError, match=r"^train\.betas=\[0\.9\] has too few values\. Give at least 2\.$"):
+        build_config(tree(train={"betas": [0.9]}))
+
+
+def test_an_empty_run_directory_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^run\.dir='': String should have at least 1 character"):
+        build_config(tree(run={"dir": ""}))
+
+
+@pytest.mark.parametrize(
+    ("embed", "message"),
+    [
+        ({"embedder": "sentence"}, "embed.encoder goes with embed.embedder=sentence"),
+        ({"encoder": "some/encoder"}, "embed.encoder goes with embed.embedder=sentence"),
+        ({"normalisation": "standard"}, "embed.normalisation=standard goes with embed.embedder=word_tfidf"),
+    ],
+)
+def test_settings_of_another_embedder_are_refused(embed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config(tree(embed=embed))
 
 
 @pytest.mark.parametrize("key", ["temperatures", "betas", "gammas"])

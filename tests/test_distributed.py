@@ -16,6 +16,7 @@ import pytest
 from cbtm_ray import cluster, files
 from cbtm_ray.cluster import BalancedKMeans
 from cbtm_ray.distributed import fit_distributed
+from cbtm_ray.shard_steps import Shard
 
 pytestmark = pytest.mark.ray
 
@@ -97,7 +98,7 @@ def test_state_of_another_fit_is_refused(ray_cluster: None, shards: list[str], t
 def dying_step(folder: Path, real_step: Callable[..., Any]) -> Callable[..., Any]:
     """`real_step`, but the first process to take it on shard 3 writes its id and then waits to be killed."""
 
-    def step(shard: cluster.Shard, *args: Any) -> Any:
+    def step(shard: Shard, *args: Any) -> Any:
         if shard.position == 3:
             victim = folder / "victim"
             if not victim.exists():

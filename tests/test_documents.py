@@ -162,6 +162,7 @@ def test_small_text_files_are_one_shard(tmp_path: Path) -> None:
     [
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"a\.jsonl:2 is not UTF-8: byte 0xe9 at position 13\. Re-encode"),
         (b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2 is not JSON: Expecting value at column \d+\."),
+        (b'{"text": ' + b"[" * 200_000 + b"\n", r"a\.jsonl:1 is JSON nested too deeply\."),
         (b'{"text": "a"}\n["b"]\n', r"a\.jsonl:2 is not a JSON object with keys such as 'text'"),
         (b'{"text": "a"}\n\n{"text": "b"}\n', r"a\.jsonl:2 is an empty line\. Remove it"),
         (b'{"text": "a"}\n  \n', r"a\.jsonl:2 is an empty line"),

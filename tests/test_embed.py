@@ -15,7 +15,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import normalize
 
 from cbtm_ray import files
-from cbtm_ray.embed import TokenTfidf, load_clusterer, silent_tokens
+from cbtm_ray.config import EmbedConfig
+from cbtm_ray.embed import TokenTfidf, load_clusterer, save_embedder, silent_tokens
 from cbtm_ray.tokens import encode, train_tokenizer
 
 VOCABULARY, DIMENSIONS = 40, 6
@@ -157,12 +158,24 @@ def test_silent_tokens_are_stop_words_and_all_without_a_letter() -> None:
 
 
 def test_an_embedder_and_its_centres_come_back(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["a captain"], vocab_size=258)
     centers = np.random.default_rng(0).normal(size=(3, DIMENSIONS)).astype(np.float32)
-    TokenTfidf(TABLE).save(str(tmp_path / "embedder.npy"))
+    save_embedder(TokenTfidf(TABLE), EmbedConfig(), str(tmp_path / "embedder"))
     files.write_array(str(tmp_path / "centers.npy"), centers)
-    embedder, loaded = load_clusterer(str(tmp_path))
+    embedder, loaded = load_clusterer(str(tmp_path), tokenizer)
+    assert isinstance(embedder, TokenTfidf)
     assert np.array_equal(embedder.table_VD, TABLE.astype(np.float32))
     assert np.array_equal(loaded, centers)
+
+
+@given(tokens=hnp.arrays(np.int32, st.integers(1, 40), elements=st.integers(0, VOCABULARY - 1)))
+def test_a_context_grows_through_the_prefixes(tokens: np.ndarray) -> None:
+    embedder = TokenTfidf(TABLE)
+    context, rows = embedder.context(), []
+    for token in tokens:
+        rows.append(context.embedding())
+        context.append(int(token))
+    np.testing.assert_allclose(rows, embedder.prefix_embeddings(tokens), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from cbtm_ray import evaluate
 from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.evaluate import (
     HeldOut,
@@ -16,6 +17,7 @@ from cbtm_ray.evaluate import (
     candidates,
     experts_run,
     mixture_logprobs,
+    nested_mixtures,
     routing_weights,
     score_documents,
     summarise,
@@ -86,11 +88,11 @@ def test_tuning_finds_the_temperature_that_trusts_a_good_embedding() -> None:
     near = np.tile([0.0, 1.0], (40, 1)).astype(np.float32)
     logprobs_TK = np.log(np.tile([0.9, 0.01], (40, 1))).astype(np.float32)
     lengths = np.array([20, 20])
-    assert tune(HeldOut(lengths, logprobs_TK, near), CONFIG, routing="embedding", top_k=2).settings == {
+    assert tune(HeldOut(lengths, logprobs_TK, near), CONFIG, routing="embedding", sizes=[2])[0].settings == {
         "temperature": 0.01
     }
     misled = HeldOut(lengths, logprobs_TK, 1 - near)
-    assert tune(misled, CONFIG, routing="embedding", top_k=2).settings == {"temperature": 1.0}
+    assert tune(misled, CONFIG, routing="embedding", sizes=[2])[0].settings == {"temperature": 1.0}
 
 
 def test_summary_by_hand() -> None:
@@ -156,7 +158,30 @@ def test_tuning_finds_the_best_of_all_candidates(routing: str, top_k: int) -> No
     ]
     assert len(set(losses)) > 1 or (routing, top_k) == ("embedding", 1)
     best = candidates(routing, config)[int(np.argmin(losses))]
-    assert tune(given, config, routing=routing, top_k=top_k).settings == best
+    routes = tune(given, config, routing=routing, sizes=[2, top_k])
+    assert [route.top_k for route in routes] == [2, top_k]
+    assert routes[1].settings == best
+
+
+@pytest.mark.parametrize("routing", ["embedding", "posterior", "prefix"])
+def test_one_pass_gives_the_mixture_of_every_top_k(routing: str) -> None:
+    given = held_out(n_experts=4, lengths=(12, 3, 0, 7))
+    config = EvaluateConfig(prefix_tokens=4, temperatures=(0.3,), betas=(1.0,), gammas=(0.9,))
+    expected = [
+        -mixture_logprobs(given, Route(routing=routing, top_k=k, settings=SETTINGS, prefix_tokens=4)).mean()
+        for k in range(1, 5)
+    ]
+    losses: list[float] = []
+
+    def spy(*args: np.ndarray) -> np.ndarray:
+        found = nested_mixtures(*args)
+        losses.extend(-found.mean(axis=0))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "nested_mixtures", spy)
+        tune(given, config, routing=routing, sizes=[1])
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
 def test_posterior_routing_turns_to_the_expert_that_explains_the_past() -> None:

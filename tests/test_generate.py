@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from cbtm_ray import evaluate
+from cbtm_ray.distances import squared_distances
 from cbtm_ray.generate import Context, Ensemble, Sampling, generate, load_ensemble, sample
 from cbtm_ray.results import held_out_documents
-from cbtm_ray.route import squared_distances
 from cbtm_ray.run import Run
 
 pytestmark = pytest.mark.ray
@@ -41,7 +42,9 @@ def test_text_has_the_probability_that_evaluation_gives_it(ensemble: Ensemble, f
         ],
         axis=1,
     )
-    distances_TK = squared_distances(ensemble.embedder.prefix_embeddings(tokens), ensemble.centers_KD)
+    distances_TK = squared_distances(
+        torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens)), ensemble.centers_KD
+    ).numpy()
     expected_T = evaluate.mixture_logprobs(
         evaluate.HeldOut(np.array([len(tokens)]), logprobs_TK, distances_TK),
         evaluate.Route(routing="prefix", top_k=top_k, settings=ensemble.settings, prefix_tokens=ensemble.prefix_tokens),

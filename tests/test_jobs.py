@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.ray
 ARTEFACTS = (
     "tokenizer/tokenizer.json",
     "clusterer/centers.npy",
-    "clusterer/embedder.npy",
+    "clusterer/embedder/table.npy",
     "shards/train/part-00000.parquet",
     "shards/valid/part-00002.parquet",
     "seed/model.safetensors",
@@ -125,7 +126,6 @@ def write_config(tmp_path: Path, **changes: dict) -> Path:
             ["corpus.text_column=body"],
             "corpus.text_column='body' is not in part-0.jsonl:1, which has id, text, domain.",
         ),
-        (["corpus.paths=[nowhere]"], "nowhere holds no documents"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -168,14 +168,39 @@ def kill_when(tmp_path: Path, config: Path, there: str) -> None:
         process.wait()
 
 
-@pytest.mark.timeout(400)
-def test_a_killed_run_continues_to_the_same_artefacts(tmp_path: Path, finished_run: Run) -> None:
-    config = write_config(tmp_path)
-    for there in ("checkpoints/seed/checkpoint_*", "experts/cluster=*/manifest.json"):
-        kill_when(tmp_path, config, there)
+def check_same_end(folder: Path, undisturbed: Run) -> None:
+    for name in ARTEFACTS:
+        assert (folder / name).read_bytes() == files.read_bytes(undisturbed.uri(name)), name
+    assert files.read_json(str(folder / "evaluation" / "results.json"))["rows"] == rows(undisturbed)
+
+
+def test_a_run_killed_among_its_experts_continues_to_the_same_artefacts(tmp_path: Path, finished_run: Run) -> None:
+    config = write_config(tmp_path, corpus={"paths": list(finished_run.config.corpus.paths)})
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "corpus", "tokenizer", "clusterer", "shards", "seed"):
+        source, target = finished_run.uri(name), tmp_path / "run" / name
+        shutil.copytree(source, target) if Path(source).is_dir() else shutil.copy(source, target)
+    kill_when(tmp_path, config, "experts/cluster=*/manifest.json")
     assert not (tmp_path / "run" / "experts" / "manifest.json").exists()
     subprocess.run(command("run_all", config), check=True, stdout=subprocess.DEVNULL)
-    for name in ARTEFACTS:
-        assert (tmp_path / "run" / name).read_bytes() == files.read_bytes(finished_run.uri(name)), name
-    killed = files.read_json(str(tmp_path / "run" / "evaluation" / "results.json"))["rows"]
-    assert killed == rows(finished_run)
+    check_same_end(tmp_path / "run", finished_run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_killed_in_every_stage_continues_to_the_same_artefacts(tmp_path: Path, finished_run: Run) -> None:
+    config = write_config(tmp_path)
+    for there in (
+        "corpus",
+        "tokenizer",
+        "clusterer/_state.npz",
+        "shards/train/part-*.parquet",
+        "checkpoints/seed/checkpoint_*",
+        "experts/cluster=*/manifest.json",
+        "evaluation/logprobs/*.npy",
+    ):
+        kill_when(tmp_path, config, there)
+        stage = there.split("/")[0].replace("checkpoints", "seed")
+        assert not (tmp_path / "run" / stage / "manifest.json").exists(), f"{stage} was over before the kill"
+    subprocess.run(command("run_all", config), check=True, stdout=subprocess.DEVNULL)
+    check_same_end(tmp_path / "run", finished_run)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cbtm_ray import files
+from cbtm_ray import files, partition
+from cbtm_ray.config import RunConfig
 from cbtm_ray.embed import load_clusterer
+from cbtm_ray.embed_workers import map_embedding
 from cbtm_ray.load_config import build_config
 from cbtm_ray.partition import partition_corpus
 from cbtm_ray.pipeline import run_job
@@ -35,9 +43,9 @@ def test_every_document_is_in_the_shards_once_at_its_nearest_centre(finished_run
         for row in pq.read_table(part).to_pylist()
     ]
     assert sorted(row["id"] for row in rows) == [f"d{index:04d}" for index in range(240)]
-    embedder, centers_KD = load_clusterer(finished_run.uri("clusterer"))
+    embedder, centers_KD = load_clusterer(finished_run.uri("clusterer"), load_tokenizer(finished_run.uri("tokenizer")))
     embeddings_ND = embedder.transform([np.array(row["tokens"]) for row in rows])
-    distances_NK = ((embeddings_ND[:, None] - centers_KD) ** 2).sum(axis=2)
+    distances_NK = ((embeddings_ND[:, None] - centers_KD.numpy()) ** 2).sum(axis=2)
     assert (distances_NK.argmin(axis=1) == [row["cluster"] for row in rows]).all()
 
 
@@ -94,5 +102,69 @@ def test_the_number_of_actors_changes_nothing(finished_run: Run, tmp_path: Path)
     run = Run(other)
     for job in ("build_corpus", "fit_clusters", "partition_corpus"):
         run_job(run, job)
-    for name in ("clusterer/centers.npy", "clusterer/embedder.npy", "shards/train/part-00001.parquet"):
+    for name in ("clusterer/centers.npy", "clusterer/embedder/table.npy", "shards/train/part-00001.parquet"):
         assert files.read_bytes(run.uri(name)) == files.read_bytes(finished_run.uri(name))
+
+
+def test_a_worker_killed_while_it_assigns_changes_nothing(
+    finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die_once(row: dict[str, Any], work: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        chunks = []
+
+        def dying_encode(*args: Any) -> Any:
+            chunks.append(args)
+            if row["index"] == 1 and len(chunks) == 3 and not (tmp_path / "died").exists():
+                (tmp_path / "died").write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return encode(*args)
+
+        partition.encode, partition.CHUNK_DOCUMENTS = dying_encode, 16  # in this worker's own copy of the module
+        result = work(row)
+        if row["index"] == 1:
+            (tmp_path / "finished").write_text(str(os.getpid()))
+        return result
+
+    def map_dying(rows: list[dict[str, Any]], work: Callable[..., Any], gpus: float) -> Any:
+        return map_embedding(rows, partial(die_once, work=work), gpus)
+
+    monkeypatch.setattr(partition, "map_embedding", map_dying)
+    run = Run(dataclasses.replace(finished_run.config, run=RunConfig(dir=str(tmp_path / "run"))))
+    for folder in ("corpus", "tokenizer", "clusterer"):
+        shutil.copytree(finished_run.uri(folder), run.uri(folder))
+    partition_corpus(run)
+    assert (tmp_path / "died").read_text() != (tmp_path / "finished").read_text()
+    for split in ("train", "valid"):
+        for ours, undisturbed in zip(parts(run, split), parts(finished_run, split), strict=True):
+            assert ours.read_bytes() == undisturbed.read_bytes()
+        assert len(list(Path(run.uri("shards", split)).glob("part-*"))) == 3
+
+
+def test_an_output_larger_than_its_buffer_still_keeps_clusters_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "BUFFER_TOKENS", 50)
+    stream = io.BytesIO()
+    output = partition._Output(stream, n_clusters=3)
+    given = [(f"d{n}", n % 3, np.arange(n % 7 + 1, dtype=np.int32)) for n in range(40)]
+    for name, cluster, tokens in given:
+        output.add({"id": name, "domain": None, "cluster": cluster, "text_bytes": 1, "tokens": tokens})
+    output.close()
+    assert output.documents_K == [14, 13, 13]
+    file = pq.ParquetFile(io.BytesIO(stream.getvalue()))
+    assert file.num_row_groups > 6
+    rows = []
+    for group in range(file.num_row_groups):
+        members = file.read_row_group(group).to_pylist()
+        assert len({row["cluster"] for row in members}) == 1
+        rows += members
+    assert sorted((row["id"], row["cluster"], row["tokens"]) for row in rows) == sorted(
+        (name, cluster, tokens.tolist()) for name, cluster, tokens in given
+    )
+
+
+def test_a_damaged_output_is_refused_by_name(finished_run: Run, tmp_path: Path) -> None:
+    part = parts(finished_run, "train")[0]
+    table = pq.read_table(part)
+    damaged = tmp_path / part.name
+    pq.write_table(table.slice(1), damaged)
+    with pytest.raises(ValueError, match=rf"{part.name} holds \d+ documents, but not those it was made with"):
+        partition._read_counts(str(damaged))

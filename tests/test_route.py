@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.spatial.distance import cdist
 
 from cbtm_ray.route import (
     embedding_scores,
@@ -15,7 +14,6 @@ from cbtm_ray.route import (
     hold_after_prefix,
     posterior_scores,
     sparse_weights,
-    squared_distances,
 )
 
 
@@ -28,22 +26,6 @@ def scores_and_top_k(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 
 def distinct_scores(rows: int, experts: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(rows, experts)).astype(np.float32)
-
-
-def test_squared_distances_by_hand() -> None:
-    prefixes = np.array([[0, 0], [1, 0], [0.6, 0.8]], np.float32)
-    centers = np.array([[0, 0], [1, 1], [3, 4]], np.float32)
-    expected = [[0, 2, 25], [1, 1, 20], [1, 0.4**2 + 0.2**2, 2.4**2 + 3.2**2]]
-    found = squared_distances(prefixes, centers)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_squared_distances_are_those_of_scipy_and_never_negative() -> None:
-    random = np.random.default_rng(0)
-    prefixes, centers = random.normal(size=(50, 8)).astype(np.float32), random.normal(size=(5, 8)).astype(np.float32)
-    np.testing.assert_allclose(squared_distances(prefixes, centers), cdist(prefixes, centers, "sqeuclidean"), rtol=1e-4)
-    assert (squared_distances(prefixes, prefixes) >= 0).all()
 
 
 @given(scores_and_top_k())

@@ -128,9 +128,13 @@ def test_where_and_how_fast_it_runs_may_change(tmp_path: Path) -> None:
     for stage in STAGE_SETTINGS:
         finish(tmp_path, stage)
     changed = {
+        "embed__batch_documents": 5,
+        "embed__gpus": 0.5,
         "cluster__actors": 7,
+        "cluster__gpus_per_actor": 1,
         "seed_model__cpus": 3,
         "train__slots": 5,
+        "train__experts_per_run": 4,
         "train__cpus_per_expert": 2,
         "train__gpus_per_expert": 0.5,
         "train__log_every": 3,

@@ -191,11 +191,12 @@ def test_a_corpus_of_one_sequence_is_enough() -> None:
 
 def write_shard(uri: str, rows: list[tuple[int, list[int]]]) -> None:
     """A shard as partitioning writes it, of (cluster, tokens)."""
-    written = [
-        {"id": f"{uri}:{n}", "domain": None, "cluster": cluster, "text_bytes": 9, "tokens": np.array(tokens, np.int32)}
-        for n, (cluster, tokens) in enumerate(rows)
-    ]
-    partition._write(uri, written, n_clusters=4)
+    with files.writing(uri) as stream:
+        output = partition._Output(stream, n_clusters=4)
+        for n, (cluster, tokens) in enumerate(rows):
+            ids = np.array(tokens, np.int32)
+            output.add({"id": f"{uri}:{n}", "domain": None, "cluster": cluster, "text_bytes": 9, "tokens": ids})
+        output.close()
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -221,3 +222,10 @@ def test_files_aside_are_no_shards(tmp_path: Path) -> None:
     write_shard(str(tmp_path / "train" / "part-00000.parquet"), [(0, [1, 2])])
     (tmp_path / "train" / ".part-00001.parquet.1a2b3c4d").write_bytes(b"half")
     assert [document.tolist() for document in read_documents(str(tmp_path), "train", None)] == [[1, 2]]
+
+
+def test_a_text_that_spells_out_the_end_of_text_does_not_end() -> None:
+    tokenizer = train_tokenizer(["a captain of <|endoftext|> the harbour"], vocab_size=300)
+    (ids,) = encode(tokenizer, ["the <|endoftext|> harbour"])
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids.tolist()) == "the <|endoftext|> harbour"

@@ -49,6 +49,8 @@ def tiny_tree(folder: Path, corpus: Path) -> dict[str, Any]:
         "seed_model": {
             "hidden_size": 16, "n_layers": 1, "n_heads": 2, "intermediate_size": 32, "train_tokens": 12 * 128,
         },
-        "train": {"total_tokens": 2 * 8 * 128, "batch_size": 4, "checkpoint_every": 4, "log_every": 2},
+        "train": {
+            "total_tokens": 2 * 8 * 128, "batch_size": 4, "checkpoint_every": 4, "log_every": 2, "experts_per_run": 2,
+        },
         "evaluate": {"top_k": [1], "temperatures": [0.1, 1.0], "gammas": [0.9], "betas": [1.0], "prefix_tokens": 8},
     }  # fmt: skip

@@ -1,0 +1,209 @@
+"""What k-means computes on one shard of the documents: pure functions of a `Shard` and of K-sized arguments.
+
+    N documents, D embedding dims, K clusters, C documents near a border between two clusters
+
+A step returns sums, or what concerns few documents. The loops of `cluster.py` ask `Shards` for the results of each shard or
+for their total, and so run unchanged on one tensor (`LocalShards`) and over actors (`distributed.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cbtm_ray.distances import squared_distances
+
+ROWS = 1 << 13  # rows of a shard on this machine
+GROUPS = 16  # sums that a step sends over the network, and so the most actors that can hold the shards
+CACHE_BYTES = 1 << 30  # distances that a process keeps between steps; what does not fit is computed again each time
+
+
+class Shards(Protocol):
+    """All shards, wherever they are."""
+
+    def each(self, step: Callable[..., Any], *args: Any) -> list[Any]:
+        """`step(shard, *args)` of every shard, in shard order."""
+
+    def total(self, step: Callable[..., tuple], *args: Any) -> tuple:
+        """Column sums of what the step returns on the shards."""
+
+
+class Shard:
+    """Shard number `position`: embeddings (N, D), or distances (N, K) where steps are given `centres=None`."""
+
+    def __init__(self, rows: Tensor, position: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
+        self.rows, self.position, self._cache_bytes = rows, position, cache_bytes
+        self._centres, self._distances = torch.empty(0), torch.empty(0)
+
+    def blocks(self, centres: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the rows with their (n, K) squared distances, each small enough for a processor's cache."""
+        n, device = len(self.rows), self.rows.device
+        n_clusters = self.rows.shape[1] if centres is None else len(centres)
+        known = centres is None or torch.equal(self._centres, centres)
+        keep = not known and 4 * n * n_clusters <= self._cache_bytes
+        if keep:
+            self._centres = torch.empty(0)
+            if self._distances.shape != (n, n_clusters):
+                self._distances = torch.empty(n, n_clusters, device=device)
+        distances = self.rows if centres is None else self._distances
+        size = max(1, (1 << 18 if device.type == "cpu" else 1 << 26) // n_clusters)
+        for rows in (slice(start, start + size) for start in range(0, max(n, 1), size)):
+            if known:
+                yield rows, distances[rows]
+                continue
+            assert centres is not None
+            block = squared_distances(self.rows[rows], centres.to(device))
+            if keep:
+                distances[rows] = block
+            yield rows, block
+        if keep and centres is not None:
+            self._centres = centres
+
+
+def cut(rows: Tensor) -> list[Shard]:
+    """Shards of ROWS rows; on a GPU just one. Never by the number of processors, which would change rounding errors."""
+    size = ROWS if rows.device.type == "cpu" else max(1, len(rows))
+    parts = rows.split(size)
+    return [Shard(part, position, CACHE_BYTES // len(parts)) for position, part in enumerate(parts)]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch works on one thread: with more, small operations wait for each other, for ever longer on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class LocalShards:
+    """Shards held here; steps run on the threads that torch is set to use, a shard on each."""
+
+    def __init__(self, shards: list[Shard]) -> None:
+        self._shards = shards
+        self._workers = max(1, min(torch.get_num_threads(), len(shards)))
+
+    def each(self, step: Callable[..., Any], *args: Any) -> list[Any]:
+        with one_thread(), ThreadPoolExecutor(self._workers) as pool:
+            return list(pool.map(lambda shard: step(shard, *args), self._shards))
+
+    def total(self, step: Callable[..., tuple], *args: Any) -> tuple:
+        results = self.each(step, *args)
+        return add_up([add_up(results[group]) for group in groups(len(results))])
+
+
+def groups(n_shards: int) -> list[slice]:
+    """The shards in at most GROUPS runs of neighbours, whose sums are what crosses the network.
+
+    Whoever adds up sums the shards of a group first and then the groups, so that the number of actors does not change a
+    bit of the outcome.
+    """
+    n = min(GROUPS, n_shards)
+    return [slice(n_shards * i // n, n_shards * (i + 1) // n) for i in range(n)]
+
+
+def add_up(parts: list[tuple]) -> tuple:
+    """Column sums, in the order given."""
+    return tuple(sum(column[1:], column[0]) for column in zip(*parts, strict=True))
+
+
+def moments(shard: Shard) -> tuple[int, Tensor, Tensor]:
+    """Count, sum (D) and sum of squares (D) of the embeddings, float64."""
+    x = shard.rows.double()
+    return len(x), x.sum(0).cpu(), (x * x).sum(0).cpu()
+
+
+def take_rows(shard: Shard, index: list[np.ndarray]) -> Tensor:
+    """The rows that `index` names for this shard, by their number in it."""
+    return shard.rows[torch.tensor(index[shard.position]).to(shard.rows.device)].cpu()
+
+
+def log_spread(shard: Shard, centres: Tensor | None) -> tuple[float, int]:
+    """Sum of log(mean_j d2_ij - min_j d2_ij) and its number of terms: logs, so that a far outlier sets no scale."""
+    logs, count = 0.0, 0
+    for _, d in shard.blocks(centres):
+        spread = (d.mean(1) - d.amin(1)).double()
+        spread = spread[spread > 0]
+        logs, count = logs + spread.log().sum().item(), count + len(spread)
+    return logs, count
+
+
+def _softmax(d: Tensor, prices: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """softmax_j(-(d + p) / epsilon) and the soft minimum -epsilon log sum_j exp(-(d + p) / epsilon) of each row."""
+    logits = (d + prices.to(d)).mul_(-1 / epsilon)
+    top = logits.amax(1, keepdim=True)
+    share = logits.sub_(top).exp_()
+    norm = share.sum(1, keepdim=True)
+    return share.div_(norm), (top.double() + norm.double().log()).mul_(-epsilon)
+
+
+def dual_step(shard: Shard, centres: Tensor | None, prices: Tensor, epsilon: float) -> tuple[Tensor, Tensor, float]:
+    """Sums of loads (K), overlaps (K, K) and smoothed minima: the dual's gradient, curvature and value."""
+    loads, overlaps, value = torch.zeros(()), torch.zeros(()), 0.0
+    for _, d in shard.blocks(centres):
+        share, minimum = _softmax(d, prices, epsilon)
+        share = share.double()  # as in means_step
+        loads, overlaps = loads + share.sum(0).cpu(), overlaps + (share.T @ share).cpu()
+        value += minimum.sum().item()
+    return loads, overlaps, value
+
+
+def means_step(shard: Shard, centres: Tensor, prices: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor, float]:
+    """Sums (K, D) and counts (K) of the documents by cluster, and the sum of their squared distances.
+
+    With prices the softmax shares documents out, so that equal ones split as balance asks; else to the nearest centre.
+    """
+    sums, counts, cost = torch.zeros(()), torch.zeros(()), 0.0
+    for rows, d in shard.blocks(centres):
+        if prices is None:
+            share = torch.zeros_like(d).scatter_(1, d.argmin(1, keepdim=True), 1.0)
+        else:
+            share, _ = _softmax(d, prices, epsilon)
+        # float64: rounding here is what iterations amplify, and so what makes differently cut shards drift apart.
+        share = share.double()
+        sums, counts = sums + (share.T @ shard.rows[rows].double()).cpu(), counts + share.sum(0).cpu()
+        cost += (share * d).sum().item()
+    return sums, counts, cost
+
+
+def farthest_rows(shard: Shard, centres: Tensor, count: int) -> list[tuple[float, Tensor]]:
+    """The `count` documents farthest from their nearest centre: (squared distance, embedding)."""
+    distance, index = torch.cat([d.amin(1) for _, d in shard.blocks(centres)]).topk(min(count, len(shard.rows)))
+    return list(zip(distance.tolist(), shard.rows[index].cpu(), strict=True))
+
+
+def bound_step(shard: Shard, centres: Tensor | None, prices: Tensor) -> tuple[float]:
+    """Sum of min_j (d2_ij + p_j), float64."""
+    return (sum((d.double() + prices.to(d.device)).amin(1).sum().item() for _, d in shard.blocks(centres)),)
+
+
+def labels_step(
+    shard: Shard, centres: Tensor | None, prices: Tensor, width: float
+) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
+    """Labels argmin_j (d2_ij + p_j) as int32, the sum of their d2, and the documents at a border: index (C), d2 (C, K).
+
+    At a border: another cluster is at most `width` dearer than the cheapest. Rounding moves no other document.
+    """
+    labels, cost, borders, distances = [], 0.0, [], []
+    for rows, d in shard.blocks(centres):
+        offers = d + prices.to(d)
+        best, label = offers.min(1)
+        near = ((offers <= best[:, None] + width).sum(1) > 1).nonzero()[:, 0]
+        cost += d.gather(1, label[:, None]).double().sum().item()
+        labels.append(label.int().cpu().numpy())
+        borders.append(near.cpu().numpy() + rows.start)
+        distances.append(d[near].cpu().numpy())
+    return np.concatenate(labels), cost, np.concatenate(borders), np.concatenate(distances)
+
+
+def distances_step(shard: Shard, centres: Tensor) -> np.ndarray:
+    """(N, K) Euclidean distances."""
+    return torch.cat([d.sqrt().cpu() for _, d in shard.blocks(centres)]).numpy()
