@@ -1,0 +1,107 @@
+"""Routing embeddings of every prefix, ours beside re-embedding each: python -m benchmarks.routing [--tokens 2048]
+
+The peer is what the released code does: decode every prefix and put it through scikit-learn's tf-idf and SVD again, here
+in batches and with that pipeline's own components. A second peer re-embeds every prefix from token ids with our own
+`transform`, which also is the exact value to compare with. The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import Normalizer
+
+from benchmarks.corpora import read_documents
+from cbtm_ray.embed import TokenTfidf, silent_tokens
+from cbtm_ray.text_embedders import WordTfidf, decode, words_of
+from cbtm_ray.tokens import encode, train_tokenizer
+
+
+def best_time(work: Callable[[], np.ndarray], repeat: int) -> tuple[np.ndarray, float]:
+    """The result, and the least wall seconds of `repeat` runs."""
+    seconds = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - started)
+    return result, min(seconds)
+
+
+def word_pipeline(texts: list[str], dimensions: int, seed: int) -> Pipeline:
+    """The paper's embedder as a scikit-learn pipeline."""
+    vectorizer = TfidfVectorizer(analyzer=words_of)
+    return make_pipeline(vectorizer, TruncatedSVD(dimensions, random_state=seed), Normalizer(copy=False)).fit(texts)
+
+
+def reference(embedder: TokenTfidf, tokens_T: np.ndarray) -> np.ndarray:
+    """Every prefix summed anew in float64."""
+    table_VD, rows = embedder.table_VD.astype(np.float64), []
+    for t in range(len(tokens_T)):
+        sum_D = np.bincount(tokens_T[:t], minlength=len(table_VD)) @ table_VD
+        rows.append(sum_D / max(float(np.linalg.norm(sum_D)), 1e-12))
+    return np.stack(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--corpus", help="folder of JSONL with text; without it, documentation of installed packages")
+    parser.add_argument("--documents", type=int, default=4000, help="documents that the embedders are fitted on")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the text whose prefixes are embedded")
+    parser.add_argument("--dimensions", type=int, default=100)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    documents, _, _ = read_documents(args.corpus, args.documents, args.seed)
+    texts = [document.text for document in documents]
+    tokenizer = train_tokenizer(texts, args.vocabulary)
+    tokens = encode(tokenizer, texts)
+    text_T = np.concatenate(tokens)[: args.tokens]
+    ours = TokenTfidf.fit(tokens, silent_tokens(tokenizer), dimensions=args.dimensions, random_state=args.seed)
+    words = WordTfidf.fit(tokens, tokenizer, dimensions=args.dimensions, standardise=False, random_state=args.seed)
+    pipeline = word_pipeline([decode(tokenizer, ids) for ids in tokens], args.dimensions, args.seed)
+    prefixes = [text_T[:t] for t in range(len(text_T))]
+
+    rows_TD, ours_s = best_time(lambda: ours.prefix_embeddings(text_T), 20)
+    words_TD, words_s = best_time(lambda: words.prefix_embeddings(text_T), 3)
+    _, again_s = best_time(lambda: ours.transform(prefixes), 3)
+    paper_TD, paper_s = best_time(lambda: pipeline.transform([decode(tokenizer, p) for p in prefixes]), 1)
+    error = float(np.abs(rows_TD - reference(ours, text_T)).max())
+    word_error = float(np.abs(words_TD - paper_TD).max())
+
+    table = Table("embedding of every prefix", "time, ms", "us a token", "largest error")
+    for name, seconds, wrong in (
+        ("TokenTfidf.prefix_embeddings", ours_s, f"{error:.1e}"),
+        ("TokenTfidf.transform of every prefix", again_s, ""),
+        ("WordTfidf.prefix_embeddings", words_s, f"{word_error:.1e}"),
+        ("decode, scikit-learn tf-idf and SVD of every prefix", paper_s, ""),
+    ):
+        table.add_row(name, f"{1000 * seconds:,.2f}", f"{1e6 * seconds / len(text_T):,.1f}", wrong)
+    console = Console()
+    console.print(f"{len(text_T)} tokens, V = {len(tokenizer)}, D = {args.dimensions}, 1 thread, seed {args.seed}")
+    console.print(table)
+    print(
+        json.dumps(
+            {
+                "prefix_speedup": round(paper_s / ours_s, 1),
+                "max_abs_error": error,
+                "speedup_over_own_transform": round(again_s / ours_s, 1),
+                "word_prefix_speedup": round(paper_s / words_s, 1),
+                "word_max_abs_error": word_error,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
