@@ -154,7 +154,8 @@ def _embed_sample(run: Run, embedder: Embedder, documents: list[np.ndarray]) -> 
 
 def _embed_shard(task: dict[str, Any], config: Config) -> dict[str, Any]:
     if not files.exists(task["uri"]):
-        files.write_array(task["uri"], _load_once(config).transform(task["documents"]))
+        documents = [np.asarray(tokens, np.int32) for tokens in task["documents"]]
+        files.write_array(task["uri"], _load_once(config).transform(documents))
     return {"uri": task["uri"]}
 
 

@@ -23,6 +23,7 @@ import torch
 
 from cbtm_ray import files
 from cbtm_ray.cluster import BalancedKMeans, Progress
+from cbtm_ray.ray_session import capacity
 from cbtm_ray.shard_steps import CACHE_BYTES, LocalShards, Shard, add_up, groups
 
 
@@ -77,10 +78,10 @@ def fit_distributed(
 
     `state_uri` (.npz) is written after each iteration, and a call that finds it goes on from there. `on_iteration` gets
     the iteration (from 1) and the mean squared distance of the documents to the centres that it started from. There are
-    at most 16 actors, and as many as shards, and as the cluster's CPUs and GPUs hold now: one more would wait for ever.
+    at most 16 actors, and as many as shards, and as the cluster's CPUs and GPUs hold: one more would wait for ever.
 
-    Raises ValueError if there is no shard, n_actors < 1, N < K, an embedding is not finite, or the state at `state_uri`
-    belongs to other arguments.
+    Raises ValueError if there is no shard, n_actors < 1, no GPU where one is asked for, N < K, an embedding is not finite,
+    or the state at `state_uri` belongs to other arguments.
     """
     if not shard_uris:
         raise ValueError("shard_uris=[] must name at least one shard. Run the embedding stage first.")
@@ -108,8 +109,12 @@ def fit_distributed(
 
 def _start_actors(shard_uris: list[str], n_actors: int, cpus_per_actor: float, gpus_per_actor: float) -> list[Any]:
     parts = [shard_uris[group] for group in groups(len(shard_uris))]
-    have = ray.cluster_resources()
-    room = [int(have.get(kind, 0) / each) for kind, each in (("CPU", cpus_per_actor), ("GPU", gpus_per_actor)) if each]
+    room = [int(capacity(kind) / each) for kind, each in (("CPU", cpus_per_actor), ("GPU", gpus_per_actor)) if each]
+    if gpus_per_actor and room[-1] == 0:
+        raise ValueError(
+            f"cluster.gpus_per_actor={gpus_per_actor:g} must be at most the GPUs of the cluster, {capacity('GPU'):g}. "
+            "Lower it."
+        )
     n_actors = max(1, min(n_actors, len(parts), *room))
     options = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "max_restarts": -1, "max_task_retries": -1}
     cuts = [len(parts) * i // n_actors for i in range(n_actors + 1)]

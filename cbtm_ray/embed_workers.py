@@ -8,6 +8,8 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
+from cbtm_ray.ray_session import capacity
+
 Row = dict[str, Any]
 
 
@@ -20,9 +22,9 @@ def map_embedding(rows: list[Row], work: Callable[[Row], Row], gpus: float) -> D
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     if not gpus:
         return dataset.map(work)
-    room = int(ray.cluster_resources().get("GPU", 0) / gpus)
+    room = int(capacity("GPU") / gpus)
     if room == 0:
-        raise ValueError(f"embed.gpus={gpus:g} must be at most what the cluster has, which is less. Lower it.")
+        raise ValueError(f"embed.gpus={gpus:g} must be at most the GPUs of the cluster, {capacity('GPU'):g}. Lower it.")
     worker: Any = _Worker
     return dataset.map(
         worker, fn_constructor_args=(work,), num_gpus=gpus, compute=ActorPoolStrategy(size=min(room, len(rows)))

@@ -48,9 +48,10 @@ def partition_corpus(run: Run) -> dict[str, Any]:
     """Stage `shards/{train,valid}/`: documents and tokens of every cluster.
 
     Raises:
-        ValueError: an input shard changed since the corpus was built, by name and counts.
+        ValueError: a stage before is not finished; an input shard changed since the corpus was built, by name and counts.
     """
     counted = run.need("corpus", "build_corpus")["shards"]
+    run.need("clusterer", "fit_clusters")
     corpus, _ = corpus_shards(run)
     tasks = [{"index": index, **shard} for index, shard in enumerate(counted)]
     totals = {split: _Totals(run.config.cluster.n_clusters) for split in SPLITS}

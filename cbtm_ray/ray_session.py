@@ -11,6 +11,15 @@ from typing import Any
 _POLL_S = "0.5"
 
 
+def capacity(kind: str) -> float:
+    """How much of a resource, "CPU" or "GPU", the cluster can hold: what its nodes have, or may have once it has grown."""
+    import ray
+    from ray._private.state import state  # there is no public name; Ray Train and Ray Data ask the same
+
+    grown = state.get_max_resources_from_cluster_config() or {}
+    return float(max(ray.cluster_resources().get(kind, 0), grown.get(kind, 0)))
+
+
 @contextlib.contextmanager
 def ray_session(local_cpus: int | None = None) -> Iterator[None]:
     """Ray for the length of the block.
