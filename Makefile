@@ -1,15 +1,18 @@
-# make demo | test | test-all | check | fix | serve | clean
+# make demo | test | test-all | check | fix | serve | validate-cluster | clean
 # The virtual environment is made once and installed into only when a requirements file changes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check fix serve clean
+.PHONY: demo test test-all check fix serve validate-cluster clean
 
 demo: .venv/runtime
 	$(BIN)/python -m jobs.run_all --config configs/quickstart.yaml
 
 serve: .venv/runtime
 	$(BIN)/serve run serve.app:build run_dir=runs/quickstart
+
+validate-cluster: .venv/runtime
+	$(BIN)/python -m jobs.validate_cluster cluster.yaml cluster-gcp.yaml $(wildcard kuberay/*.yaml)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,0 +1,151 @@
+"""Check the files that a cluster is started from, with nothing launched and no account: `make validate-cluster`.
+
+Files of the cluster launcher go through Ray's own validation, which knows nothing of what stands under `provider` and
+`node_config`, and then through ours, which does. Kubernetes manifests are looked at in `kuberay_files.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from cbtm_ray.cluster_keys import (
+    NODE_CONFIG,
+    NODE_CONFIG_NEEDS,
+    PROVIDER,
+    PROVIDER_NEEDS,
+    RESOURCES,
+    check_keys,
+    did_you_mean,
+)
+from cbtm_ray.kuberay_files import check_manifest, check_version
+
+TOKEN_FILE = "~/.ray/auth_token"
+
+
+def main(description: str, arguments: list[str] | None = None) -> int:
+    """Check every file; exit code 0, or 2 with a line for each file that is not right."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="cluster.yaml, kuberay/rayjob.yaml, ...")
+    wrong = False
+    for path in parser.parse_args(arguments).files:
+        try:
+            print(f"{path}: {check_file(path)}")
+        except ValueError as error:
+            print(f"error: {path}: {error}", file=sys.stderr)
+            wrong = True
+    return 2 if wrong else 0
+
+
+def check_file(path: str) -> str:
+    """What the file describes, in a line.
+
+    Raises:
+        ValueError: one line that names the field, its value, what is allowed and what to do.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}. Give a file such as cluster.yaml.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"is not valid YAML: {' '.join(str(error).split())}") from error
+    if isinstance(tree, dict) and "apiVersion" in tree:
+        return check_manifest(tree)
+    if isinstance(tree, dict) and "provider" in tree:
+        return check_launcher(tree)
+    raise ValueError("must hold 'provider' (a file of the cluster launcher) or 'apiVersion' (a Kubernetes manifest).")
+
+
+def check_launcher(tree: dict[str, Any]) -> str:
+    """A file for `ray up`: its clouds and node types in a line; ValueError as in `check_file`."""
+    provider = tree["provider"]
+    cloud = provider.get("type") if isinstance(provider, dict) else provider
+    if cloud not in PROVIDER:
+        raise ValueError(f"provider.type={cloud!r} must be one of {', '.join(PROVIDER)}.")
+    check_keys(provider, PROVIDER[cloud], "provider")
+    for key in PROVIDER_NEEDS[cloud]:
+        if not provider.get(key):
+            raise ValueError(f"provider.{key} is missing. {cloud} needs it.")
+    _check_with_ray(tree)
+    types = tree["available_node_types"]
+    for name, node_type in types.items():
+        _check_node_type(node_type, cloud, f"available_node_types.{name}", tree["max_workers"])
+    _check_head(tree)
+    check_version(tree.get("docker", {}).get("image", ""), "docker.image")
+    _check_token(tree)
+    limits = ", ".join(
+        f"{name} up to {node_type['max_workers']}"
+        for name, node_type in types.items()
+        if name != tree["head_node_type"]
+    )
+    return f"{cloud}, workers: {limits}"
+
+
+def _check_with_ray(tree: dict[str, Any]) -> None:
+    for key in ("available_node_types", "head_node_type", "max_workers"):
+        if key not in tree:  # for each of them Ray would quietly take a default of its own
+            raise ValueError(f"{key} is missing. Add it.")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            validate_config(prepare_config(tree))
+    except jsonschema.ValidationError as error:
+        where = ".".join(str(part) for part in error.absolute_path)
+        if error.validator == "additionalProperties":
+            allowed = error.schema["properties"]
+            key = next(key for key in error.instance if key not in allowed)
+            name = f"{where}.{key}" if where else key
+            advice = did_you_mean(key, list(allowed), where).replace("mean .", "mean ")
+            raise ValueError(f"{name} is not a key. {advice}") from error
+        raise ValueError(f"{where}: {error.message}.") from error
+    except (ValueError, AssertionError) as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
+def _check_node_type(node_type: dict[str, Any], cloud: str, where: str, max_workers: int) -> None:
+    for resource in node_type["resources"]:
+        if resource not in RESOURCES:
+            advice = did_you_mean(resource, list(RESOURCES), f"{where}.resources")
+            raise ValueError(f"{where}.resources.{resource} is not a resource that this project asks for. {advice}")
+    check_keys(node_type["node_config"], NODE_CONFIG[cloud], f"{where}.node_config")
+    needed = NODE_CONFIG_NEEDS[cloud]
+    if not node_type["node_config"].get(needed):
+        raise ValueError(f"{where}.node_config.{needed} is missing. {cloud} needs it.")
+    least, most = node_type.get("min_workers", 0), node_type.get("max_workers")
+    if most is None:
+        raise ValueError(f"{where}.max_workers is missing: without it the whole cluster may be of this type. Add it.")
+    if not 0 <= least <= most <= max_workers:
+        raise ValueError(
+            f"{where}: min_workers={least} and max_workers={most} must be in order, from 0 to the cluster's "
+            f"max_workers={max_workers}. Change one of them."
+        )
+
+
+def _check_head(tree: dict[str, Any]) -> None:
+    name = tree["head_node_type"]
+    resources = tree["available_node_types"][name]["resources"]
+    if resources.get("CPU") != 0 or resources.get("GPU", 0) != 0:
+        raise ValueError(
+            f"available_node_types.{name}.resources={resources} must be {{CPU: 0}}: work on the head can end the cluster. "
+            "Give the CPUs to a worker type."
+        )
+
+
+def _check_token(tree: dict[str, Any]) -> None:
+    """Token authentication on every node: the mode where Ray starts, and the file to read the token from."""
+    if TOKEN_FILE not in tree.get("file_mounts", {}):
+        raise ValueError(f"file_mounts lacks {TOKEN_FILE}: without it no node knows the cluster's token. Mount it.")
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        starts = [command for command in tree.get(key, []) if "ray start" in command]
+        if not starts or not all("RAY_AUTH_MODE=token" in command for command in starts):
+            raise ValueError(f"{key} must say RAY_AUTH_MODE=token where it runs ray start, or anyone may send it code.")
+        if any(re.search(r"--dashboard-host[= ]0\.0\.0\.0", command) for command in starts):
+            raise ValueError(f"{key}: --dashboard-host=0.0.0.0 opens the job API to the network. Use 127.0.0.1.")
