@@ -125,7 +125,9 @@ def test_a_new_model_has_the_parameters_of_the_plan(sizes: tuple[int, int, int, 
 def test_a_hugging_face_folder_is_counted_without_its_weights(tmp_path: Path, loaded: Any) -> None:
     loaded.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-    planned = model_of(config(seed_model={"name_or_path": str(tmp_path), "train_tokens": 0}))
+    plan = make_plan(config(seed_model={"name_or_path": str(tmp_path), "train_tokens": 0}), devices())
+    assert (plan.seed_steps, plan.seed_s) == (0, 0)  # taken as it is
+    planned = plan.model
     assert planned.parameters == sum(p.numel() for p in model.parameters())
     assert planned.matrix_parameters == flops.parameters(model)
     assert (planned.n_layers, planned.hidden_size) == (loaded.num_hidden_layers, 32)
