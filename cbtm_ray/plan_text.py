@@ -80,7 +80,7 @@ def rows(config: Config, plan: Plan, corpus_tokens: int | None) -> list[tuple[st
         ("experts and dense control", clock(plan.training_s), f"{plan.slots} trained at once"),
         ("  experts alone", clock(makespan(plan.expert_runs_s, plan.slots)), ""),
         ("  dense control alone", clock(plan.dense_s), "in one worker: it cannot use more devices yet"),
-        ("device-hours", f"{plan.device_hours:,.1f}", "held by training; idle devices and other stages not counted"),
+        ("device-hours", f"{plan.device_hours:,.2f}", "held by training; idle devices and other stages not counted"),
     ]  # fmt: skip
     if devices.price_per_hour:
         found.append(

@@ -276,7 +276,7 @@ def test_the_print_holds_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert lines["parameters"] == f"{plan.model.parameters:,}"
     assert lines["expert, each of K"] == f"{plan.expert_steps:,} steps"
     assert lines["epochs"] == f"{8 * plan.expert_steps * plan.per_step / 800_000:.2f}"
-    assert float(lines["cost"]) == pytest.approx(3 * float(lines["device-hours"]), abs=0.2)
+    assert float(lines["cost"]) == pytest.approx(3 * float(lines["device-hours"]), abs=0.03)
     assert "989 TFLOPs/s at the peak in bf16, 30% of it assumed" in out
 
 
