@@ -201,6 +201,8 @@ class EvaluateConfig:
     """At most this many held-out documents, those with the smallest hash."""
     temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1.0)
     """Candidates for T in softmax(-d^2 / T); chosen on one half of the held-out documents, reported on the other."""
+    legacy_d4: bool = False
+    """Embedding routing as the paper's released code has it, softmax(-d^4 / T); posterior and prefix routing keep d^2."""
     betas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0)
     """Candidates for posterior routing's weight of the experts' evidence."""
     gammas: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.9, 0.95, 0.98)

@@ -31,7 +31,7 @@ class HeldOut:
     logprobs_TK: np.ndarray
     """Every expert's log-probability of every token, in nats."""
     squared_distances_TK: np.ndarray
-    """Of every token's context to every cluster's centre."""
+    """Of every token's context to every cluster's centre; (T, 0) where the experts have no centres."""
     _evidence: dict[float, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     """That of the last gamma asked for: tuning goes through all else before it takes another."""
 
@@ -53,11 +53,12 @@ class Route:
     """One way of routing, with its settings."""
 
     routing: str
-    """'embedding', 'posterior', or 'prefix' (posterior, then held)."""
+    """'embedding', 'posterior', or 'prefix' (posterior, then held); without centres 'uniform', or 'bayes' (the posterior of
+    the experts' likelihoods of the whole past under a uniform prior, as in BTM)."""
     top_k: int
     """Experts mixed for a token."""
     settings: dict[str, float]
-    """temperature; for posterior and prefix also beta and gamma."""
+    """embedding: temperature and legacy_d4; posterior and prefix: temperature, beta and gamma; the others have none."""
     prefix_tokens: int
     """Tokens of a document after which prefix routing holds its experts."""
 
@@ -112,8 +113,11 @@ def _batches(windows: list[tuple[int, np.ndarray]], batch_tokens: int) -> Iterat
 
 def candidates(routing: str, config: EvaluateConfig) -> list[dict[str, float]]:
     """The settings to choose from for one way of routing."""
+    if routing in ("uniform", "bayes"):
+        return [{}]
     if routing == "embedding":
-        return [{"temperature": temperature} for temperature in config.temperatures]
+        legacy = {"legacy_d4": True} if config.legacy_d4 else {}
+        return [{"temperature": temperature, **legacy} for temperature in config.temperatures]
     return [
         {"gamma": gamma, "temperature": temperature, "beta": beta}
         for gamma in config.gammas
@@ -138,8 +142,12 @@ def routing_weights(held_out: HeldOut, route: Route) -> np.ndarray:
 
 def _scores(held_out: HeldOut, routing: str, settings: dict[str, float]) -> np.ndarray:
     distances_TK = held_out.squared_distances_TK
+    if routing == "uniform":
+        return np.zeros_like(held_out.logprobs_TK)
+    if routing == "bayes":
+        return held_out.evidence(gamma=1.0)
     if routing == "embedding":
-        return embedding_scores(distances_TK, settings["temperature"])
+        return embedding_scores(distances_TK, settings["temperature"], legacy_d4=bool(settings.get("legacy_d4")))
     evidence_TK = held_out.evidence(settings["gamma"])
     return posterior_scores(distances_TK, evidence_TK, settings["temperature"], settings["beta"])
 
@@ -205,7 +213,7 @@ def experts_run(routing: str, top_k: int, n_experts: int, lengths: np.ndarray, p
     """Experts that run for a token, on average: evidence needs all of them, prefix routing only for the prefix."""
     if routing == "embedding" or top_k == n_experts:
         return float(top_k)
-    if routing == "posterior":
+    if routing in ("posterior", "bayes"):
         return float(n_experts)
     prefixes = np.minimum(lengths, prefix_tokens).sum() / lengths.sum()
     return float(prefixes * n_experts + (1 - prefixes) * top_k)

@@ -12,9 +12,13 @@ from scipy.signal import lfilter
 from scipy.special import softmax
 
 
-def embedding_scores(squared_distances_TK: np.ndarray, temperature: float) -> np.ndarray:
-    """The paper's routing (section 2): w_j proportional to exp(-||h - c_j||^2 / T)."""
-    return -squared_distances_TK / temperature
+def embedding_scores(squared_distances_TK: np.ndarray, temperature: float, *, legacy_d4: bool = False) -> np.ndarray:
+    """The paper's routing (section 2): w_j proportional to exp(-||h - c_j||^2 / T).
+
+    `legacy_d4` is what the paper's released code computes: it squares a distance that is squared already, and so weighs by
+    exp(-||h - c_j||^4 / T).
+    """
+    return -(squared_distances_TK**2 if legacy_d4 else squared_distances_TK) / temperature
 
 
 def evidence(logprobs_TK: np.ndarray, gamma: float) -> np.ndarray:

@@ -117,7 +117,7 @@ def test_intervals_cover_documents_that_differ() -> None:
 def test_experts_that_run_by_hand() -> None:
     lengths = np.array([10, 30])
     assert experts_run("embedding", 2, 8, lengths, 16) == 2
-    assert experts_run("posterior", 2, 8, lengths, 16) == 8
+    assert experts_run("posterior", 2, 8, lengths, 16) == experts_run("bayes", 2, 8, lengths, 16) == 8
     assert experts_run("prefix", 2, 8, lengths, 16) == pytest.approx((26 * 8 + 14 * 2) / 40)
 
 
@@ -192,6 +192,36 @@ def test_posterior_routing_turns_to_the_expert_that_explains_the_past() -> None:
     np.testing.assert_allclose(weights, [[0.5, 0.5], [0.2, 0.8]], rtol=1e-5)
     mixed = mixture_logprobs(given, Route(routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=9))
     np.testing.assert_allclose(np.exp(mixed), [0.5 / 8 + 0.5 / 2, 0.2 / 10 + 0.8 / 5], rtol=1e-5)
+
+
+def test_without_centres_all_weigh_alike_or_by_their_likelihood_of_the_whole_past() -> None:
+    """Probabilities 1/8 and 3/8, then 1/3 and 2/3: the posterior of expert 0 is 1/4, then (1/24) / (1/24 + 1/4) = 1/7."""
+    logprobs_TK = np.log([[1 / 8, 3 / 8], [1 / 3, 2 / 3], [1, 1], [1 / 2, 1 / 2]]).astype(np.float32)
+    given = HeldOut(np.array([3, 1]), logprobs_TK, np.zeros((4, 0), np.float32))
+    uniform = routing_weights(given, Route(routing="uniform", top_k=2, settings={}, prefix_tokens=9))
+    np.testing.assert_array_equal(uniform, np.full((4, 2), 0.5))
+    bayes = routing_weights(given, Route(routing="bayes", top_k=2, settings={}, prefix_tokens=9))
+    np.testing.assert_allclose(bayes, [[1 / 2, 1 / 2], [1 / 4, 3 / 4], [1 / 7, 6 / 7], [1 / 2, 1 / 2]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "bayes"])
+def test_routing_without_centres_has_nothing_to_tune(routing: str) -> None:
+    given = held_out()
+    bare = HeldOut(given.lengths, given.logprobs_TK, np.zeros((14, 0), np.float32))
+    routes = tune(bare, CONFIG, routing=routing, sizes=[1, 3])
+    assert [(route.top_k, route.settings) for route in routes] == [(1, {}), (3, {})]
+
+
+def test_legacy_distances_are_for_embedding_routing_alone_and_are_kept_in_its_settings() -> None:
+    given = held_out()
+    [legacy] = tune(given, EvaluateConfig(legacy_d4=True, temperatures=(0.3,)), routing="embedding", sizes=[3])
+    assert legacy.settings == {"temperature": 0.3, "legacy_d4": True}
+    squared = HeldOut(given.lengths, given.logprobs_TK, given.squared_distances_TK**2)
+    plain = Route(routing="embedding", top_k=3, settings={"temperature": 0.3}, prefix_tokens=32)
+    np.testing.assert_allclose(routing_weights(given, legacy), routing_weights(squared, plain), rtol=1e-6)
+    assert not np.allclose(routing_weights(given, legacy), routing_weights(given, plain))
+    for routing in ("posterior", "prefix"):
+        assert candidates(routing, EvaluateConfig(legacy_d4=True)) == candidates(routing, EvaluateConfig())
 
 
 def test_prefix_routing_is_held_in_each_document_by_itself() -> None:

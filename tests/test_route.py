@@ -91,6 +91,13 @@ def test_embedding_routing_by_hand() -> None:
     np.testing.assert_allclose(weights, [[1 / total, np.exp(-1) / total, np.exp(-2) / total]])
 
 
+def test_the_released_code_squares_twice() -> None:
+    """Distances 0, 1 and 2 are squared distances 0, 1 and 4; with T = 8 the weights go as exp(0), exp(-1/8), exp(-16/8)."""
+    weights = sparse_weights(embedding_scores(np.array([[0.0, 1.0, 4.0]]), 8.0, legacy_d4=True), 3)
+    total = 1 + np.exp(-1 / 8) + np.exp(-2)
+    np.testing.assert_allclose(weights, [[1 / total, np.exp(-1 / 8) / total, np.exp(-2) / total]])
+
+
 def test_a_low_temperature_takes_the_nearest_and_a_high_one_all_alike() -> None:
     distances = np.array([[0.3, 0.1, 0.2], [0.0, 0.5, 0.4]])
     np.testing.assert_allclose(sparse_weights(embedding_scores(distances, 1e-4), 3), [[0, 1, 0], [1, 0, 0]], atol=1e-9)
