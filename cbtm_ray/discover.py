@@ -34,21 +34,8 @@ def fit_clusters(run: Run) -> dict[str, Any]:
     documents = encode(tokenizer, sample["text"].to_pylist())
     embedder = fit_embedder(config.embed, tokenizer, documents, config.run.seed)
     save_embedder(embedder, config.embed, run.uri("clusterer", "embedder"))
-    shard_uris = _embed_sample(run, embedder, documents)
-    with progress.bar("fit_clusters", config.cluster.max_iter, "iterations") as done:
-        clusterer = fit_distributed(
-            shard_uris,
-            n_clusters=config.cluster.n_clusters,
-            balanced=config.cluster.balanced,
-            max_iter=config.cluster.max_iter,
-            tol=config.cluster.tol,
-            random_state=config.run.seed,
-            n_actors=config.cluster.actors,
-            gpus_per_actor=config.cluster.gpus_per_actor,
-            state_uri=run.uri("clusterer", "_state.npz"),
-            on_iteration=lambda iteration, _: done(iteration),
-        )
-    files.write_array(run.uri("clusterer", "centers.npy"), clusterer.cluster_centers_)
+    shard_uris = embed_sample(run, embedder, documents, "clusterer")
+    clusterer = fit_centers(run, shard_uris, "clusterer", balanced=config.cluster.balanced)
     manifest = {
         "n_clusters": config.cluster.n_clusters,
         "balanced": config.cluster.balanced,
@@ -60,6 +47,26 @@ def fit_clusters(run: Run) -> dict[str, Any]:
     files.delete(run.uri("clusterer", "embeddings"))
     files.delete(run.uri("clusterer", "_state.npz"))
     return manifest
+
+
+def fit_centers(run: Run, shard_uris: list[str], folder: str, *, balanced: bool) -> BalancedKMeans:
+    """K-means on the sample's embeddings, with the settings of `cluster`; the centres are in `centers.npy` of the folder."""
+    wanted = run.config.cluster
+    with progress.bar("fit_clusters", wanted.max_iter, "iterations") as done:
+        clusterer = fit_distributed(
+            shard_uris,
+            n_clusters=wanted.n_clusters,
+            balanced=balanced,
+            max_iter=wanted.max_iter,
+            tol=wanted.tol,
+            random_state=run.config.run.seed,
+            n_actors=wanted.actors,
+            gpus_per_actor=wanted.gpus_per_actor,
+            state_uri=run.uri(folder, "_state.npz"),
+            on_iteration=lambda iteration, _: done(iteration),
+        )
+    files.write_array(run.uri(folder, "centers.npy"), clusterer.cluster_centers_)
+    return clusterer
 
 
 def describe_clusters(clusterer: BalancedKMeans, embeddings_ND: np.ndarray, sample: pa.Table) -> dict[str, Any]:
@@ -132,11 +139,12 @@ def top_terms(texts: list[str], labels_N: np.ndarray, n_clusters: int) -> list[l
     return found
 
 
-def _embed_sample(run: Run, embedder: Embedder, documents: list[np.ndarray]) -> list[str]:
-    """Write the sample's embeddings in shards: an encoder's on the cluster, those of tf-idf, which take seconds, here."""
+def embed_sample(run: Run, embedder: Embedder, documents: list[np.ndarray], folder: str) -> list[str]:
+    """Write the sample's embeddings in shards of the folder: an encoder's on the cluster, those of tf-idf, which take
+    seconds, here."""
     tasks: list[dict[str, Any]] = [
         {
-            "uri": run.uri("clusterer", "embeddings", f"part-{first // SHARD_ROWS:05d}.npy"),
+            "uri": run.uri(folder, "embeddings", f"part-{first // SHARD_ROWS:05d}.npy"),
             "documents": documents[first : first + SHARD_ROWS],
         }
         for first in range(0, len(documents), SHARD_ROWS)

@@ -54,7 +54,7 @@ def partition_corpus(run: Run) -> dict[str, Any]:
     run.need("clusterer", "fit_clusters")
     corpus, _ = corpus_shards(run)
     tasks = [{"index": index, **shard} for index, shard in enumerate(counted)]
-    totals = {split: _Totals(run.config.cluster.n_clusters) for split in SPLITS}
+    totals = {split: Totals(run.config.cluster.n_clusters) for split in SPLITS}
     with progress.bar("partition_corpus", len(tasks), "shards") as done:
         work = functools.partial(_partition_shard, config=run.config, corpus=corpus)
         written = map_embedding(tasks, work, run.config.embed.gpus)
@@ -62,16 +62,11 @@ def partition_corpus(run: Run) -> dict[str, Any]:
             for split in totals:
                 totals[split].add(row[split])
             done(number)
-    empty = [cluster for cluster, count in enumerate(totals["train"].documents_K) if count == 0]
-    if empty:
-        raise ValueError(
-            f"cluster.n_clusters={run.config.cluster.n_clusters}: no document is nearest to the centres of clusters "
-            f"{empty}. Lower it or give more documents."
-        )
+    totals["train"].check_none_empty()
     return {split: total.as_dict() for split, total in totals.items()}
 
 
-class _Totals:
+class Totals:
     """Running counts over the shards of one split."""
 
     def __init__(self, n_clusters: int) -> None:
@@ -80,6 +75,14 @@ class _Totals:
     def add(self, counts: dict[str, Any]) -> None:
         self.documents_K += np.asarray(counts["documents"], np.int64)
         self.tokens_K += np.asarray(counts["tokens"], np.int64)
+
+    def check_none_empty(self) -> None:
+        empty = np.flatnonzero(self.documents_K == 0).tolist()
+        if empty:
+            raise ValueError(
+                f"cluster.n_clusters={len(self.documents_K)}: clusters {empty} have no document. Lower it or give more "
+                "documents."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return {

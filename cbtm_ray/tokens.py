@@ -6,10 +6,12 @@ B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cbtm_ray import files
@@ -119,17 +121,36 @@ class PackedSequences:
         return self._epoch[1], self._epoch[2]
 
 
-def read_documents(shards_uri: str, split: str, cluster: int | None) -> list[np.ndarray]:
+def read_documents(
+    shards_uri: str, split: str, cluster: int | None, partition_uri: str | None = None
+) -> list[np.ndarray]:
     """Token ids of one cluster's documents, or of all (None), in the fixed order of the shards.
 
-    Only the row groups of that cluster are read.
+    Only the row groups of that cluster are read; all are, where the clusters are those of a control's `partition_uri`.
     """
+    if partition_uri is not None:
+        parts = files.list_files(files.join(shards_uri, split))
+        return [document for part in parts for document in _read_by_partition(part, partition_uri, cluster)]
     filesystem, path = files.resolve(files.join(shards_uri, split))
     dataset = ds.dataset(path, filesystem=filesystem, format="parquet")
     wanted = None if cluster is None else ds.field("cluster") == cluster
     batches = dataset.to_batches(columns=["tokens"], filter=wanted, use_threads=False)
-    return [
-        np.asarray(tokens, dtype=np.int32)
-        for batch in batches
-        for tokens in batch.column(0).to_numpy(zero_copy_only=False)
-    ]
+    return [document for batch in batches for document in _as_documents(batch.column(0))]
+
+
+def _read_by_partition(part_uri: str, partition_uri: str, cluster: int | None) -> Iterator[np.ndarray]:
+    """The cluster's documents of one shard, whose rows the partition names in the same order, each with its cluster."""
+    filesystem, path = files.resolve(part_uri)
+    _, partition_path = files.resolve(files.join(partition_uri, part_uri.rpartition("/")[2]))
+    named = pq.read_table(partition_path, filesystem=filesystem)
+    if not named["id"].equals(pq.read_table(path, columns=["id"], filesystem=filesystem)["id"]):
+        raise ValueError(f"{partition_uri} does not name the documents of {part_uri}. Delete it: it is made again.")
+    member_N, position = named["cluster"].to_numpy() == cluster, 0
+    with filesystem.open_input_file(path) as stream:
+        for batch in pq.ParquetFile(stream).iter_batches(columns=["tokens"]):
+            yield from _as_documents(batch["tokens"].filter(pa.array(member_N[position : position + len(batch)])))
+            position += len(batch)
+
+
+def _as_documents(tokens: pa.Array) -> list[np.ndarray]:
+    return [np.asarray(document, dtype=np.int32) for document in tokens.to_numpy(zero_copy_only=False)]

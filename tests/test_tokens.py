@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -216,6 +218,38 @@ def test_one_clusters_documents_are_read_in_the_order_of_the_shards(tmp_path: Pa
     assert read("train", None) == [[1, 2, 3], [4], [5], [6, 6], [7], [8, 9]]
     assert read("valid", 2) == [[99]]
     assert all(document.dtype == np.int32 for document in read_documents(shards, "train", 2))
+
+
+def write_named(path: Path, ids: list[str], **columns: list) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"id": ids, **columns}), path)
+
+
+def two_shards_and_a_partition(folder: Path) -> None:
+    """Documents a, b, c and d, e; the partition has a, c and e in its cluster 1."""
+    write_named(folder / "train" / "part-00000.parquet", ["a", "b", "c"], tokens=[[1], [2, 2], [3]], cluster=[0, 0, 1])
+    write_named(folder / "train" / "part-00001.parquet", ["d", "e"], tokens=[[4], [5, 5]], cluster=[0, 1])
+    write_named(folder / "random" / "part-00000.parquet", ["a", "b", "c"], cluster=[1, 0, 1])
+    write_named(folder / "random" / "part-00001.parquet", ["d", "e"], cluster=[0, 1])
+
+
+def test_a_partition_says_whose_documents_are_read(tmp_path: Path) -> None:
+    two_shards_and_a_partition(tmp_path)
+
+    def read(cluster: int) -> list[list[int]]:
+        return [document.tolist() for document in read_documents(str(tmp_path), "train", cluster, f"{tmp_path}/random")]
+
+    assert read(0) == [[2, 2], [4]]
+    assert read(1) == [[1], [3], [5, 5]]
+    assert read(2) == []
+
+
+@pytest.mark.parametrize("ids", [["e", "d"], ["d"], ["d", "e", "f"]])
+def test_a_partition_of_other_documents_is_refused(tmp_path: Path, ids: list[str]) -> None:
+    two_shards_and_a_partition(tmp_path)
+    write_named(tmp_path / "random" / "part-00001.parquet", ids, cluster=[0] * len(ids))
+    with pytest.raises(ValueError, match=r"random does not name the documents of .*part-00001\.parquet\. Delete it"):
+        read_documents(str(tmp_path), "train", 0, f"{tmp_path}/random")
 
 
 def test_files_aside_are_no_shards(tmp_path: Path) -> None:
