@@ -38,13 +38,20 @@ class Branch:
 
     cluster: int | None
     """Cluster whose documents are read; None reads all."""
+    partition: str | None = None
+    """Folder of the run that says which cluster a document is of: a control's. None: the shards themselves say."""
     init: str | None
     """Model to start from, a folder URI or a Hugging Face name; None is a new model."""
     spec: TrainSpec
 
 
-def expert_folder(cluster: int) -> str:
-    return f"experts/cluster={cluster:04d}"
+def expert_folder(cluster: int, control: str | None = None) -> str:
+    return f"{f'controls/{control}' if control else 'experts'}/cluster={cluster:04d}"
+
+
+def partition_folder(control: str) -> str:
+    """Where the run keeps which cluster of the control every document is of."""
+    return f"shards/controls/{control}"
 
 
 def seed_branch(run: Run) -> Branch:
@@ -69,25 +76,43 @@ def expert_branches(run: Run) -> list[Branch]:
     Each expert gets total/K tokens, rounded down to whole steps, and the control as many as all experts together (the
     paper's compute-matched comparison), so that K = 1 and the dense control are the same run.
     """
-    config = run.config
-    n_clusters, per_step = config.cluster.n_clusters, config.train.batch_size * config.tokens.sequence_length
-    steps = config.train.total_tokens // n_clusters // per_step
-    seed_uri = run.uri("seed")
-
-    def branch(name: str, cluster: int | None, steps: int) -> Branch:
-        spec = _spec(
-            config,
-            name=name,
-            steps=steps,
-            learning_rate=config.train.learning_rate,
-            final_lr_fraction=config.train.final_lr_fraction,
-        )
-        return Branch(cluster=cluster, init=seed_uri, spec=spec)
-
+    n_clusters = run.config.cluster.n_clusters
+    steps = _steps_each(run.config, n_clusters)
     return [
-        branch(DENSE, None, n_clusters * steps),
-        *(branch(expert_folder(cluster), cluster, steps) for cluster in range(n_clusters)),
+        _branch(run, DENSE, None, n_clusters * steps),
+        *(_branch(run, expert_folder(cluster), cluster, steps) for cluster in range(n_clusters)),
     ]
+
+
+def control_branches(run: Run, control: str) -> list[Branch]:
+    """The experts of a control, one for each of its clusters: the same budget, rounded down to whole steps of each."""
+    partition = partition_folder(control)
+    n_clusters = run.need(partition, "partition_corpus")["n_clusters"]
+    steps = _steps_each(run.config, n_clusters)
+    return [_branch(run, expert_folder(cluster, control), cluster, steps, partition) for cluster in range(n_clusters)]
+
+
+def _steps_each(config: Config, n_experts: int) -> int:
+    """Optimiser steps that the budget gives each expert; ValueError if it is not one."""
+    per_step = config.train.batch_size * config.tokens.sequence_length
+    if (steps := config.train.total_tokens // n_experts // per_step) == 0:
+        raise ValueError(
+            f"train.total_tokens={config.train.total_tokens} must give each of {n_experts} experts at least one step of "
+            f"{per_step} tokens; raise it to {n_experts * per_step}."
+        )
+    return steps
+
+
+def _branch(run: Run, name: str, cluster: int | None, steps: int, partition: str | None = None) -> Branch:
+    train = run.config.train
+    spec = _spec(
+        run.config,
+        name=name,
+        steps=steps,
+        learning_rate=train.learning_rate,
+        final_lr_fraction=train.final_lr_fraction,
+    )
+    return Branch(cluster=cluster, partition=partition, init=run.uri("seed"), spec=spec)
 
 
 def train_branches(
@@ -225,7 +250,8 @@ def _train_branch(config: Config, branch: Branch, board: Any) -> None:
     else:
         model = load_model(branch.init)
     torch.nn.Module.to(model, "cuda" if config.train.gpus_per_expert else "cpu")
-    documents = read_documents(run.uri("shards"), "train", branch.cluster)
+    partition_uri = run.uri(branch.partition) if branch.partition else None
+    documents = read_documents(run.uri("shards"), "train", branch.cluster, partition_uri)
     sequences = PackedSequences(
         documents, sequence_length=spec.sequence_length, end_of_text=tokenizer.eos_token_id, seed=config.run.seed
     )
@@ -292,15 +318,7 @@ def train_experts(run: Run) -> dict[str, Any]:
     """Stage `experts/`: K experts, and the dense control of the same total tokens in `controls/dense/`."""
     run.need("seed", "train_seed")
     branches = expert_branches(run)
-    train = run.config.train
-    train_branches(
-        run,
-        branches,
-        title="train_experts",
-        cpus=train.cpus_per_expert,
-        slots=train.slots,
-        per_run=train.experts_per_run,
-    )
+    _train_beside_each_other(run, branches, "train_experts")
     manifests = [run.need(branch.spec.name, "train_experts") for branch in branches]
     return {
         "experts": len(manifests) - 1,
@@ -308,3 +326,22 @@ def train_experts(run: Run) -> dict[str, Any]:
         "dense_train_tokens": manifests[0]["train_tokens"],
         "parameters": manifests[0]["parameters"],
     }
+
+
+def train_control(run: Run, control: str) -> dict[str, Any]:
+    """Stage `controls/CONTROL/`: the experts of a control.
+
+    The first one trains those of all controls, so that no slot is idle while one of them ends.
+    """
+    run.need("seed", "train_seed")
+    branches = [branch for each in run.config.train.controls for branch in control_branches(run, each)]
+    _train_beside_each_other(run, sorted(branches, key=lambda branch: -branch.spec.steps), "train_controls")
+    manifests = [run.need(branch.spec.name, "train_experts") for branch in control_branches(run, control)]
+    return {"experts": len(manifests), "train_tokens": sum(manifest["train_tokens"] for manifest in manifests)}
+
+
+def _train_beside_each_other(run: Run, branches: list[Branch], title: str) -> None:
+    train = run.config.train
+    train_branches(
+        run, branches, title=title, cpus=train.cpus_per_expert, slots=train.slots, per_run=train.experts_per_run
+    )

@@ -8,7 +8,7 @@ out; all others belong to the identity of what a stage makes.
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -28,6 +28,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER]
 FromZero = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
 BelowOne = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
+
+Control = Literal["random", "unbalanced", "metadata"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -158,6 +161,9 @@ class SeedModelConfig:
 class TrainConfig:
     total_tokens: Count = 1_600_000
     """Training budget of the whole system: each of K experts gets total/K, the dense control all of it."""
+    controls: tuple[Control, ...] = ()
+    """Other ways to split the documents, each trained like the experts on a budget of its own: by chance, by k-means without
+    balance, by `corpus.domain_column`. They may be added to a finished run, whose evaluation is then to be redone."""
     batch_size: Count = 16
     """Sequences in an optimiser step."""
     learning_rate: Positive = 1e-3
@@ -191,6 +197,10 @@ class TrainConfig:
     """Optimiser steps between two checkpoints: what a killed worker loses at most."""
     max_failures: NonNegative = 3
     """Restarts of one expert after errors; lost nodes do not count."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.controls)) < len(self.controls):
+            raise ValueError(f"train.controls={list(self.controls)} names a control twice. Keep one")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -231,6 +241,16 @@ class Config:
             raise ValueError(
                 f"corpus.sample_documents={self.corpus.sample_documents} must be at least "
                 f"cluster.n_clusters={self.cluster.n_clusters}"
+            )
+        if "metadata" in self.train.controls and not (self.corpus.domain_column or self.corpus.packages):
+            raise ValueError(
+                "train.controls has 'metadata', which needs the domain of every document: set corpus.domain_column, or "
+                "leave it out"
+            )
+        if "unbalanced" in self.train.controls and not self.cluster.balanced:
+            raise ValueError(
+                "train.controls has 'unbalanced', which is what cluster.balanced=False makes of the experts already: leave "
+                "it out"
             )
         per_step = self.train.batch_size * self.tokens.sequence_length
         if self.train.total_tokens < self.cluster.n_clusters * per_step:

@@ -2,9 +2,9 @@
 
     <run.dir>/
       config.yaml  metrics.jsonl
-      corpus/      tokenizer/      clusterer/      shards/{train,valid}/
-      seed/        experts/cluster=0003/           controls/dense/
-      checkpoints/ evaluation/     report.html
+      corpus/      tokenizer/      clusterer/      shards/{train,valid}/           shards/controls/random/
+      seed/        experts/cluster=0003/           controls/dense/                 controls/random/cluster=0003/
+      checkpoints/ evaluation/     average/{uniform,routing}/      report.html
 
 A stage writes `settings.json` when it starts and `manifest.json` when it ends. A folder with a manifest is skipped when
 the stage runs again; one without is continued. Either is refused when its settings are not those of the configuration.
@@ -18,8 +18,10 @@ from dataclasses import replace
 from typing import Any
 
 from cbtm_ray import files
-from cbtm_ray.config import EXECUTION_FIELDS, Config
+from cbtm_ray.config import CONTROLS, EXECUTION_FIELDS, Config
 from cbtm_ray.load_config import config_tree, dump_config
+
+_TRAINING = ("train", "-train.controls", "tokens.sequence_length")
 
 STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "corpus": ("run", "corpus"),
@@ -28,10 +30,15 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "shards": (),
     "seed": ("seed_model", "tokens.sequence_length", "train.batch_size", "train.betas", "train.weight_decay",
              "train.clip_norm", "train.precision", "train.schedule", "train.warmup_steps"),
-    "experts": ("train", "tokens.sequence_length"),
-    "evaluation": ("evaluate", "tokens.sequence_length"),
+    "experts": _TRAINING,
+    **{f"shards/controls/{control}": () for control in CONTROLS},
+    **{f"controls/{control}": _TRAINING for control in CONTROLS},
+    "evaluation": ("evaluate", "tokens.sequence_length", "train.controls"),
+    "average": (),
 }  # fmt: skip
-"""What each stage depends on in the configuration, beyond what the stages before it do."""
+"""What each stage depends on in the configuration, beyond what the stages before it do: fields, or sections less -fields.
+
+Each control is a stage of its own, so that a finished run can be given another one."""
 
 
 class Run:
@@ -51,7 +58,8 @@ class Run:
         return {
             name: value
             for name, value in self._fields.items()
-            if name not in EXECUTION_FIELDS and (name in owners or name.partition(".")[0] in owners)
+            if name not in EXECUTION_FIELDS
+            and (name in owners or (name.partition(".")[0] in owners and f"-{name}" not in owners))
         }
 
     def check(self) -> None:

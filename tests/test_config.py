@@ -55,6 +55,35 @@ def test_fields_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
     assert config.train.betas == (0.9, 0.95)
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"train": {"controls": ["rnd"]}},
+            r"^train\.controls\.0='rnd': must be 'random', 'unbalanced' or 'metadata'\.$",
+        ),
+        ({"train": {"controls": ["random", "random"]}}, r"^train\.controls=.* names a control twice\. Keep one\.$"),
+        (
+            {"train": {"controls": ["metadata"]}},
+            r"'metadata', which needs .* set corpus\.domain_column, or leave it out\.$",
+        ),
+        (
+            {"train": {"controls": ["unbalanced"]}, "cluster": {"balanced": False}},
+            r"^train\.controls has 'unbalanced', which is what cluster\.balanced=False makes .*: leave it out\.$",
+        ),
+    ],
+)
+def test_a_control_that_cannot_be_is_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config(tree(**sections))
+
+
+def test_there_are_no_controls_but_those_asked_for() -> None:
+    assert build_config(tree()).train.controls == ()
+    asked = {"train": {"controls": ["metadata", "random", "unbalanced"]}, "corpus": {"domain_column": "topic"}}
+    assert build_config(tree(**asked)).train.controls == ("metadata", "random", "unbalanced")
+
+
 def test_an_unknown_key_gets_the_nearest_one() -> None:
     with pytest.raises(ValueError, match=r"^train\.lerning_rate is not a key\. Did you mean train\.learning_rate\?"):
         build_config(tree(train={"lerning_rate": 1e-3}))

@@ -124,6 +124,24 @@ def test_the_training_budget_of_the_experts_leaves_the_seed(tmp_path: Path) -> N
     run_with(tmp_path, train__total_tokens=2_000_000, train__learning_rate=0.5).check()
 
 
+def test_a_finished_run_can_be_given_a_control_once_its_evaluation_is_gone(tmp_path: Path) -> None:
+    for stage in STAGE_SETTINGS:
+        finish(tmp_path, stage, train__controls=["random"])
+    more = run_with(tmp_path, train__controls=["random", "unbalanced"])
+    with pytest.raises(
+        ValueError, match=r"train\.controls=\['random', 'unbalanced'\] \(the run has \['random'\]\)"
+    ) as caught:
+        more.check()
+    assert f"delete {tmp_path / 'evaluation'} and the stages after it" in str(caught.value)
+    for name in ("settings.json", "manifest.json"):
+        (tmp_path / "evaluation" / name).unlink()
+    more.check()
+    for stage in ("experts", "controls/random", "controls/unbalanced"):
+        with pytest.raises(ValueError, match=r"train\.learning_rate"):
+            run_with(tmp_path, train__controls=["random"], train__learning_rate=0.5).check()
+        (tmp_path / stage / "settings.json").unlink()
+
+
 def test_where_and_how_fast_it_runs_may_change(tmp_path: Path) -> None:
     for stage in STAGE_SETTINGS:
         finish(tmp_path, stage)
