@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from cbtm_ray import files, progress
-from cbtm_ray.branch import DENSE, expert_folder
+from cbtm_ray.branch import DENSE, control_branches, expert_folder
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.report import ReportData, render_report
 from cbtm_ray.run import Run
@@ -24,11 +24,19 @@ def curves(run: Run) -> dict[str, list[dict[str, Any]]]:
     return {name: run.need(folder, "train_experts")["curve"] for name, folder in folders.items()}
 
 
+def control_curves(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Those of the controls' experts: random NNNN and so on."""
+    return {
+        f"{control} {branch.cluster:04d}": run.need(branch.spec.name, "train_experts")["curve"]
+        for control in run.config.train.controls
+        for branch in control_branches(run, control)
+    }
+
+
 def metrics_lines(run: Run) -> str:
     """Every point of every curve as a line of JSON, with the model's name."""
-    return "".join(
-        json.dumps({"model": name, **point}) + "\n" for name, points in curves(run).items() for point in points
-    )
+    found = curves(run) | control_curves(run)
+    return "".join(json.dumps({"model": name, **point}) + "\n" for name, points in found.items() for point in points)
 
 
 def write_report(run: Run, summaries: dict[str, str]) -> None:
@@ -74,24 +82,48 @@ def collect(run: Run, summaries: dict[str, str]) -> ReportData:
 def print_results(run: Run) -> None:
     """The perplexity table, one sentence that says who won, and what to do next."""
     evaluation = files.read_json(run.uri("evaluation", "results.json"))
-    table = Table(title="Held-out perplexity, with 95 % intervals over documents", title_justify="left", box=SIMPLE)
-    for name in ("system", "routing", "compute", "perplexity", "ratio to dense"):
-        table.add_column(name, justify="left" if name in ("system", "routing") else "right")
+    table = _table(("system", "routing"), ("compute", "perplexity", "ratio to dense"))
     per_token = next(r for r in evaluation["rows"] if r["system"] == "dense")["infer_flops_per_token"]
     for row in evaluation["rows"]:
-        name = SYSTEM_NAMES.get(row["system"]) or ensemble_name(row)
-        table.add_row(
-            name + (" *" if row.get("chosen") else ""),
-            row["routing"] or "-",
-            f"{row['infer_flops_per_token'] / per_token:.2f} x",
-            f"{row['ppl']:.2f} [{row['ppl_low']:.2f}, {row['ppl_high']:.2f}]",
-            f"{row['ratio_to_dense']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]",
-        )
+        name = system_name(row)
+        compute = f"{row['infer_flops_per_token'] / per_token:.2f} x"
+        table.add_row(name + (" *" if row.get("chosen") else ""), row["routing"] or "-", compute, *_measures(row))
     progress.console.print(table)
     progress.console.print("compute: of inference, dense control = 1; posterior routing runs all experts for evidence")
     progress.console.print(f"* best on the tuning documents. {verdict(evaluation)}", soft_wrap=True)
     progress.console.print(f"Report: {run.uri('report.html')}", soft_wrap=True)
     progress.console.print(f"Next, serve it: serve run serve.app:build run_dir={run.dir}", soft_wrap=True)
+
+
+def print_average(run: Run) -> None:
+    """The averages' perplexity beside the dense control's, a model of the same size and cost."""
+    table = _table(("model", "weights of the experts"), ("perplexity", "ratio to dense"))
+    for row in run.need("average", "average_experts")["rows"]:
+        weights = f"{min(row['weights']):.3f} to {max(row['weights']):.3f}" if row["weights"] else "-"
+        table.add_row(row["folder"], weights, *_measures(row))
+    progress.console.print(table)
+    progress.console.print(f"Hugging Face folders: {run.uri('average')}", soft_wrap=True)
+
+
+def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(title="Held-out perplexity, with 95 % intervals over documents", title_justify="left", box=SIMPLE)
+    for name in (*left, *right):
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
+def _measures(row: dict[str, Any]) -> tuple[str, str]:
+    """Perplexity and ratio to the dense control, with their intervals."""
+    return (
+        f"{row['ppl']:.2f} [{row['ppl_low']:.2f}, {row['ppl_high']:.2f}]",
+        f"{row['ratio_to_dense']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]",
+    )
+
+
+def system_name(row: dict[str, Any]) -> str:
+    if row["system"] in SYSTEM_NAMES:
+        return SYSTEM_NAMES[row["system"]]
+    return ensemble_name(row) if row["system"] == "cbtm" else f"{row['system']}, {ensemble_name(row)}"
 
 
 def ensemble_name(row: dict[str, Any]) -> str:

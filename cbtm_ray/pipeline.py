@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cbtm_ray import branch, corpus, discover, findings, partition, progress, results
+from cbtm_ray import average, branch, controls, corpus, discover, findings, partition, progress, results
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 
 Work = Callable[[Run], dict[str, Any]]
+Stage = tuple[str, Work, str]
 
 
 def make_tokenizer(run: Run) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def make_tokenizer(run: Run) -> dict[str, Any]:
     return {"vocabulary": len(tokenizer)}
 
 
-JOBS: dict[str, list[tuple[str, Work, str]]] = {
+JOBS: dict[str, list[Stage]] = {
     "build_corpus": [
         (
             "corpus",
@@ -55,25 +56,53 @@ JOBS: dict[str, list[tuple[str, Work, str]]] = {
         ("evaluation", results.evaluate_mixture, "{reported_tokens:,} tokens of {reported_on_documents:,} documents")
     ],
 }
-"""Job -> stages (folder, work, summary of its manifest)."""
+"""Job -> stages (folder, work, summary of its manifest), in the order of `run_all`."""
+
+CONTROL_STAGES: dict[str, tuple[str, Callable[..., dict[str, Any]], str]] = {
+    "partition_corpus": (
+        "shards/controls/{}",
+        controls.partition_control,
+        "{n_clusters} clusters; largest {size_skew:.2f} x mean",
+    ),
+    "train_experts": ("controls/{}", branch.train_control, "{experts} experts, {train_tokens:,} tokens"),
+}
+"""Job -> what it does for each of `train.controls`, after its stages."""
+
+EXTRA_JOBS: dict[str, list[Stage]] = {
+    "average_experts": [("average", average.average_experts, "uniform and by routing weights")],
+}
+"""What a finished run can be asked for beyond `run_all`."""
+
+
+def stages(run: Run, job: str) -> list[Stage]:
+    """What a job does in this run."""
+    listed = (JOBS | EXTRA_JOBS)[job]
+    if job not in CONTROL_STAGES:
+        return listed
+    folder, work, template = CONTROL_STAGES[job]
+    return listed + [
+        (folder.format(control), partial(work, control=control), template) for control in run.config.train.controls
+    ]
 
 
 def run_job(run: Run, job: str) -> None:
     """Do what is missing of a job's stages, and say in a line how each came out."""
-    for folder, work, template in JOBS[job]:
+    for folder, work, template in stages(run, job):
         manifest, ran = run.stage(folder, partial(work, run))
         progress.summary(folder, manifest["seconds"] if ran else None, template.format(**manifest))
     if job == "evaluate_mixture":
         findings.write_report(run, summaries(run))
         findings.print_results(run)
+    if job == "average_experts":
+        findings.print_average(run)
 
 
 def summaries(run: Run) -> dict[str, str]:
     """The line of every finished stage, by its folder, in the stages' order."""
     return {
         folder: template.format(**manifest)
-        for stages in JOBS.values()
-        for folder, _, template in stages
+        for job in JOBS
+        for folder, _, template in stages(run, job)
         if (manifest := run.manifest(folder))
     }
 

@@ -1,4 +1,7 @@
-"""Stage `evaluation/`: score the held-out documents with every model where Ray has room, then compare the systems."""
+"""Stage `evaluation/`: perplexity of the ensemble and of everything it is measured against, on the same held-out text.
+
+T tokens (of one document after the other), R those of the documents that are reported on, K experts, D dimensions.
+"""
 
 from __future__ import annotations
 
@@ -6,139 +9,118 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.dataset as ds
-import ray
-import torch
+from torch import Tensor
 
-from cbtm_ray import evaluate, files, progress
-from cbtm_ray.branch import DENSE, expert_folder
-from cbtm_ray.config import Config
-from cbtm_ray.distances import squared_distances
-from cbtm_ray.documents import unit_hash
+from cbtm_ray import evaluate, files
+from cbtm_ray.branch import DENSE, expert_folder, partition_folder
+from cbtm_ray.config import EvaluateConfig
+from cbtm_ray.controls import control_centers
 from cbtm_ray.embed import load_clusterer
-from cbtm_ray.models import load_model
 from cbtm_ray.run import Run
+from cbtm_ray.scoring import HeldOutDocuments, context_distances, held_out_documents, score_models
 from cbtm_ray.tokens import load_tokenizer
 
-ROUTINGS = ("embedding", "posterior", "prefix")
+CONTROL_ROUTINGS = {
+    "random": ("uniform", "bayes"),
+    "unbalanced": ("embedding", "posterior"),
+    "metadata": ("uniform", "bayes", "embedding"),
+}
 SAMPLE_TOKENS = 300
 
 
 @dataclass(frozen=True)
-class HeldOutDocuments:
-    """The held-out documents to score, in a fixed order, and which half of them is for tuning."""
+class System:
+    """Experts that are mixed, and how they are routed."""
 
-    tokens: list[np.ndarray]
-    text_bytes: np.ndarray
-    domains: list[str | None]
-    for_tuning: np.ndarray
+    name: str
+    """'cbtm', or a control: 'random', 'unbalanced' or 'metadata'."""
+    experts: list[str]
+    """Their folders in the run, by cluster."""
+    centers_KD: Tensor | None
+    """None: its clusters have no centres."""
+    routings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A system's experts on the two halves of the held-out documents."""
+
+    system: System
+    tuning: evaluate.HeldOut
+    reported: evaluate.HeldOut
 
 
 def evaluate_mixture(run: Run) -> dict[str, Any]:
-    """`evaluation/results.json`: perplexity of the seed, the dense control and the ensemble for every routing and top-k.
+    """`evaluation/results.json`: perplexity of the seed, the dense control, the ensemble and the controls with experts, these
+    for every routing and top-k.
 
     Routing settings are tuned on one half of the held-out documents and all numbers reported on the other; halves are a
     hash of the document's id.
     """
-    config = run.config
-    experts = [expert_folder(cluster) for cluster in range(config.cluster.n_clusters)]
+    systems = [ensemble_system(run), *(control_system(run, control) for control in run.config.train.controls)]
+    experts = [name for system in systems for name in system.experts]
     models = {name: run.need(name, "train_experts") for name in ["seed", DENSE, *experts]}
     documents = held_out_documents(run)
-    logprobs = {name: files.read_array(uri) for name, uri in _score_models(run, list(models)).items()}
-    tokenizer = load_tokenizer(run.uri("tokenizer"))
-    embedder, centers_KD = load_clusterer(run.uri("clusterer"), tokenizer)
-    prefixes = (torch.from_numpy(embedder.prefix_embeddings(tokens)) for tokens in documents.tokens)
-    distances_TK = torch.cat([squared_distances(prefixes_TD, centers_KD) for prefixes_TD in prefixes]).numpy()
-    experts_TK = np.stack([logprobs[name] for name in experts], axis=1)
-    tuning, reported = (_half(documents, experts_TK, distances_TK, half) for half in (True, False))
-    tokens_T = _token_mask(documents, False)
-    text_bytes = int(documents.text_bytes[~documents.for_tuning].sum())
-    seed_T, dense_T = logprobs["seed"][tokens_T], logprobs[DENSE][tokens_T]
+    logprobs = score_models(run, list(models))
+    ensemble, *others = measure(run, documents, logprobs, systems)
+    reported_T = documents.token_mask(tuning=False)
+    dense_R = logprobs[DENSE][reported_T]
     rows = [
-        {**_single_row(system, models[name]), **evaluate.summarise(scores_T, reported.lengths, text_bytes, dense_T)}
-        for system, name, scores_T in (("seed", "seed", seed_T), ("dense", DENSE, dense_T))
+        {**_single_row(system, models[name]), **documents.summarise(logprobs[name][reported_T], dense_R)}
+        for system, name in (("seed", "seed"), ("dense", DENSE))
     ]
-    routes = _routes(config, tuning)
-    mixtures = [
-        _mixture_row(route, [models[name] for name in experts], tuning, reported, text_bytes, dense_T)
-        for route in routes
-    ]
+    routes = _routes(ensemble, run.config.evaluate)
+    mixtures = [_mixture_row(ensemble, route, models, documents, dense_R) for route in routes]
     best = min(range(len(mixtures)), key=lambda index: mixtures[index]["tuning_loss_nats"])
     mixtures[best]["chosen"] = True
-    mixture_T = evaluate.mixture_logprobs(reported, routes[best])
+    mixture_R = evaluate.mixture_logprobs(ensemble.reported, routes[best])
+    controls = [
+        _mixture_row(control, route, models, documents, dense_R)
+        for control in others
+        for route in _routes(control, run.config.evaluate)
+    ]
     results = {
-        "rows": [*rows, *mixtures],
-        "domains": _domain_rows(documents, reported, dense_T, mixture_T),
-        "tuned_on_documents": len(tuning.lengths),
-        "reported_on_documents": len(reported.lengths),
-        "reported_tokens": int(reported.lengths.sum()),
-        "prefix_tokens": config.evaluate.prefix_tokens,
-        "sample": _sample(run, documents, reported, routes[best]),
+        "rows": [*rows, *mixtures, *controls],
+        "domains": _domain_rows(documents, ensemble.reported, dense_R, mixture_R),
+        "tuned_on_documents": len(ensemble.tuning.lengths),
+        "reported_on_documents": len(ensemble.reported.lengths),
+        "reported_tokens": len(dense_R),
+        "prefix_tokens": run.config.evaluate.prefix_tokens,
+        "sample": _sample(run, documents, ensemble.reported, routes[best]),
     }
     files.write_json(run.uri("evaluation", "results.json"), results)
     return {key: results[key] for key in ("tuned_on_documents", "reported_on_documents", "reported_tokens")}
 
 
-def held_out_documents(run: Run) -> HeldOutDocuments:
-    """Those with the smallest hash of their id, `evaluate.max_documents` of them, in the order of the shards."""
-    seed, most = run.config.run.seed, run.config.evaluate.max_documents
-    filesystem, path = files.resolve(run.uri("shards", "valid"))
-    table = ds.dataset(path, filesystem=filesystem, format="parquet").to_table(use_threads=False)
-    hashes = np.array([unit_hash(seed + 1, document_id) for document_id in table["id"].to_pylist()])
-    kept = np.sort(np.argsort(hashes, kind="stable")[:most])
-    table = table.take(kept)
-    return HeldOutDocuments(
-        tokens=[np.asarray(tokens, np.int32) for tokens in table["tokens"].to_pylist()],
-        text_bytes=table["text_bytes"].to_numpy(),
-        domains=table["domain"].to_pylist(),
-        for_tuning=np.argsort(np.argsort(hashes[kept], kind="stable")) % 2 == 0,
-    )
+def ensemble_system(run: Run) -> System:
+    """The method's own experts and centres."""
+    _, centers_KD = load_clusterer(run.uri("clusterer"), load_tokenizer(run.uri("tokenizer")))
+    experts = [expert_folder(cluster) for cluster in range(run.config.cluster.n_clusters)]
+    return System("cbtm", experts, centers_KD, ("embedding", "posterior", "prefix"))
 
 
-@ray.remote
-def _score(config: Config, name: str) -> str:
-    run = Run(config)
-    uri = run.uri("evaluation", "logprobs", f"{name.replace('/', '-')}.npy")
-    if not files.exists(uri):
-        model = load_model(run.uri(name))
-        if config.train.gpus_per_expert:
-            torch.nn.Module.to(model, "cuda")
-        logprobs_T = evaluate.score_documents(
-            model,
-            held_out_documents(run).tokens,
-            sequence_length=config.tokens.sequence_length,
-            end_of_text=load_tokenizer(run.uri("tokenizer")).eos_token_id,
-            batch_tokens=config.evaluate.batch_tokens,
-        )
-        files.write_array(uri, logprobs_T)
-    return uri
+def control_system(run: Run, control: str) -> System:
+    """The experts of a control and what can route to them: its own centres, the experts' likelihoods alone, or nothing."""
+    n_clusters = run.need(partition_folder(control), "partition_corpus")["n_clusters"]
+    experts = [expert_folder(cluster, control) for cluster in range(n_clusters)]
+    centers_KD = None if control == "random" else control_centers(run, control)
+    return System(control, experts, centers_KD, CONTROL_ROUTINGS[control])
 
 
-def _score_models(run: Run, names: list[str]) -> dict[str, str]:
-    """Where each model's log-probabilities are; each model is loaded and run once, on a worker."""
-    train = run.config.train
-    task = _score.options(num_cpus=train.cpus_per_expert, num_gpus=train.gpus_per_expert)
-    waiting = {task.remote(run.config, name): name for name in names}
-    uris = {}
-    with progress.bar("evaluate_mixture", len(names), "models") as done:
-        while waiting:
-            ready, _ = ray.wait(list(waiting))
-            uris.update({waiting.pop(ref): uri for ref, uri in zip(ready, ray.get(ready), strict=True)})
-            done(len(uris))
-    return uris
-
-
-def _token_mask(documents: HeldOutDocuments, tuning: bool) -> np.ndarray:
-    lengths = np.array([len(tokens) for tokens in documents.tokens])
-    return np.repeat(documents.for_tuning == tuning, lengths)
-
-
-def _half(
-    documents: HeldOutDocuments, logprobs_TK: np.ndarray, distances_TK: np.ndarray, tuning: bool
-) -> evaluate.HeldOut:
-    mask_T = _token_mask(documents, tuning)
-    lengths = [len(t) for t, kept in zip(documents.tokens, documents.for_tuning == tuning, strict=True) if kept]
-    return evaluate.HeldOut(np.array(lengths), logprobs_TK[mask_T], distances_TK[mask_T])
+def measure(
+    run: Run, documents: HeldOutDocuments, logprobs: dict[str, np.ndarray], systems: list[System]
+) -> list[Measured]:
+    """What the mixtures of every system are computed from, out of the models' log-probabilities by folder."""
+    embedder, _ = load_clusterer(run.uri("clusterer"), load_tokenizer(run.uri("tokenizer")))
+    centers = {system.name: system.centers_KD for system in systems if system.centers_KD is not None}
+    distances = context_distances(embedder, documents.tokens, centers)
+    found = []
+    for system in systems:
+        experts_TK = np.stack([logprobs[name] for name in system.experts], axis=1)
+        distances_TK = distances.get(system.name, np.zeros((len(experts_TK), 0), np.float32))
+        halves = [documents.half(experts_TK, distances_TK, tuning=tuning) for tuning in (True, False)]
+        found.append(Measured(system, *halves))
+    return found
 
 
 def _single_row(system: str, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -153,54 +135,55 @@ def _single_row(system: str, manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _routes(config: Config, tuning: evaluate.HeldOut) -> list[evaluate.Route]:
+def _routes(measured: Measured, config: EvaluateConfig) -> list[evaluate.Route]:
     """Every way of routing to report, tuned."""
-    n_clusters = config.cluster.n_clusters
-    sizes = sorted({*(k for k in config.evaluate.top_k if k < n_clusters), n_clusters})
+    n_experts = len(measured.system.experts)
+    sizes = sorted({*(k for k in config.top_k if k < n_experts), n_experts})
     return [
         route
-        for routing in ROUTINGS
-        for route in evaluate.tune(tuning, config.evaluate, routing=routing, sizes=sizes)
-        if routing != "prefix" or route.top_k < n_clusters  # holding all leaves nothing out: posterior routing
+        for routing in measured.system.routings
+        for route in evaluate.tune(measured.tuning, config, routing=routing, sizes=sizes)
+        # Holding all leaves nothing out: posterior routing. Of experts that weigh alike none is better than another.
+        if {"prefix": route.top_k < n_experts, "uniform": route.top_k == n_experts}.get(routing, True)
     ]
 
 
 def _mixture_row(
+    measured: Measured,
     route: evaluate.Route,
-    manifests: list[dict[str, Any]],
-    tuning: evaluate.HeldOut,
-    reported: evaluate.HeldOut,
-    text_bytes: int,
-    dense_T: np.ndarray,
+    models: dict[str, dict[str, Any]],
+    documents: HeldOutDocuments,
+    dense_R: np.ndarray,
 ) -> dict[str, Any]:
-    n_clusters = len(manifests)
-    running = evaluate.experts_run(route.routing, route.top_k, n_clusters, reported.lengths, route.prefix_tokens)
+    manifests = [models[name] for name in measured.system.experts]
+    lengths, n_experts = measured.reported.lengths, len(manifests)
+    running = evaluate.experts_run(route.routing, route.top_k, n_experts, lengths, route.prefix_tokens)
     return {
-        "system": "cbtm",
-        "n_clusters": n_clusters,
+        "system": measured.system.name,
+        "n_clusters": n_experts,
         "routing": route.routing,
         "top_k": route.top_k,
         "settings": route.settings,
         "train_tokens": sum(manifest["train_tokens"] for manifest in manifests),
         "train_flops": sum(manifest["train_flops"] for manifest in manifests),
         "infer_flops_per_token": running * manifests[0]["infer_flops_per_token"],
-        "tuning_loss_nats": float(-evaluate.mixture_logprobs(tuning, route).mean()),
-        **evaluate.summarise(evaluate.mixture_logprobs(reported, route), reported.lengths, text_bytes, dense_T),
+        "tuning_loss_nats": float(-evaluate.mixture_logprobs(measured.tuning, route).mean()),
+        **documents.summarise(evaluate.mixture_logprobs(measured.reported, route), dense_R),
     }
 
 
 def _domain_rows(
-    documents: HeldOutDocuments, reported: evaluate.HeldOut, dense_T: np.ndarray, mixture_T: np.ndarray
+    documents: HeldOutDocuments, reported: evaluate.HeldOut, dense_R: np.ndarray, mixture_R: np.ndarray
 ) -> list[dict[str, Any]]:
     """Perplexity of the dense control and the chosen ensemble on each gold domain."""
     domains = [d for d, tuning in zip(documents.domains, documents.for_tuning, strict=True) if not tuning]
-    domain_T = np.repeat(np.array([domain or "" for domain in domains]), reported.lengths)
+    domain_R = np.repeat(np.array([domain or "" for domain in domains]), reported.lengths)
     return [
         {
             "domain": domain,
-            "tokens": int((domain_T == domain).sum()),
-            "dense_ppl": float(np.exp(-dense_T[domain_T == domain].mean())),
-            "cbtm_ppl": float(np.exp(-mixture_T[domain_T == domain].mean())),
+            "tokens": int((domain_R == domain).sum()),
+            "dense_ppl": float(np.exp(-dense_R[domain_R == domain].mean())),
+            "cbtm_ppl": float(np.exp(-mixture_R[domain_R == domain].mean())),
         }
         for domain in sorted({domain for domain in domains if domain})
     ]

@@ -152,6 +152,17 @@ def test_every_result_row_appears_with_its_numbers() -> None:
     assert set(numbers) <= set(page.values)
 
 
+def test_controls_are_rows_with_their_meaning_and_never_the_headline() -> None:
+    controls = [result("random", 30.0, 0.6, 4, "uniform"), result("metadata", 31.0, 0.62, 1, "bayes")]
+    page = Page(render_report(make_data(results=[*results(), *controls])))
+    assert page.row("random, uniform, all 4")[1].startswith("30.0 [")
+    assert page.row("metadata, bayes, top-1")[1].startswith("31.0 [")
+    assert "reaches perplexity 40.0" in page.text("headline")
+    assert all(word in page.text("dt") for word in ("uniform", "bayes", "random", "metadata"))
+    assert "unbalanced" not in page.text("dt")
+    assert not {"uniform", "random"} & set(Page(render_report(make_data())).text("dt").split())
+
+
 def test_numbers_of_the_other_tables_appear() -> None:
     page = Page(render_report(make_data()))
     assert page.row("law")[1:] == ["0.634", "31.7", "50.0", "ensemble", "73,231"]

@@ -1,0 +1,115 @@
+"""The held-out documents of a run, and what every model made of them: each scored once, by Ray, where there is room.
+
+T tokens (of one document after the other), R those of the documents that are reported on, K experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset as ds
+import ray
+import torch
+from torch import Tensor
+
+from cbtm_ray import evaluate, files, progress
+from cbtm_ray.config import Config
+from cbtm_ray.distances import squared_distances
+from cbtm_ray.documents import unit_hash
+from cbtm_ray.embed import Embedder
+from cbtm_ray.models import load_model
+from cbtm_ray.run import Run
+from cbtm_ray.tokens import load_tokenizer
+
+
+@dataclass(frozen=True)
+class HeldOutDocuments:
+    """The held-out documents to score, in a fixed order, and which half of them is for tuning."""
+
+    tokens: list[np.ndarray]
+    text_bytes: np.ndarray
+    domains: list[str | None]
+    for_tuning: np.ndarray
+
+    def token_mask(self, *, tuning: bool) -> np.ndarray:
+        """Tokens of one half, bool (T,)."""
+        return np.repeat(self.for_tuning == tuning, [len(tokens) for tokens in self.tokens])
+
+    def half(self, logprobs_TK: np.ndarray, distances_TK: np.ndarray, *, tuning: bool) -> evaluate.HeldOut:
+        """What the mixtures of one half are computed from, out of the log-probabilities and distances of all tokens."""
+        mask_T = self.token_mask(tuning=tuning)
+        return evaluate.HeldOut(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T])
+
+    def summarise(self, logprobs_R: np.ndarray, dense_R: np.ndarray) -> dict[str, Any]:
+        """Perplexity and its like, from the log-probabilities of the reported tokens alone, and the dense control's."""
+        text_bytes = int(self.text_bytes[~self.for_tuning].sum())
+        return evaluate.summarise(logprobs_R, self._lengths(False), text_bytes, dense_R)
+
+    def _lengths(self, tuning: bool) -> np.ndarray:
+        return np.array([len(t) for t, kept in zip(self.tokens, self.for_tuning == tuning, strict=True) if kept])
+
+
+def held_out_documents(run: Run) -> HeldOutDocuments:
+    """Those with the smallest hash of their id, `evaluate.max_documents` of them, in the order of the shards."""
+    seed, most = run.config.run.seed, run.config.evaluate.max_documents
+    filesystem, path = files.resolve(run.uri("shards", "valid"))
+    table = ds.dataset(path, filesystem=filesystem, format="parquet").to_table(use_threads=False)
+    hashes = np.array([unit_hash(seed + 1, document_id) for document_id in table["id"].to_pylist()])
+    kept = np.sort(np.argsort(hashes, kind="stable")[:most])
+    table = table.take(kept)
+    return HeldOutDocuments(
+        tokens=[np.asarray(tokens, np.int32) for tokens in table["tokens"].to_pylist()],
+        text_bytes=table["text_bytes"].to_numpy(),
+        domains=table["domain"].to_pylist(),
+        for_tuning=np.argsort(np.argsort(hashes[kept], kind="stable")) % 2 == 0,
+    )
+
+
+@ray.remote
+def _score(config: Config, name: str) -> str:
+    run = Run(config)
+    uri = run.uri("evaluation", "logprobs", f"{name.replace('/', '-')}.npy")
+    if not files.exists(uri):
+        model = load_model(run.uri(name))
+        if config.train.gpus_per_expert:
+            torch.nn.Module.to(model, "cuda")
+        logprobs_T = evaluate.score_documents(
+            model,
+            held_out_documents(run).tokens,
+            sequence_length=config.tokens.sequence_length,
+            end_of_text=load_tokenizer(run.uri("tokenizer")).eos_token_id,
+            batch_tokens=config.evaluate.batch_tokens,
+        )
+        files.write_array(uri, logprobs_T)
+    return uri
+
+
+def score_models(run: Run, names: list[str]) -> dict[str, np.ndarray]:
+    """Every model's log-probability of every held-out token, float32 (T,), by its folder in the run.
+
+    Each is loaded and run once, on a worker, and what it gave is kept in `evaluation/logprobs/`.
+    """
+    train = run.config.train
+    task = _score.options(num_cpus=train.cpus_per_expert, num_gpus=train.gpus_per_expert)
+    waiting = {task.remote(run.config, name): name for name in names}
+    uris = {}
+    with progress.bar("score models", len(names), "models") as done:
+        while waiting:
+            ready, _ = ray.wait(list(waiting))
+            uris.update({waiting.pop(ref): uri for ref, uri in zip(ready, ray.get(ready), strict=True)})
+            done(len(uris))
+    return {name: files.read_array(uri) for name, uri in uris.items()}
+
+
+def context_distances(
+    embedder: Embedder, documents: list[np.ndarray], centers: dict[str, Tensor]
+) -> dict[str, np.ndarray]:
+    """Squared distances of every token's context to each system's centres, float32 (T, K) by system."""
+    parts: dict[str, list[np.ndarray]] = {system: [] for system in centers}
+    for tokens in documents:
+        prefixes_TD = torch.from_numpy(embedder.prefix_embeddings(tokens))
+        for system, centers_KD in centers.items():
+            parts[system].append(squared_distances(prefixes_TD, centers_KD).numpy())
+    return {system: np.concatenate(found) for system, found in parts.items()}
