@@ -173,8 +173,9 @@ def _run_name(group: list[Branch]) -> str:
 
 
 def _spec(config: Config, **own: Any) -> TrainSpec:
-    shared = ("batch_size", "schedule", "warmup_steps", "betas", "weight_decay", "clip_norm", "precision",
-              "log_every", "checkpoint_every")  # fmt: skip
+    shared = ("batch_size", "micro_batch_size", "schedule", "warmup_steps", "betas", "weight_decay", "clip_norm",
+              "precision", "cross_documents", "activation_checkpointing", "compile", "log_every", "checkpoint_every",
+              "evaluate_every", "evaluate_sequences")  # fmt: skip
     return TrainSpec(
         sequence_length=config.tokens.sequence_length, **{name: getattr(config.train, name) for name in shared}, **own
     )

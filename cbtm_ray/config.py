@@ -37,7 +37,8 @@ _STRICT = ConfigDict(extra="forbid")
 EXECUTION_FIELDS = frozenset(
     {"run.dir", "embed.batch_documents", "embed.gpus", "cluster.actors", "cluster.gpus_per_actor", "seed_model.cpus",
      "train.slots", "train.experts_per_run", "train.cpus_per_expert", "train.gpus_per_expert", "train.log_every",
-     "train.checkpoint_every", "train.max_failures", "evaluate.batch_tokens"}
+     "train.checkpoint_every", "train.max_failures", "train.micro_batch_size", "train.activation_checkpointing",
+     "train.compile", "train.evaluate_every", "train.evaluate_sequences", "evaluate.batch_tokens"}
 )  # fmt: skip
 
 
@@ -166,6 +167,8 @@ class TrainConfig:
     balance, by `corpus.domain_column`. They may be added to a finished run, whose evaluation is then to be redone."""
     batch_size: Count = 16
     """Sequences in an optimiser step."""
+    micro_batch_size: Count | None = None
+    """Sequences that go through the model at once; the step adds up their gradients. None: the whole batch."""
     learning_rate: Positive = 1e-3
     """Peak learning rate of the experts and the controls."""
     final_lr_fraction: Fraction = 0.0
@@ -182,6 +185,12 @@ class TrainConfig:
     """Gradients are scaled down to this norm."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass; bf16 is faster on GPUs and on CPUs with AMX or AVX512-BF16, and slower elsewhere."""
+    cross_documents: bool = True
+    """Tokens attend to the documents before their own in a training sequence. False: to their own document alone."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile: a minute at the start for faster steps; on CPUs it needs a C++ compiler on every node."""
     slots: Count | None = None
     """Experts that train at once. None: as many as the cluster's CPUs and GPUs hold."""
     experts_per_run: Count = 1
@@ -195,12 +204,20 @@ class TrainConfig:
     """Optimiser steps between two points of the training curve."""
     checkpoint_every: Count = 200
     """Optimiser steps between two checkpoints: what a killed worker loses at most."""
+    evaluate_every: Count | None = None
+    """Optimiser steps between two losses on the branch's own held-out documents. None: only at the end."""
+    evaluate_sequences: Count = 32
+    """Held-out sequences that such a loss reads, at most."""
     max_failures: NonNegative = 3
     """Restarts of one expert after errors; lost nodes do not count."""
 
     def __post_init__(self) -> None:
         if len(set(self.controls)) < len(self.controls):
             raise ValueError(f"train.controls={list(self.controls)} names a control twice. Keep one")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={self.micro_batch_size} must be at most train.batch_size={self.batch_size}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

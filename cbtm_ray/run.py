@@ -29,7 +29,7 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "clusterer": ("embed", "cluster"),
     "shards": (),
     "seed": ("seed_model", "tokens.sequence_length", "train.batch_size", "train.betas", "train.weight_decay",
-             "train.clip_norm", "train.precision", "train.schedule", "train.warmup_steps"),
+             "train.clip_norm", "train.precision", "train.schedule", "train.warmup_steps", "train.cross_documents"),
     "experts": _TRAINING,
     **{f"shards/controls/{control}": () for control in CONTROLS},
     **{f"controls/{control}": _TRAINING for control in CONTROLS},

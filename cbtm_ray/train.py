@@ -1,29 +1,27 @@
 """Train one language model on one cluster's documents. Knows nothing of K, of the other experts, or of Ray.
 
-B sequences, T tokens, D hidden size, V vocabulary.
+B sequences, T tokens.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
+
+from cbtm_ray import flops
+from cbtm_ray.loss import loss_function
 
 if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what they take seconds to import
     from transformers import PreTrainedModel
 
     from cbtm_ray.tokens import PackedSequences
-
-_LOSS_CHUNK = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)
-"""Rows of logits alive at once: 512 of a 2,048 vocabulary stay in a core's cache, 2.5 times as fast as all at once."""
-
-_LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-"""What configurations call a change of the logits after the projection (Cohere, Granite, Gemma), 1 and None being none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +34,8 @@ class TrainSpec:
     """Optimiser steps."""
     batch_size: int
     """Sequences a step."""
+    micro_batch_size: int | None
+    """Sequences that go through the model at once; None: all of the step's."""
     sequence_length: int
     """Tokens a sequence."""
     learning_rate: float
@@ -50,10 +50,20 @@ class TrainSpec:
     clip_norm: float
     precision: str
     """'fp32' or 'bf16' arithmetic; weights and optimiser are float32 either way."""
+    activation_checkpointing: bool
+    """Compute the layers' activations again in the backward pass, instead of keeping them."""
+    compile: bool
+    """torch.compile of the training loss."""
+    cross_documents: bool
+    """Tokens attend to the documents before their own in a sequence."""
     log_every: int
     """Steps between points of the curve."""
     checkpoint_every: int
     """Steps between checkpoints."""
+    evaluate_every: int | None
+    """Steps between losses on held-out documents, which the end always has; None: only there."""
+    evaluate_sequences: int
+    """Held-out sequences read at most."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -72,16 +82,23 @@ def learning_rate(spec: TrainSpec, step: int) -> float:
 class Trainer:
     """A model in training: weights, optimiser, position and curve, all of which a checkpoint holds."""
 
-    def __init__(self, model: PreTrainedModel, sequences: PackedSequences, spec: TrainSpec) -> None:
+    def __init__(
+        self, model: PreTrainedModel, sequences: PackedSequences, spec: TrainSpec, valid: PackedSequences | None = None
+    ) -> None:
         vocabulary: Any = model.get_input_embeddings().num_embeddings
-        if (largest := int(sequences.tokens.max())) >= vocabulary:
-            raise ValueError(
-                f"{spec.name}: token id {largest} is not below the model's vocabulary of {vocabulary}. "
-                "Use the seed model's own tokenizer: tokens.tokenizer."
-            )
-        self.model, self.sequences, self.spec = model.train(), sequences, spec
+        for tokens in (part.tokens for part in (sequences, valid) if part is not None):
+            if (largest := int(tokens.max())) >= vocabulary:
+                raise ValueError(
+                    f"{spec.name}: token id {largest} is not below the model's vocabulary of {vocabulary}. "
+                    "Use the seed model's own tokenizer: tokens.tokenizer."
+                )
+        self.model, self.sequences, self.valid, self.spec = model.train(), sequences, valid, spec
         self.optimizer = make_optimizer(model, spec)
-        self.token_loss = loss_function(model, self._batch(0, 1))
+        border = None if spec.cross_documents else sequences.end_of_text
+        self.token_loss = loss_function(model, self._batch(sequences, 0, 1), border=border)
+        self.train_loss = compiled(self.token_loss, model.device) if spec.compile else self.token_loss
+        if spec.activation_checkpointing:
+            checkpoint_activations(model)
         self.step = 0
         self.curve: list[dict[str, Any]] = []
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -101,22 +118,35 @@ class Trainer:
         self.step, self.curve, self.loss_sum = state["step"], state["curve"], state["loss_sum"].to(self.model.device)
 
     def train_step(self) -> None:
-        """One optimiser step on the batch at the present position."""
+        """One optimiser step on the batch at the present position, in parts of `micro_batch_size`."""
         torch.manual_seed(self.sequences.seed * 1_000_003 + self.step)  # dropout is a function of seed and step too
-        batch = self._batch(self.step * self.spec.batch_size, self.spec.batch_size)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.spec, self.step)
-        with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=self.spec.precision == "bf16"):
-            loss = self.token_loss(batch).mean()
-        loss.backward()
+        for batch in self._batches(self.sequences, self.step * self.spec.batch_size, self.spec.batch_size):
+            with self._autocast():
+                loss = self.train_loss(batch).mean() * (len(batch) / self.spec.batch_size)
+            loss.backward()
+            self.loss_sum += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss_sum += loss.detach()
         self.step += 1
 
-    def add_point(self, tokens_per_s: float) -> dict[str, Any]:
-        """Close a stretch of the curve: the mean loss since the last point.
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Mean loss in nats of a token of the first held-out sequences, always the same; None without such documents."""
+        if self.valid is None:
+            return None
+        self.model.eval()
+        losses = []
+        for batch in self._batches(self.valid, 0, min(self.valid.per_epoch, self.spec.evaluate_sequences)):
+            with self._autocast():
+                losses.append(self.token_loss(batch).double())
+        self.model.train()
+        return torch.cat(losses).mean().item()
+
+    def add_point(self, tokens_per_s: float, *, evaluate: bool = False) -> dict[str, Any]:
+        """Close a stretch of the curve: the mean loss since the last point, and the loss on held-out documents if asked.
 
         Raises:
             ValueError: the loss is not a finite number.
@@ -128,9 +158,12 @@ class Trainer:
             "loss_nats": self.loss_sum.item() / (self.step - first),
             "learning_rate": learning_rate(self.spec, self.step - 1),
             "tokens_per_s": round(tokens_per_s, 1),
+            "mfu": flops.utilisation(self.model, self.spec.sequence_length, self.spec.precision, tokens_per_s),
+            **({"valid_loss_nats": self.evaluate()} if evaluate else {}),
         }
-        if not math.isfinite(point["loss_nats"]):
-            raise self._diverged(f"the loss is {point['loss_nats']}")
+        for name, loss in (("loss", point["loss_nats"]), ("held-out loss", point.get("valid_loss_nats"))):
+            if loss is not None and not math.isfinite(loss):
+                raise self._diverged(f"the {name} is {loss}")
         self.curve.append(point)
         self.loss_sum = torch.zeros_like(self.loss_sum)
         return point
@@ -146,8 +179,17 @@ class Trainer:
             f"(peak {self.spec.learning_rate:g}) or train.clip_norm; earlier checkpoints are intact."
         )
 
-    def _batch(self, position: int, batch_size: int) -> torch.Tensor:
-        return torch.from_numpy(self.sequences.batch(position, batch_size)).to(self.model.device)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.spec.precision == "bf16")
+
+    def _batches(self, sequences: PackedSequences, position: int, count: int) -> Iterator[torch.Tensor]:
+        """The sequences at `count` positions in parts of `micro_batch_size`, each (b, T + 1)."""
+        size = self.spec.micro_batch_size or self.spec.batch_size
+        for first in range(0, count, size):
+            yield self._batch(sequences, position + first, min(size, count - first))
+
+    def _batch(self, sequences: PackedSequences, position: int, count: int) -> torch.Tensor:
+        return torch.from_numpy(sequences.batch(position, count)).to(self.model.device)
 
 
 def train_model(
@@ -155,6 +197,7 @@ def train_model(
     sequences: PackedSequences,
     spec: TrainSpec,
     *,
+    valid: PackedSequences | None = None,
     state: dict[str, Any] | None,
     save: Callable[[dict[str, Any]], None],
     log: Callable[[dict[str, Any]], None],
@@ -163,26 +206,29 @@ def train_model(
 
     Args:
         model: float32 weights, on the device to train on.
+        valid: held-out documents, for the loss on them at the end and every `evaluate_every` steps.
         state: what `save` was given before, to go on from there to the weights of an uninterrupted run; or None.
         save: called with the state every `checkpoint_every` steps.
         log: called with every new point of the curve.
 
     Returns:
-        Points {step, tokens, loss_nats (mean since the point before), learning_rate, tokens_per_s}.
+        Points {step, tokens, loss_nats (mean since the point before), learning_rate, tokens_per_s, mfu (None where the
+        device's peak is not known), and at some valid_loss_nats (None without held-out documents)}.
     """
     if spec.steps == 0:
         return []
-    trainer = Trainer(model, sequences, spec)
+    trainer = Trainer(model, sequences, spec, valid)
     if state is not None:
         trainer.load_state_dict(state)
     timed_step, timed_at = trainer.step, time.perf_counter()
     while trainer.step < spec.steps:
         trainer.train_step()
         last = trainer.step == spec.steps
-        if last or trainer.step % spec.log_every == 0:
-            now = time.perf_counter()
-            log(trainer.add_point((trainer.step - timed_step) * spec.tokens_per_step / (now - timed_at)))
-            timed_step, timed_at = trainer.step, now
+        evaluate = last or (spec.evaluate_every is not None and trainer.step % spec.evaluate_every == 0)
+        if evaluate or trainer.step % spec.log_every == 0:
+            speed = (trainer.step - timed_step) * spec.tokens_per_step / (time.perf_counter() - timed_at)
+            log(trainer.add_point(speed, evaluate=evaluate))
+            timed_step, timed_at = trainer.step, time.perf_counter()
         if not last and trainer.step % spec.checkpoint_every == 0:
             trainer.check_weights()
             save(trainer.state_dict())
@@ -199,34 +245,23 @@ def make_optimizer(model: PreTrainedModel, spec: TrainSpec) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, fused=True)
 
 
-def loss_function(model: PreTrainedModel, example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function of a batch (B, T + 1) to the loss of each target in nats, (B * T,).
-
-    Chunked over the vocabulary projection where that gives the model's own logits on the example; models that scale or
-    cap their logits get the plain path.
-    """
-
-    def plain(batch: torch.Tensor) -> torch.Tensor:
-        logits_BTV = model(input_ids=batch[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
-
-    def chunked(batch: torch.Tensor) -> torch.Tensor:
-        hidden_BTD = model.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
-        head = model.get_output_embeddings()
-        return F.linear_cross_entropy(
-            hidden_BTD.flatten(0, 1),
-            head.weight,
-            batch[:, 1:].flatten(),
-            linear_bias=head.bias,
-            reduction="none",
-            options=_LOSS_CHUNK,
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let the model compute its layers' activations again in the backward pass. ValueError if it cannot."""
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"train.activation_checkpointing=True does not work with {type(model).__name__}, whose code has none. "
+            "Set train.activation_checkpointing=false and lower train.micro_batch_size."
         )
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
-    if any(getattr(model.config, name, None) not in (None, 1) for name in _LOGIT_CHANGES):
-        return plain
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        same = torch.allclose(plain(example), chunked(example), atol=1e-3, rtol=1e-3)
-    model.train(was_training)
-    return chunked if same else plain
+
+def compiled(
+    token_loss: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same function through torch.compile. ValueError on a CPU without a C++ compiler, which it needs."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"train.compile=True needs a C++ compiler, and there is no {compiler}. Install one, or set train.compile=false."
+        )
+    return torch.compile(token_loss)

@@ -60,6 +60,37 @@ def test_costs_by_hand(tied: bool) -> None:
     assert flops.train_flops(per_token, 5) == 15 * per_token
 
 
+@pytest.mark.parametrize(
+    ("name", "precision", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 80GB HBM3", "fp32", 67),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", None),
+        ("NVIDIA L40S", "bf16", 362),
+        ("NVIDIA L4", "bf16", 121),
+        ("NVIDIA L40", "bf16", None),
+        ("Tesla T4", "bf16", None),
+        ("NVIDIA GeForce RTX 4090", "fp32", None),
+    ],
+)
+def test_the_peak_of_a_gpu_goes_by_the_words_of_its_name(name: str, precision: str, tflops: float | None) -> None:
+    assert flops.peak_flops(name, precision) == (None if tflops is None else tflops * 1e12)
+
+
+def test_utilisation_is_not_known_on_a_cpu(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert flops.utilisation(new_model(SIZES, tokenizer, 64, 0), 64, "fp32", tokens_per_s=1e6) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_utilisation_on_a_gpu_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = new_model(SIZES, tokenizer, 64, 0).to("cuda")
+    peak = flops.peak_flops(torch.cuda.get_device_name(), "fp32")
+    per_token = 6 * flops.parameters(model) + 6 * 2 * 64 * 16
+    assert flops.utilisation(model, 64, "fp32", 1e8) == (None if peak is None else round(1e8 * per_token / peak, 4))
+
+
 def test_a_new_model_has_the_sizes_asked_for_and_shares_its_table(tokenizer: PreTrainedTokenizerBase) -> None:
     model = new_model(SIZES, tokenizer, 64, 0)
     assert model.get_input_embeddings().weight.shape == (len(tokenizer), 16)

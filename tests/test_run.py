@@ -158,6 +158,11 @@ def test_where_and_how_fast_it_runs_may_change(tmp_path: Path) -> None:
         "train__log_every": 3,
         "train__checkpoint_every": 17,
         "train__max_failures": 9,
+        "train__micro_batch_size": 2,
+        "train__activation_checkpointing": True,
+        "train__compile": True,
+        "train__evaluate_every": 6,
+        "train__evaluate_sequences": 8,
         "evaluate__batch_tokens": 99,
     }
     assert {name.replace("__", ".") for name in changed} | {"run.dir"} == EXECUTION_FIELDS

@@ -1,4 +1,4 @@
-"""The training loop: schedule by hand, Hugging Face's loss, exact resumption, clear refusals."""
+"""The training loop: schedule by hand, exact resumption, clear refusals."""
 
 from __future__ import annotations
 
@@ -6,75 +6,15 @@ import copy
 import dataclasses
 import io
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
-from cbtm_ray.tokens import PackedSequences
-from cbtm_ray.train import Trainer, TrainSpec, learning_rate, loss_function, make_optimizer, train_model
-
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32, num_key_value_heads=2)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, intermediate_size=32, num_key_value_heads=2)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=64)),
-    "opt": lambda: OPTForCausalLM(
-        OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=8, max_position_embeddings=64, pad_token_id=1)
-    ),
-    "cohere, which scales its logits": lambda: CohereForCausalLM(
-        CohereConfig(**SIZES, intermediate_size=32, num_key_value_heads=2, logit_scale=0.25, pad_token_id=1)
-    ),
-}
-SPEC = TrainSpec(
-    name="test", steps=20, batch_size=4, sequence_length=16, learning_rate=1e-2, final_lr_fraction=0.1,
-    schedule="linear", warmup_steps=4, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=1.0, precision="fp32",
-    log_every=3, checkpoint_every=5,
-)  # fmt: skip
-
-
-def make_model(name: str = "llama") -> Any:
-    torch.manual_seed(0)
-    return MODELS[name]()
-
-
-def make_sequences(highest: int = 49) -> PackedSequences:
-    random = np.random.default_rng(0)
-    documents = [np.sort(random.integers(1, highest + 1, 40)) for _ in range(30)]
-    return PackedSequences(documents, sequence_length=16, end_of_text=0, seed=0)
-
-
-def train(model: Any, spec: TrainSpec = SPEC, state: Any = None) -> tuple[list[dict], list[bytes]]:
-    """Curve and saved states, as a checkpoint holds them."""
-    saved: list[bytes] = []
-
-    def save(state: dict) -> None:
-        torch.save(state, buffer := io.BytesIO())
-        saved.append(buffer.getvalue())
-
-    curve = train_model(model, make_sequences(), spec, state=state, save=save, log=lambda point: None)
-    return curve, saved
-
-
-def without_speed(curve: list[dict]) -> list[dict]:
-    return [{key: value for key, value in point.items() if key != "tokens_per_s"} for point in curve]
+from cbtm_ray.train import Trainer, learning_rate, make_optimizer, train_model
+from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
 
 
 def test_learning_rate_by_hand() -> None:
@@ -86,31 +26,10 @@ def test_learning_rate_by_hand() -> None:
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_loss_is_that_of_hugging_face(name: str) -> None:
-    model = make_model(name).eval()
-    batch = torch.from_numpy(make_sequences().batch(0, 4))
-    with torch.no_grad():
-        expected = model(input_ids=batch, labels=batch).loss
-    token_loss = loss_function(model, batch[:1])
-    assert token_loss(batch).mean().item() == pytest.approx(expected.item(), rel=1e-5)
-    assert token_loss.__name__ == ("plain" if name.startswith("cohere") else "chunked")
-
-
-def test_gradients_are_those_of_hugging_face() -> None:
-    model = make_model().eval()
-    batch = torch.from_numpy(make_sequences().batch(0, 4))
-    loss_function(model, batch[:1])(batch).mean().backward()
-    found = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    model(input_ids=batch, labels=batch).loss.backward()
-    for ours, theirs in zip(found, (p.grad for p in model.parameters()), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
-
-
-def test_training_lowers_the_loss() -> None:
-    curve, _ = train(make_model(), dataclasses.replace(SPEC, steps=60))
-    assert curve[-1]["loss_nats"] < curve[0]["loss_nats"] - 0.5
+@pytest.mark.parametrize(("name", "fall"), [("llama", 0.5), ("qwen2", 0.5), ("gpt2", 0.5), ("opt", 0.15)])
+def test_training_lowers_the_loss(name: str, fall: float) -> None:
+    curve, _ = train(make_model(name), dataclasses.replace(SPEC, steps=60))
+    assert curve[-1]["loss_nats"] < curve[0]["loss_nats"] - fall
     assert [point["step"] for point in curve] == list(range(3, 61, 3))
     assert curve[-1]["tokens"] == 60 * 64
 
@@ -178,23 +97,6 @@ def test_the_learning_rate_rises_to_its_peak_and_then_falls_to_its_share(
         assert learning_rate(spec, 100) == pytest.approx(share, abs=1e-12)
 
 
-def make_capped() -> Gemma2ForCausalLM:
-    torch.manual_seed(0)
-    sizes = {**SIZES, "intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8}
-    return Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=5.0)).eval()
-
-
-@pytest.mark.parametrize("growth", [1, 100])
-def test_a_model_that_caps_its_logits_keeps_its_own_loss_as_they_grow(growth: float) -> None:
-    """A new model's logits are far below the cap, where capping changes nothing yet."""
-    model, batch = make_capped(), torch.from_numpy(make_sequences().batch(0, 4))
-    token_loss = loss_function(model, batch[:1])
-    with torch.no_grad():
-        model.get_input_embeddings().weight *= growth
-        expected = model(input_ids=batch, labels=batch).loss
-        assert token_loss(batch).mean().item() == pytest.approx(expected.item(), rel=1e-4)
-
-
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_half_precision_gives_nearly_the_same_curve(name: str) -> None:
     curves = [
@@ -246,8 +148,8 @@ def test_a_large_gradient_is_scaled_down_to_the_norm() -> None:
     assert moved.norm().item() == pytest.approx(learning_rate(SPEC, 0) * 1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt2"])
-def test_a_model_with_dropout_resumes_bit_for_bit_too(name: str) -> None:
+@pytest.mark.parametrize("name", ["opt", "gpt2", "qwen2"])
+def test_a_model_of_another_architecture_resumes_bit_for_bit_too(name: str) -> None:
     whole, resumed = make_model(name), make_model(name)
     curve, saved = train(whole)
     resumed_curve, _ = train(resumed, state=torch.load(io.BytesIO(saved[0]), weights_only=True))
