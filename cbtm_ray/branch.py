@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -27,6 +27,9 @@ from cbtm_ray.board import Board
 from cbtm_ray.config import Config
 from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.train import TrainSpec, train_model
+
+if TYPE_CHECKING:
+    from cbtm_ray.tokens import PackedSequences
 
 DENSE = "controls/dense"
 POLL_S = 0.5
@@ -242,7 +245,7 @@ def _train_loop(task: dict[str, Any]) -> dict[str, str]:
 def _train_branch(config: Config, branch: Branch, board: Any) -> None:
     # Imported in the worker alone: the run's controller imports this file too, and transformers takes seconds.
     from cbtm_ray.models import load_model, new_model, save_model
-    from cbtm_ray.tokens import PackedSequences, load_tokenizer, read_documents
+    from cbtm_ray.tokens import load_tokenizer
 
     run, spec, started = Run(config), branch.spec, time.perf_counter()
     tokenizer = load_tokenizer(run.uri("tokenizer"))
@@ -251,24 +254,20 @@ def _train_branch(config: Config, branch: Branch, board: Any) -> None:
     else:
         model = load_model(branch.init)
     torch.nn.Module.to(model, "cuda" if config.train.gpus_per_expert else "cpu")
-    partition_uri = run.uri(branch.partition) if branch.partition else None
-    documents = read_documents(run.uri("shards"), "train", branch.cluster, partition_uri)
-    sequences = PackedSequences(
-        documents, sequence_length=spec.sequence_length, end_of_text=tokenizer.eos_token_id, seed=config.run.seed
-    )
+    sequences, valid = read_sequences(run, branch, tokenizer.eos_token_id)
     curve = train_model(
         model,
         sequences,
         spec,
+        valid=valid,
         state=_last_state(spec.name),
         save=partial(_report_checkpoint, spec.name),
         log=lambda point: board.post.remote(spec.name, point["step"]),
     )
     save_model(model.cpu(), tokenizer, run.uri(spec.name))
-    per_token = flops.infer_flops_per_token(
-        flops.parameters(model), model.config.num_hidden_layers, model.config.hidden_size, spec.sequence_length
-    )
+    per_token = flops.model_flops_per_token(model, spec.sequence_length)
     train_tokens = spec.steps * spec.tokens_per_step
+    last = curve[-1] if curve else {}
     run.finish(
         spec.name,
         {
@@ -277,13 +276,34 @@ def _train_branch(config: Config, branch: Branch, board: Any) -> None:
             "steps": spec.steps,
             "train_tokens": train_tokens,
             "epochs": spec.steps * spec.batch_size / sequences.per_epoch,
+            "valid_loss_nats": last.get("valid_loss_nats"),
+            "valid_tokens": 0 if valid is None else spec.valid_sequences(valid) * valid.sequence_length,
             "parameters": sum(p.numel() for p in model.parameters()),
             "infer_flops_per_token": per_token,
             "train_flops": flops.train_flops(per_token, train_tokens),
+            "mfu": last.get("mfu"),
             "seconds": round(time.perf_counter() - started, 1),
             "curve": curve,
         },
     )
+
+
+def read_sequences(run: Run, branch: Branch, end_of_text: int) -> tuple[PackedSequences, PackedSequences | None]:
+    """Training sequences of the branch's cluster, and held-out ones: shorter if its held-out documents are, None without.
+
+    A control's partition is one of training documents alone.
+    """
+    from cbtm_ray.tokens import PackedSequences, read_documents  # as in _train_branch
+
+    shards, partition_uri = run.uri("shards"), run.uri(branch.partition) if branch.partition else None
+    train = read_documents(shards, "train", branch.cluster, partition_uri)
+    held_out = [] if partition_uri else read_documents(shards, "valid", branch.cluster)
+    length, seed = branch.spec.sequence_length, run.config.run.seed
+    sequences = PackedSequences(train, sequence_length=length, end_of_text=end_of_text, seed=seed)
+    if not held_out:
+        return sequences, None
+    length = min(length, sum(len(tokens) + 1 for tokens in held_out))
+    return sequences, PackedSequences(held_out, sequence_length=length, end_of_text=end_of_text, seed=seed)
 
 
 def _last_state(name: str) -> dict[str, Any] | None:

@@ -69,6 +69,10 @@ class TrainSpec:
     def tokens_per_step(self) -> int:
         return self.batch_size * self.sequence_length
 
+    def valid_sequences(self, valid: PackedSequences) -> int:
+        """How many of the held-out sequences are read."""
+        return min(valid.per_epoch, self.evaluate_sequences)
+
 
 def learning_rate(spec: TrainSpec, step: int) -> float:
     """Learning rate of a step counted from 0: linear warm-up from above 0 to the peak, then decay to the final share."""
@@ -139,7 +143,7 @@ class Trainer:
             return None
         self.model.eval()
         losses = []
-        for batch in self._batches(self.valid, 0, min(self.valid.per_epoch, self.spec.evaluate_sequences)):
+        for batch in self._batches(self.valid, 0, self.spec.valid_sequences(self.valid)):
             with self._autocast():
                 losses.append(self.token_loss(batch).double())
         self.model.train()

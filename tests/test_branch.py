@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +26,7 @@ from cbtm_ray.branch import (
     _run_name,
     expert_branches,
     expert_folder,
+    read_sequences,
     seed_branch,
     train_branches,
 )
@@ -32,7 +35,7 @@ from cbtm_ray.load_config import build_config
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import Run
-from cbtm_ray.tokens import PackedSequences, load_tokenizer, read_documents
+from cbtm_ray.tokens import load_tokenizer, read_documents
 from cbtm_ray.train import train_model
 from tests.tiny import tiny_tree, write_corpus
 
@@ -114,14 +117,10 @@ def test_runs_are_of_branches_of_equal_length_whatever_is_finished(tiny_config: 
 
 def train_here(run: Run, branch: Branch) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """The same training without Ray and without an interruption."""
-    documents = read_documents(run.uri("shards"), "train", branch.cluster)
-    end_of_text = load_tokenizer(run.uri("tokenizer")).eos_token_id
-    sequences = PackedSequences(
-        documents, sequence_length=branch.spec.sequence_length, end_of_text=end_of_text, seed=run.config.run.seed
-    )
+    sequences, valid = read_sequences(run, branch, load_tokenizer(run.uri("tokenizer")).eos_token_id)
     model = load_model(branch.init)
     kept: list[dict[str, Any]] = []
-    curve = train_model(model, sequences, branch.spec, state=None, save=kept.append, log=kept.append)
+    curve = train_model(model, sequences, branch.spec, valid=valid, state=None, save=kept.append, log=kept.append)
     return model, curve
 
 
@@ -159,4 +158,43 @@ def test_a_killed_worker_resumes_to_the_weights_of_undisturbed_training(finished
         resumed = load_model(finished_run.uri(branch.spec.name)).state_dict()
         assert all(torch.equal(weights, resumed[name]) for name, weights in model.state_dict().items())
         theirs = finished_run.manifest(branch.spec.name)["curve"]
-        assert [(p["step"], p["loss_nats"]) for p in theirs] == [(p["step"], p["loss_nats"]) for p in curve]
+        fields = ("step", "loss_nats", "valid_loss_nats")
+        assert [[p.get(f) for f in fields] for p in theirs] == [[p.get(f) for f in fields] for p in curve]
+
+
+def test_the_held_out_loss_is_that_of_the_branch_s_own_documents(finished_run: Run) -> None:
+    end_of_text = load_tokenizer(finished_run.uri("tokenizer")).eos_token_id
+    for branch in expert_branches(finished_run):
+        manifest = finished_run.manifest(branch.spec.name)
+        _, valid = read_sequences(finished_run, branch, end_of_text)
+        documents = read_documents(finished_run.uri("shards"), "valid", branch.cluster)
+        assert len(documents) > 3
+        assert sorted(valid.tokens) == sorted([*np.concatenate(documents), *[end_of_text] * len(documents)])
+        model = load_model(finished_run.uri(branch.spec.name)).eval()
+        batch = torch.from_numpy(valid.batch(0, min(valid.per_epoch, 32)))
+        with torch.no_grad():
+            expected = model(input_ids=batch, labels=batch).loss.item()
+        assert manifest["valid_loss_nats"] == pytest.approx(expected, rel=1e-5)
+        assert manifest["valid_tokens"] == len(batch) * 32
+        assert manifest["curve"][-1]["valid_loss_nats"] == manifest["valid_loss_nats"]
+
+
+def shards_of(run: Run, held_out: list[list[int]]) -> None:
+    """Shards of one cluster with 100 tokens to train on."""
+    for split, documents in (("train", [list(range(1, 101))]), ("valid", held_out)):
+        uri = run.uri("shards", split, "part-00000.parquet")
+        rows = [{"cluster": 0, "tokens": tokens} for tokens in documents]
+        schema = pa.schema({"cluster": pa.int32(), "tokens": pa.list_(pa.int32())})
+        with files.writing(uri) as stream:
+            pq.write_table(pa.Table.from_pylist(rows, schema), stream)
+
+
+@pytest.mark.parametrize(("held_out", "length"), [([[1, 2, 3], [4]], 6), ([[1] * 80], 32), ([], None)])
+def test_few_held_out_documents_make_a_shorter_sequence_and_none_make_none(
+    tiny_config: Config, tmp_path: Path, held_out: list[list[int]], length: int | None
+) -> None:
+    run = Run(dataclasses.replace(tiny_config, run=dataclasses.replace(tiny_config.run, dir=str(tmp_path))))
+    shards_of(run, held_out)
+    sequences, valid = read_sequences(run, expert_branches(run)[1], 0)
+    assert sequences.sequence_length == 32
+    assert (valid and valid.sequence_length) == length
