@@ -4,13 +4,14 @@ from __future__ import annotations
 
 
 class Board:
-    """Where running experts post their step, for the driver to show."""
+    """What is known of each expert by its name: state, node, and the fields of its last point of the curve."""
 
     def __init__(self) -> None:
-        self._steps: dict[str, int] = {}
+        self._rows: dict[str, dict[str, object]] = {}
 
-    def post(self, name: str, step: int) -> None:
-        self._steps[name] = step
+    def post(self, name: str, news: dict[str, object]) -> None:
+        """Add news to what is known of an expert."""
+        self._rows.setdefault(name, {}).update(news)
 
-    def steps(self) -> dict[str, int]:
-        return self._steps
+    def rows(self) -> dict[str, dict[str, object]]:
+        return self._rows

@@ -6,30 +6,24 @@ and keeps their checkpoints; this file decides only which runs there are and whi
 
 from __future__ import annotations
 
-import errno
 import itertools
-import os
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import ray
-import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from cbtm_ray import files, flops, progress
+from cbtm_ray import files, progress
 from cbtm_ray.board import Board
+from cbtm_ray.branch_worker import train_group
 from cbtm_ray.config import Config
-from cbtm_ray.run import Run, no_space_left
-from cbtm_ray.train import TrainSpec, train_model
-
-if TYPE_CHECKING:
-    from cbtm_ray.tokens import PackedSequences
+from cbtm_ray.run import Run, Unfinished
+from cbtm_ray.train import TrainSpec
 
 DENSE = "controls/dense"
 POLL_S = 0.5
@@ -76,14 +70,13 @@ def seed_branch(run: Run) -> Branch:
 def expert_branches(run: Run) -> list[Branch]:
     """The dense control and the K experts, the longest first.
 
-    Each expert gets total/K tokens, rounded down to whole steps, and the control as many as all experts together (the
-    paper's compute-matched comparison), so that K = 1 and the dense control are the same run.
+    The control gets as many tokens as all experts together (the paper's compute-matched comparison), so that K = 1 and
+    the dense control are the same run.
     """
-    n_clusters = run.config.cluster.n_clusters
-    steps = _steps_each(run.config, n_clusters)
+    steps_K = expert_steps(run)
     return [
-        _branch(run, DENSE, None, n_clusters * steps),
-        *(_branch(run, expert_folder(cluster), cluster, steps) for cluster in range(n_clusters)),
+        _branch(run, DENSE, None, sum(steps_K)),
+        *(_branch(run, expert_folder(k), k, steps_K[k]) for k in sorted(range(len(steps_K)), key=lambda k: -steps_K[k])),
     ]
 
 
@@ -118,6 +111,30 @@ def _branch(run: Run, name: str, cluster: int | None, steps: int, partition: str
     return Branch(cluster=cluster, partition=partition, init=run.uri("seed"), spec=spec)
 
 
+def expert_steps(run: Run) -> list[int]:
+    """Optimiser steps (K,) of each expert: total/K tokens (the paper's rule), or in proportion to its cluster's tokens.
+
+    Either way the sum is K times total/K, rounded down to whole steps.
+    """
+    config, n_clusters = run.config, run.config.cluster.n_clusters
+    equal = _steps_each(config, n_clusters)
+    if config.train.budget == "equal":
+        return [equal] * n_clusters
+    clusters = run.need("shards", "partition_corpus")["train"]["clusters"]
+    return in_proportion(n_clusters * equal, [row["tokens"] for row in clusters])
+
+
+def in_proportion(steps: int, weights_K: list[int]) -> list[int]:
+    """Whole shares (K,) of at least 1 that sum to `steps` (at least K), each as near to its weight's part as that allows."""
+    exact_K = steps * np.asarray(weights_K) / sum(weights_K)
+    shares_K = np.maximum(np.floor(exact_K).astype(int), 1)
+    while (missing := steps - shares_K.sum()) > 0:
+        shares_K[np.argmax(exact_K - shares_K)] += 1
+    for _ in range(-missing):
+        shares_K[np.argmax(np.where(shares_K > 1, shares_K - exact_K, -np.inf))] -= 1
+    return shares_K.tolist()
+
+
 def train_branches(
     run: Run, branches: list[Branch], *, title: str, cpus: float, slots: int | None, per_run: int = 1
 ) -> None:
@@ -148,20 +165,43 @@ def train_branches(
             )
             for group in groups
         ]
-        with progress.bar(title, sum(branch.spec.steps for branch in waiting), "steps") as done:
+        with progress.experts(title, {branch.spec.name: branch.spec.steps for branch in waiting}) as show:
             while not all(fit.ready() for fit in fits):
                 time.sleep(POLL_S)
-                steps: Any = ray.get(board.steps.remote())
-                done(sum(steps.values()))
-    _raise_failures(failed, [branch.spec.name for branch in waiting if run.manifest(branch.spec.name) is None])
+                rows: Any = ray.get(board.rows.remote())
+                show(_with_failed_runs(rows, [group for group in groups if _run_name(group) in failed]))
+    _raise_failures(failed, [branch.spec.name for branch in _untrained(run, waiting)])
+    _say_epochs(run, waiting)
+
+
+def _with_failed_runs(rows: dict[str, dict[str, Any]], failed: list[list[Branch]]) -> dict[str, dict[str, Any]]:
+    """The board's rows; what a run left untrained when it failed for good has failed too, though no worker could say so."""
+    names = [branch.spec.name for group in failed for branch in group]
+    lost = {
+        name: {**rows.get(name, {}), "state": "failed"} for name in names if rows.get(name, {}).get("state") != "done"
+    }
+    return {**rows, **lost}
+
+
+def _say_epochs(run: Run, branches: list[Branch]) -> None:
+    """One line if documents were read more than once: an expert's cluster may be smaller than its budget."""
+    epochs = {branch.spec.name: run.need(branch.spec.name, "train_experts")["epochs"] for branch in branches}
+    most, repeated = max(epochs, key=lambda name: epochs[name]), sum(count > 1 for count in epochs.values())
+    if repeated:
+        progress.note(
+            f"{repeated} of {len(epochs)} read their documents more than once: {most} {epochs[most]:.1f} times"
+        )
 
 
 def _groups(branches: list[Branch], per_run: int) -> list[list[Branch]]:
-    """What one run trains: at most `per_run` branches of equal length. The same whatever is finished, and so is its name."""
+    """What one run trains: at most `per_run` neighbours, all of one cluster or all of the whole corpus.
+
+    The same whatever is finished, and so is its name.
+    """
     return [
         members[first : first + per_run]
-        for _, equal in itertools.groupby(branches, key=lambda branch: branch.spec.steps)
-        for members in [list(equal)]
+        for _, alike in itertools.groupby(branches, key=lambda branch: branch.cluster is None)
+        for members in [list(alike)]
         for first in range(0, len(members), per_run)
     ]
 
@@ -196,7 +236,7 @@ def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) ->
     storage, name = run.uri("checkpoints"), _run_name(group)
     resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
     trainer: Any = TorchTrainer(
-        _train_loop,  # type: ignore[arg-type]  # its return value is Result.return_value
+        train_group,  # type: ignore[arg-type]  # its return value is Result.return_value
         train_loop_config={"config": run.config, "group": group, "board": board},
         scaling_config=ScalingConfig(num_workers=1, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
@@ -224,104 +264,6 @@ def _raise_failures(failed: dict[str, BaseException], untrained: list[str]) -> N
         ) from error
 
 
-def _train_loop(task: dict[str, Any]) -> dict[str, str]:
-    """What a Ray Train worker runs: what its branches refused, by name.
-
-    Only what a restart would meet again is returned, a user's mistake or a full disk; all else is raised, and Ray restarts.
-    """
-    config, refused = task["config"], {}
-    for branch in _untrained(Run(config), task["group"]):
-        try:
-            _train_branch(config, branch, task["board"])
-        except ValueError as error:
-            refused[branch.spec.name] = str(error)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            refused[branch.spec.name] = no_space_left(config.run.dir)
-    return refused
-
-
-def _train_branch(config: Config, branch: Branch, board: Any) -> None:
-    # Imported in the worker alone: the run's controller imports this file too, and transformers takes seconds.
-    from cbtm_ray.models import load_model, new_model, save_model
-    from cbtm_ray.tokens import load_tokenizer
-
-    run, spec, started = Run(config), branch.spec, time.perf_counter()
-    tokenizer = load_tokenizer(run.uri("tokenizer"))
-    if branch.init is None:
-        model = new_model(config.seed_model, tokenizer, 4 * spec.sequence_length, config.run.seed)
-    else:
-        model = load_model(branch.init)
-    torch.nn.Module.to(model, "cuda" if config.train.gpus_per_expert else "cpu")
-    sequences, valid = read_sequences(run, branch, tokenizer.eos_token_id)
-    curve = train_model(
-        model,
-        sequences,
-        spec,
-        valid=valid,
-        state=_last_state(spec.name),
-        save=partial(_report_checkpoint, spec.name),
-        log=lambda point: board.post.remote(spec.name, point["step"]),
-    )
-    save_model(model.cpu(), tokenizer, run.uri(spec.name))
-    per_token = flops.model_flops_per_token(model, spec.sequence_length)
-    train_tokens = spec.steps * spec.tokens_per_step
-    last = curve[-1] if curve else {}
-    run.finish(
-        spec.name,
-        {
-            "cluster": branch.cluster,
-            "init": branch.init,
-            "steps": spec.steps,
-            "train_tokens": train_tokens,
-            "epochs": spec.steps * spec.batch_size / sequences.per_epoch,
-            "valid_loss_nats": last.get("valid_loss_nats"),
-            "valid_tokens": 0 if valid is None else spec.valid_sequences(valid) * valid.sequence_length,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "infer_flops_per_token": per_token,
-            "train_flops": flops.train_flops(per_token, train_tokens),
-            "mfu": last.get("mfu"),
-            "seconds": round(time.perf_counter() - started, 1),
-            "curve": curve,
-        },
-    )
-
-
-def read_sequences(run: Run, branch: Branch, end_of_text: int) -> tuple[PackedSequences, PackedSequences | None]:
-    """Training sequences of the branch's cluster, and held-out ones: shorter if its held-out documents are, None without.
-
-    A control's partition is one of training documents alone.
-    """
-    from cbtm_ray.tokens import PackedSequences, read_documents  # as in _train_branch
-
-    shards, partition_uri = run.uri("shards"), run.uri(branch.partition) if branch.partition else None
-    train = read_documents(shards, "train", branch.cluster, partition_uri)
-    held_out = [] if partition_uri else read_documents(shards, "valid", branch.cluster)
-    length, seed = branch.spec.sequence_length, run.config.run.seed
-    sequences = PackedSequences(train, sequence_length=length, end_of_text=end_of_text, seed=seed)
-    if not held_out:
-        return sequences, None
-    length = min(length, sum(len(tokens) + 1 for tokens in held_out))
-    return sequences, PackedSequences(held_out, sequence_length=length, end_of_text=end_of_text, seed=seed)
-
-
-def _last_state(name: str) -> dict[str, Any] | None:
-    """The state in the run's last checkpoint, if that is of this branch and not of one before it."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        saved = torch.load(os.path.join(folder, "state.pt"), weights_only=True, map_location="cpu")
-    return saved["state"] if saved["name"] == name else None
-
-
-def _report_checkpoint(name: str, state: dict[str, Any]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save({"name": name, "state": state}, Path(folder) / "state.pt")
-        ray.train.report({"step": state["step"]}, checkpoint=Checkpoint.from_directory(folder))
-
-
 def seed_cpus(config: Config) -> float:
     """CPUs for the seed's training, which has the cluster to itself: the most that one node has."""
     return config.seed_model.cpus or max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
@@ -339,7 +281,16 @@ def train_experts(run: Run) -> dict[str, Any]:
     """Stage `experts/`: K experts, and the dense control of the same total tokens in `controls/dense/`."""
     run.need("seed", "train_seed")
     branches = expert_branches(run)
-    _train_beside_each_other(run, branches, "train_experts")
+    asked = run.config.train.clusters
+    chosen = None if asked is None else {expert_folder(cluster) for cluster in asked}
+    _train_beside_each_other(
+        run, [branch for branch in branches if chosen is None or branch.spec.name in chosen], "train_experts"
+    )
+    if asked is not None and (missing := [branch.spec.name for branch in _untrained(run, branches)]):
+        raise Unfinished(
+            f"train.clusters={list(asked)} are trained. Still missing: {', '.join(missing)}; "
+            "the same command without train.clusters trains them."
+        )
     manifests = [run.need(branch.spec.name, "train_experts") for branch in branches]
     return {
         "experts": len(manifests) - 1,

@@ -9,7 +9,7 @@ import sys
 from cbtm_ray import progress
 from cbtm_ray.load_config import dump_config, load_config
 from cbtm_ray.ray_session import ray_session
-from cbtm_ray.run import Run, no_space_left
+from cbtm_ray.run import Run, Unfinished, no_space_left
 
 
 def main(description: str, job: str, arguments: list[str] | None = None) -> int:
@@ -31,6 +31,8 @@ def main(description: str, job: str, arguments: list[str] | None = None) -> int:
             from cbtm_ray import pipeline
 
             pipeline.run_all(run) if job == "run_all" else pipeline.run_job(run, job)
+    except Unfinished as part:
+        progress.note(str(part))
     except ValueError as error:
         return _refuse(str(_cause(error)))
     except OSError as error:

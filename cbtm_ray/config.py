@@ -38,7 +38,7 @@ EXECUTION_FIELDS = frozenset(
     {"run.dir", "embed.batch_documents", "embed.gpus", "cluster.actors", "cluster.gpus_per_actor", "seed_model.cpus",
      "train.slots", "train.experts_per_run", "train.cpus_per_expert", "train.gpus_per_expert", "train.log_every",
      "train.checkpoint_every", "train.max_failures", "train.micro_batch_size", "train.activation_checkpointing",
-     "train.compile", "train.evaluate_every", "train.evaluate_sequences", "evaluate.batch_tokens"}
+     "train.compile", "train.clusters", "train.evaluate_every", "train.evaluate_sequences", "evaluate.batch_tokens"}
 )  # fmt: skip
 
 
@@ -161,7 +161,11 @@ class SeedModelConfig:
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
     total_tokens: Count = 1_600_000
-    """Training budget of the whole system: each of K experts gets total/K, the dense control all of it."""
+    """Training budget of the whole system, which the K experts share; the dense control gets all of it."""
+    budget: Literal["equal", "by_size"] = "equal"
+    """How the experts share it: total/K each (the paper's rule), or in proportion to their clusters' training tokens."""
+    clusters: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None
+    """Clusters whose experts to train now, the controls and the other experts later. None: all experts and the controls."""
     controls: tuple[Control, ...] = ()
     """Other ways to split the documents, each trained like the experts on a budget of its own: by chance, by k-means without
     balance, by `corpus.domain_column`. They may be added to a finished run, whose evaluation is then to be redone."""
@@ -268,6 +272,10 @@ class Config:
             raise ValueError(
                 "train.controls has 'unbalanced', which is what cluster.balanced=False makes of the experts already: leave "
                 "it out"
+            )
+        if (clusters := self.train.clusters) is not None and max(clusters) >= self.cluster.n_clusters:
+            raise ValueError(
+                f"train.clusters={list(clusters)} must be below cluster.n_clusters={self.cluster.n_clusters}"
             )
         per_step = self.train.batch_size * self.tokens.sequence_length
         if self.train.total_tokens < self.cluster.n_clusters * per_step:

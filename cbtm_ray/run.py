@@ -41,6 +41,10 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
 Each control is a stage of its own, so that a finished run can be given another one."""
 
 
+class Unfinished(Exception):
+    """What was asked for is done, but not the whole stage; the message says what is missing."""
+
+
 class Run:
     """A run directory on any pyarrow filesystem, and the configuration it belongs to."""
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from cbtm_ray import files
@@ -24,17 +30,20 @@ from cbtm_ray.branch import (
     Branch,
     _groups,
     _run_name,
+    _say_epochs,
+    _with_failed_runs,
     expert_branches,
     expert_folder,
-    read_sequences,
+    in_proportion,
     seed_branch,
     train_branches,
 )
+from cbtm_ray.branch_worker import read_sequences
 from cbtm_ray.config import Config
-from cbtm_ray.load_config import build_config
+from cbtm_ray.load_config import build_config, dump_config
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
-from cbtm_ray.run import Run
+from cbtm_ray.run import Run, Unfinished
 from cbtm_ray.tokens import load_tokenizer, read_documents
 from cbtm_ray.train import train_model
 from tests.tiny import tiny_tree, write_corpus
@@ -52,6 +61,43 @@ def test_experts_share_the_budget_and_the_control_gets_all_of_it(tiny_config: Co
     assert [branch.cluster for branch in branches.values()] == [None, 0, 1]
     assert {branch.init for branch in branches.values()} == {run.uri("seed")}
     assert seed_branch(run).spec.steps == 12
+
+
+@given(weights=st.lists(st.integers(1, 10**9), min_size=1, max_size=20), extra=st.integers(0, 1000))
+def test_shares_are_whole_sum_up_and_are_within_one_of_their_part(weights: list[int], extra: int) -> None:
+    steps = len(weights) + extra
+    shares = in_proportion(steps, weights)
+    assert sum(shares) == steps
+    assert min(shares) >= 1
+    exact = [steps * weight / sum(weights) for weight in weights]
+    if min(exact) >= 1:
+        assert all(abs(share - part) < 1 for share, part in zip(shares, exact, strict=True))
+    order = sorted(range(len(weights)), key=lambda k: weights[k])
+    assert all(shares[a] <= shares[b] + 1 for a, b in itertools.pairwise(order))
+
+
+def test_shares_by_hand() -> None:
+    assert in_proportion(10, [1, 1, 8]) == [1, 1, 8]
+    assert in_proportion(10, [5, 3, 3]) == [4, 3, 3]
+    assert in_proportion(4, [1000, 1, 1]) == [2, 1, 1]
+    assert in_proportion(3, [1000, 1, 1]) == [1, 1, 1]
+
+
+def test_a_budget_by_size_follows_the_clusters_tokens_and_sums_to_the_same(tiny_config: Config, tmp_path: Path) -> None:
+    sized = dataclasses.replace(
+        tiny_config,
+        run=dataclasses.replace(tiny_config.run, dir=str(tmp_path)),
+        train=dataclasses.replace(tiny_config.train, budget="by_size"),
+    )
+    run = Run(sized)
+    clusters = [{"cluster": 0, "tokens": 1000}, {"cluster": 1, "tokens": 3000}]
+    run.finish("shards", {"train": {"clusters": clusters}})
+    branches = expert_branches(run)
+    assert [(branch.spec.name, branch.spec.steps) for branch in branches] == [
+        (DENSE, 16), (expert_folder(1), 12), (expert_folder(0), 4),
+    ]  # fmt: skip
+    assert [branch.cluster for branch in branches] == [None, 1, 0]
+    assert [len(group) for group in _groups(branches, 2)] == [1, 2]
 
 
 def one_cluster_run(tmp_path: Path) -> Run:
@@ -99,7 +145,7 @@ def test_what_fails_leaves_the_others_alone_and_is_said(finished_run: Run, tmp_p
         assert files.read_bytes(finished_run.uri(name, "model.safetensors")) == expert
 
 
-def test_runs_are_of_branches_of_equal_length_whatever_is_finished(tiny_config: Config) -> None:
+def test_runs_are_of_experts_or_of_a_control_whatever_is_finished(tiny_config: Config) -> None:
     tree = dataclasses.replace(
         tiny_config,
         cluster=dataclasses.replace(tiny_config.cluster, n_clusters=5),
@@ -113,6 +159,68 @@ def test_runs_are_of_branches_of_equal_length_whatever_is_finished(tiny_config: 
         "experts-cluster=0002-and-1-more",
         "experts-cluster=0004",
     ]
+
+
+def test_what_a_dead_run_left_untrained_has_failed(tiny_config: Config) -> None:
+    branches = expert_branches(Run(tiny_config))
+    dense, first, second = (branch.spec.name for branch in branches)
+    rows = {dense: {"state": "running", "step": 3}, first: {"state": "done"}, second: {"state": "running", "step": 2}}
+    assert _with_failed_runs(rows, [branches[1:]]) == {**rows, second: {"state": "failed", "step": 2}}
+    assert _with_failed_runs({}, [branches[:1]]) == {dense: {"state": "failed"}}
+
+
+def part_of(finished_run: Run, folder: Path, clusters: tuple[int, ...], finished: tuple[str, ...]) -> Run:
+    """The run up to its seed and these experts, with `train.clusters`."""
+    for name in ("tokenizer", "shards", "seed", *finished):
+        shutil.copytree(finished_run.uri(name), folder / name)
+    config = finished_run.config
+    return Run(
+        dataclasses.replace(
+            config,
+            run=dataclasses.replace(config.run, dir=str(folder)),
+            train=dataclasses.replace(config.train, clusters=clusters),
+        )
+    )
+
+
+def test_a_part_of_the_experts_leaves_the_stage_unfinished_and_says_what_is_missing(
+    finished_run: Run, tmp_path: Path
+) -> None:
+    run = part_of(finished_run, tmp_path, (1,), (expert_folder(1),))
+    expected = rf"^train\.clusters=\[1\] are trained\. Still missing: {DENSE}, {expert_folder(0)}; the same command"
+    with pytest.raises(Unfinished, match=expected):
+        run_job(run, "train_experts")
+    assert run.manifest("experts") is None
+    assert [run.manifest(name) is not None for name in (DENSE, expert_folder(0), expert_folder(1))] == [0, 0, 1]
+
+
+def test_the_last_part_finishes_the_stage(finished_run: Run, tmp_path: Path) -> None:
+    run = part_of(finished_run, tmp_path, (0,), (DENSE, expert_folder(0), expert_folder(1)))
+    run_job(run, "train_experts")
+    assert run.manifest("experts")["experts"] == 2
+
+
+@pytest.mark.slow
+def test_a_job_trains_the_experts_asked_for_and_no_others(finished_run: Run, tmp_path: Path) -> None:
+    run = part_of(finished_run, tmp_path, (1,), ())
+    (tmp_path / "part.yaml").write_text(dump_config(run.config))
+    job = [sys.executable, "-m", "jobs.train_experts", "--config", str(tmp_path / "part.yaml")]
+    found = subprocess.run(job, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("Still missing") == 1
+    assert [run.manifest(name) is not None for name in (DENSE, expert_folder(0), expert_folder(1))] == [0, 0, 1]
+    ours, theirs = (files.read_bytes(r.uri(expert_folder(1), "model.safetensors")) for r in (run, finished_run))
+    assert ours == theirs
+
+
+def test_documents_read_more_than_once_are_said(finished_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, epochs in (("extra/once", 0.5), ("extra/twice", 2.25), ("extra/often", 7.5)):
+        finished_run.finish(name, {"epochs": epochs})
+    once, twice, often = (branch_of(finished_run, f"extra/{name}") for name in ("once", "twice", "often"))
+    _say_epochs(finished_run, [once])
+    assert capsys.readouterr().out == ""
+    _say_epochs(finished_run, [once, often, twice])
+    assert capsys.readouterr().out == "2 of 3 read their documents more than once: extra/often 7.5 times\n"
 
 
 def train_here(run: Run, branch: Branch) -> tuple[PreTrainedModel, list[dict[str, Any]]]:

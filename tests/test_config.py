@@ -385,3 +385,17 @@ def test_a_dumped_configuration_loads_as_itself(
 def test_execution_fields_exist() -> None:
     sections = config_tree(build_config(tree()))
     assert {f"{section}.{key}" for section, keys in sections.items() for key in keys} >= EXECUTION_FIELDS
+
+
+def test_parts_of_a_batch_are_at_most_the_batch() -> None:
+    with pytest.raises(ValueError, match=r"train\.micro_batch_size=32 must be at most train\.batch_size=16"):
+        build_config(tree(train={"micro_batch_size": 32}))
+    assert build_config(tree(train={"micro_batch_size": 16})).train.micro_batch_size == 16
+
+
+def test_only_clusters_that_there_are_can_be_trained() -> None:
+    with pytest.raises(ValueError, match=r"train\.clusters=\[3, 8\] must be below cluster\.n_clusters=8"):
+        build_config(tree(train={"clusters": [3, 8]}))
+    with pytest.raises(ValueError, match=r"train\.clusters"):
+        build_config(tree(train={"clusters": []}))
+    assert build_config(tree(train={"clusters": [3, 7]})).train.clusters == (3, 7)

@@ -161,6 +161,7 @@ def test_where_and_how_fast_it_runs_may_change(tmp_path: Path) -> None:
         "train__micro_batch_size": 2,
         "train__activation_checkpointing": True,
         "train__compile": True,
+        "train__clusters": [1],
         "train__evaluate_every": 6,
         "train__evaluate_sequences": 8,
         "evaluate__batch_tokens": 99,

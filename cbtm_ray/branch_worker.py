@@ -1,0 +1,133 @@
+"""What a Ray Train worker runs: one branch after the other, from its last checkpoint to its Hugging Face folder.
+
+The controllers of the runs import this file too, so what takes seconds to import is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.train
+import torch
+from ray.train import Checkpoint
+
+from cbtm_ray import flops
+from cbtm_ray.config import Config
+from cbtm_ray.run import Run, no_space_left
+from cbtm_ray.train import train_model
+
+if TYPE_CHECKING:
+    from cbtm_ray.branch import Branch
+    from cbtm_ray.tokens import PackedSequences
+
+
+def train_group(task: dict[str, Any]) -> dict[str, str]:
+    """What a Ray Train worker runs: what its branches refused, by name.
+
+    Only what a restart would meet again is returned, a user's mistake or a full disk; all else is raised, and Ray restarts.
+    """
+    config, board, refused = task["config"], task["board"], {}
+    for branch in task["group"]:
+        name = branch.spec.name
+        if Run(config).manifest(name) is not None:
+            continue
+        board.post.remote(name, {"state": "running", "node": socket.gethostname()})
+        state = "failed"
+        try:
+            _train_branch(config, branch, board)
+            state = "done"
+        except ValueError as error:
+            refused[name] = str(error)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            refused[name] = no_space_left(config.run.dir)
+        finally:
+            board.post.remote(name, {"state": state})
+    return refused
+
+
+def _train_branch(config: Config, branch: Branch, board: Any) -> None:
+    from cbtm_ray.models import load_model, new_model, save_model
+    from cbtm_ray.tokens import load_tokenizer
+
+    run, spec, started = Run(config), branch.spec, time.perf_counter()
+    tokenizer = load_tokenizer(run.uri("tokenizer"))
+    if branch.init is None:
+        model = new_model(config.seed_model, tokenizer, 4 * spec.sequence_length, config.run.seed)
+    else:
+        model = load_model(branch.init)
+    torch.nn.Module.to(model, "cuda" if config.train.gpus_per_expert else "cpu")
+    sequences, valid = read_sequences(run, branch, tokenizer.eos_token_id)
+    curve = train_model(
+        model,
+        sequences,
+        spec,
+        valid=valid,
+        state=_last_state(spec.name),
+        save=partial(_report_checkpoint, spec.name),
+        log=partial(board.post.remote, spec.name),
+    )
+    save_model(model.cpu(), tokenizer, run.uri(spec.name))
+    per_token = flops.model_flops_per_token(model, spec.sequence_length)
+    train_tokens = spec.steps * spec.tokens_per_step
+    last = curve[-1] if curve else {}
+    run.finish(
+        spec.name,
+        {
+            "cluster": branch.cluster,
+            "init": branch.init,
+            "steps": spec.steps,
+            "train_tokens": train_tokens,
+            "epochs": spec.steps * spec.batch_size / sequences.per_epoch,
+            "valid_loss_nats": last.get("valid_loss_nats"),
+            "valid_tokens": 0 if valid is None else spec.valid_sequences(valid) * valid.sequence_length,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "infer_flops_per_token": per_token,
+            "train_flops": flops.train_flops(per_token, train_tokens),
+            "mfu": last.get("mfu"),
+            "seconds": round(time.perf_counter() - started, 1),
+            "curve": curve,
+        },
+    )
+
+
+def read_sequences(run: Run, branch: Branch, end_of_text: int) -> tuple[PackedSequences, PackedSequences | None]:
+    """Training sequences of the branch's cluster, and held-out ones: shorter if its held-out documents are, None without.
+
+    A control's partition is one of training documents alone.
+    """
+    from cbtm_ray.tokens import PackedSequences, read_documents
+
+    shards, partition_uri = run.uri("shards"), run.uri(branch.partition) if branch.partition else None
+    train = read_documents(shards, "train", branch.cluster, partition_uri)
+    held_out = [] if partition_uri else read_documents(shards, "valid", branch.cluster)
+    length, seed = branch.spec.sequence_length, run.config.run.seed
+    sequences = PackedSequences(train, sequence_length=length, end_of_text=end_of_text, seed=seed)
+    if not held_out:
+        return sequences, None
+    length = min(length, sum(len(tokens) + 1 for tokens in held_out))
+    return sequences, PackedSequences(held_out, sequence_length=length, end_of_text=end_of_text, seed=seed)
+
+
+def _last_state(name: str) -> dict[str, Any] | None:
+    """The state in the run's last checkpoint, if that is of this branch and not of one before it."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        saved = torch.load(os.path.join(folder, "state.pt"), weights_only=True, map_location="cpu")
+    return saved["state"] if saved["name"] == name else None
+
+
+def _report_checkpoint(name: str, state: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"name": name, "state": state}, Path(folder) / "state.pt")
+        ray.train.report({"step": state["step"]}, checkpoint=Checkpoint.from_directory(folder))
