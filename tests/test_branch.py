@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,9 +24,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from transformers import PreTrainedModel
 
-from cbtm_ray import files
+from cbtm_ray import files, progress
 from cbtm_ray.branch import (
     DENSE,
     Branch,
@@ -132,14 +135,22 @@ def branch_of(run: Run, name: str, **changes: object) -> Branch:
     return dataclasses.replace(template, spec=dataclasses.replace(template.spec, name=name), **changes)
 
 
-def test_what_fails_leaves_the_others_alone_and_is_said(finished_run: Run, tmp_path: Path) -> None:
-    """Beside it in the same Ray Train run, and in another."""
+def test_what_fails_leaves_the_others_alone_and_is_said(
+    finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside it in the same Ray Train run, and in another; a terminal shows every state."""
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=110, height=30)
+    monkeypatch.setattr(progress, "console", terminal)
     names = ("extra/bad", "extra/beside", "extra/apart")
     bad, beside, apart = (branch_of(finished_run, name) for name in names)
     bad = dataclasses.replace(bad, init=str(tmp_path / "no_model"))
     with pytest.raises(ValueError, match="no causal language model can be loaded from"):
         train_branches(finished_run, [bad, beside, apart], title="test", cpus=1, slots=2, per_run=2)
     assert [finished_run.manifest(name) is not None for name in names] == [False, True, True]
+    shown = terminal.file.getvalue()
+    assert "3 waiting" in shown
+    assert "1 failed, 2 done" in shown
+    assert socket.gethostname() in shown
     expert = files.read_bytes(finished_run.uri(expert_folder(0), "model.safetensors"))
     for name in names[1:]:
         assert files.read_bytes(finished_run.uri(name, "model.safetensors")) == expert
