@@ -35,7 +35,7 @@ from cbtm_ray.run import Run
 from cbtm_ray.tokens import PackedSequences, save_tokenizer, train_tokenizer
 from cbtm_ray.train import Trainer, TrainSpec, learning_rate, make_optimizer, train_model
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "1M": {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
            "intermediate_size": 384},
     "10M": {"vocab_size": 8192, "hidden_size": 320, "num_hidden_layers": 6, "num_attention_heads": 5,
@@ -44,7 +44,7 @@ SIZES: dict[str, dict[str, int]] = {
 LOG_EVERY = 10
 
 
-def make_model(sizes: dict[str, int], args: argparse.Namespace) -> PreTrainedModel:
+def make_model(sizes: dict[str, Any], args: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(args.seed)
     heads = sizes["num_attention_heads"]
     return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=heads, tie_word_embeddings=True))
