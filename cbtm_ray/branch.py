@@ -76,7 +76,10 @@ def expert_branches(run: Run) -> list[Branch]:
     steps_K = expert_steps(run)
     return [
         _branch(run, DENSE, None, sum(steps_K)),
-        *(_branch(run, expert_folder(k), k, steps_K[k]) for k in sorted(range(len(steps_K)), key=lambda k: -steps_K[k])),
+        *(
+            _branch(run, expert_folder(k), k, steps_K[k])
+            for k in sorted(range(len(steps_K)), key=lambda k: -steps_K[k])
+        ),
     ]
 
 

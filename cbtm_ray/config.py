@@ -218,6 +218,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if len(set(self.controls)) < len(self.controls):
             raise ValueError(f"train.controls={list(self.controls)} names a control twice. Keep one")
+        if self.controls and self.budget == "by_size":
+            raise ValueError("train.budget='by_size' is not there for train.controls, whose experts get equal shares")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
                 f"train.micro_batch_size={self.micro_batch_size} must be at most train.batch_size={self.batch_size}"

@@ -23,14 +23,8 @@ from cbtm_ray.discover import SHARD_ROWS
 from cbtm_ray.shard_steps import GROUPS
 from cbtm_ray.tokens import load_tokenizer
 
-PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    "a100": {"bf16": 312, "fp32": 19.5},
-    "h100": {"bf16": 989, "fp32": 67},
-    "h200": {"bf16": 989, "fp32": 67},
-    "l40s": {"bf16": 362, "fp32": 91.6},
-    "l4": {"bf16": 121, "fp32": 30.3},
-}
-"""Peak of one GPU in 1e12 FLOPs a second, dense (NVIDIA's data sheets; SXM modules of A100, H100 and H200)."""
+PEAK_TFLOPS = {"-".join(words).lower(): peaks for words, peaks in flops.PEAK_TFLOPS.items()}
+"""Peak of one GPU in 1e12 FLOPs a second by precision, dense, under the names that the command line takes."""
 
 START_S = 15.0
 """Seconds that Ray Train takes to start and end a run: 10 to 20 where this was measured, on 2 busy CPU cores."""

@@ -43,16 +43,19 @@ def _devices(options: argparse.Namespace, config: Config) -> Devices:
         raise ValueError(f"--utilisation={options.utilisation} must be above 0 and at most 1, such as 0.3.")
     if not 0 <= options.price_per_hour < math.inf:
         raise ValueError(f"--price-per-hour={options.price_per_hour} must be 0 or more.")
-    if options.tflops is None and options.gpu == "other":
-        raise ValueError("--gpu=other needs --tflops, the peak of one device in 1e12 FLOPs a second.")
     if options.tflops is not None and not 0 < options.tflops < math.inf:
         raise ValueError(f"--tflops={options.tflops} must be above 0.")
+    peak = options.tflops or PEAK_TFLOPS.get(options.gpu, {}).get(config.train.precision)
+    if peak is None:
+        raise ValueError(
+            f"--gpu={options.gpu} needs --tflops, the peak of one device in 1e12 FLOPs a second with "
+            f"train.precision={config.train.precision}."
+        )
     if options.gpu != "other" and not config.train.gpus_per_expert:
         raise ValueError(
             "train.gpus_per_expert=0 trains on CPUs. Plan for GPUs with train.gpus_per_expert=1, or give "
             "--gpu other --tflops X for a CPU core."
         )
-    peak = options.tflops or PEAK_TFLOPS[options.gpu][config.train.precision]
     return Devices(
         name=options.gpu,
         count=options.gpus,

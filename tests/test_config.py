@@ -64,6 +64,10 @@ def test_fields_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
         ),
         ({"train": {"controls": ["random", "random"]}}, r"^train\.controls=.* names a control twice\. Keep one\.$"),
         (
+            {"train": {"controls": ["random"], "budget": "by_size"}},
+            r"^train\.budget='by_size' is not there for train\.con",
+        ),
+        (
             {"train": {"controls": ["metadata"]}},
             r"'metadata', which needs .* set corpus\.domain_column, or leave it out\.$",
         ),

@@ -283,6 +283,7 @@ def test_the_print_holds_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--utilisation", "1.5"], "error: --utilisation=1.5 must be above 0 and at most 1, such as 0.3.\n"),
         (["--price-per-hour", "-1"], "error: --price-per-hour=-1.0 must be 0 or more.\n"),
         (["--gpu", "other"], "error: --gpu=other needs --tflops"),
+        (["--gpu", "b200", "train.gpus_per_expert=1"], "error: --gpu=b200 needs --tflops"),
         (["--tflops", "0"], "error: --tflops=0.0 must be above 0.\n"),
         (["--corpus-tokens", "0"], "error: --corpus-tokens=0 must be at least 1."),
         (["train.gpus_per_expert=0"], "error: train.gpus_per_expert=0 trains on CPUs. Plan for GPUs with"),
