@@ -46,7 +46,8 @@ logger = logging.getLogger(__name__)
 IMBALANCE = 0.01  # while fitting, soft cluster sizes are within this share of N / K
 # Softmax temperatures, as shares of a document's typical spread of distances: the first, the first where the prices of
 # similar centres are known, and the last.
-HOTTEST, WARM, COLDEST = 0.2, 0.03, 0.002
+HOTTEST, WARM, COLDEST = 0.1, 0.03, 0.002
+MOLTEN = 100.0  # no spread of prices needs more
 GAP = 1e-6  # relative gap at which the rounding is taken as optimal: float32 distances resolve no more
 SEED_ROWS = 64  # rows a cluster in the sample that k-means++ starts from
 MAX_STEPS = 40  # dual steps at one temperature
@@ -55,18 +56,23 @@ MAX_STEPS = 40  # dual steps at one temperature
 def fit_prices(shards: Shards, centres: Tensor | None, prices: Tensor, hottest: float) -> tuple[Tensor, float, float]:
     """Prices (K) that balance the softmax loads, its last temperature epsilon, and the imbalance max_j |K load_j - 1|.
 
-    Temperatures fall from `hottest` to COLDEST, in units of the documents' typical spread of squared distances.
+    Temperatures fall from `hottest` to COLDEST, in units of the documents' typical spread of squared distances. Steps are
+    short in a cold dual: where it does not balance because prices have far to go, it is heated first.
     """
     logs, count = shards.total(log_spread, centres)
     spread = math.exp(logs / count) if count else 1.0
-    temperature = max(hottest, COLDEST)
+    temperature, balanced = max(hottest, COLDEST), False
     while True:
-        last = temperature == COLDEST
-        epsilon = temperature * spread
-        prices, imbalance = _ascend(shards, centres, prices, epsilon, IMBALANCE if last else 5 * IMBALANCE)
-        if last:
+        epsilon, last = temperature * spread, temperature == COLDEST
+        goal = IMBALANCE if last else 5 * IMBALANCE
+        prices, imbalance = _ascend(shards, centres, prices, epsilon, goal)
+        balanced = balanced or imbalance <= goal
+        if not balanced and temperature < MOLTEN:
+            temperature *= 10
+        elif last:
             break
-        temperature = max(0.3 * temperature, COLDEST)
+        else:
+            temperature = max(0.3 * temperature, COLDEST)
     if imbalance > IMBALANCE:
         logger.warning(
             "cluster sizes while fitting are within %.1f %% of equal, not %.1f %%", 100 * imbalance, 100 * IMBALANCE

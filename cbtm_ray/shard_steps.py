@@ -150,8 +150,8 @@ def dual_step(shard: Shard, centres: Tensor | None, prices: Tensor, epsilon: flo
     loads, overlaps, value = torch.zeros(()), torch.zeros(()), 0.0
     for _, d in shard.blocks(centres):
         share, minimum = _softmax(d, prices, epsilon)
-        share = share.double()  # as in means_step
-        loads, overlaps = loads + share.sum(0).cpu(), overlaps + (share.T @ share).cpu()
+        # The curvature only steers the step, and takes most of the time: float32 will do.
+        loads, overlaps = loads + share.sum(0, dtype=torch.double).cpu(), overlaps + (share.T @ share).double().cpu()
         value += minimum.sum().item()
     return loads, overlaps, value
 

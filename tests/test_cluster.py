@@ -304,3 +304,14 @@ def test_going_on_from_a_saved_iteration_changes_nothing() -> None:
     assert len(straight) == 7
     assert len(resumed) == 4
     assert torch.equal(straight[-1].centres, resumed[-1].centres)
+
+
+def test_prices_that_start_far_away_are_found_all_the_same() -> None:
+    """Centres can move so far between iterations that the prices of the last one are a thousand spreads off."""
+    points = torch.from_numpy(blobs(600))
+    shards = LocalShards(cut(points))
+    far = torch.tensor([0.0, 2e3, -2e3, 5e3], dtype=torch.double)
+    prices, _, imbalance = cluster.fit_prices(shards, points[:4], far, cluster.WARM)
+    near, _, _ = cluster.fit_prices(shards, points[:4], torch.zeros(4, dtype=torch.double), cluster.HOTTEST)
+    assert imbalance <= cluster.IMBALANCE
+    assert (prices - near).abs().max() < 0.1 * near.abs().max()
