@@ -150,8 +150,8 @@ def dual_step(shard: Shard, centres: Tensor | None, prices: Tensor, epsilon: flo
     loads, overlaps, value = torch.zeros(()), torch.zeros(()), 0.0
     for _, d in shard.blocks(centres):
         share, minimum = _softmax(d, prices, epsilon)
-        # The curvature only steers the step, and takes most of the time: float32 will do.
-        loads, overlaps = loads + share.sum(0, dtype=torch.double).cpu(), overlaps + (share.T @ share).double().cpu()
+        share = share.double()  # as in means_step; the curvature too: in float32, other cuts drift apart by 1e-5
+        loads, overlaps = loads + share.sum(0).cpu(), overlaps + (share.T @ share).cpu()
         value += minimum.sum().item()
     return loads, overlaps, value
 
