@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.clustering import skewed_documents
 from cbtm_ray import distributed
 from cbtm_ray.ray_session import ray_session
-from cbtm_ray.shard_steps import add_up
 
 SHARD_ROWS = 8192
 
@@ -44,22 +42,10 @@ class CountingShards(distributed.ActorShards):
 
     sent = 0
 
-    def __init__(self, actors: list[Any]) -> None:
-        super().__init__(actors)
-        self._count = len(actors)
-
-    def each(self, step: Callable[..., Any], *args: Any) -> list[Any]:
-        results = super().each(step, *args)
-        self._add(step, args, results)
+    def _ask(self, method: str, step: Callable[..., Any], args: tuple) -> list[Any]:
+        results = super()._ask(method, step, args)
+        CountingShards.sent += len(self._actors) * len(pickle.dumps((step, args))) + len(pickle.dumps(results))
         return results
-
-    def total(self, step: Callable[..., tuple], *args: Any) -> tuple:
-        parts = ray.get([actor.sums.remote(step, args) for actor in self._actors])
-        self._add(step, args, parts)
-        return add_up([group_sum for part in parts for group_sum in part])
-
-    def _add(self, step: Callable[..., Any], args: tuple, results: Any) -> None:
-        CountingShards.sent += self._count * len(pickle.dumps((step, args))) + len(pickle.dumps(results))
 
 
 def measure(uris: list[str], n_actors: int, args: argparse.Namespace) -> tuple[float, float, np.ndarray]:

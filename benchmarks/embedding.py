@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.clustering import clock
 from benchmarks.corpora import read_documents
 from benchmarks.routing import word_pipeline
 from cbtm_ray.cluster import BalancedKMeans
@@ -36,9 +36,8 @@ CENTRES = 64
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - started
+    result, seconds, _ = clock(work)
+    return result, seconds
 
 
 def throughput(

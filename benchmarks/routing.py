@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +20,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer
 
+from benchmarks.clustering import clock
 from benchmarks.corpora import read_documents
 from cbtm_ray.embed import TokenTfidf, silent_tokens
 from cbtm_ray.text_embedders import WordTfidf, decode, words_of
@@ -29,12 +29,8 @@ from cbtm_ray.tokens import encode, train_tokenizer
 
 def best_time(work: Callable[[], np.ndarray], repeat: int) -> tuple[np.ndarray, float]:
     """The result, and the least wall seconds of `repeat` runs."""
-    seconds = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        result = work()
-        seconds.append(time.perf_counter() - started)
-    return result, min(seconds)
+    result, seconds, _ = min((clock(work) for _ in range(repeat)), key=lambda run: run[1])
+    return result, seconds
 
 
 def word_pipeline(texts: list[str], dimensions: int, seed: int) -> Pipeline:

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import ray
@@ -22,6 +22,7 @@ from cbtm_ray import files, progress
 from cbtm_ray.board import Board
 from cbtm_ray.branch_worker import train_group
 from cbtm_ray.config import Config
+from cbtm_ray.ray_session import capacity
 from cbtm_ray.run import Run, Unfinished
 from cbtm_ray.train import TrainSpec
 
@@ -149,8 +150,8 @@ def train_branches(
         ValueError: a branch refused its input, as its message says.
         RuntimeError: a run failed for another reason, with the names of what it left untrained.
     """
-    groups = [group for group in _groups(branches, per_run) if _untrained(run, group)]
-    waiting = [branch for group in groups for branch in _untrained(run, group)]
+    unfinished = [(group, left) for group in _groups(branches, per_run) if (left := _untrained(run, group))]
+    groups, waiting = [group for group, _ in unfinished], [branch for _, left in unfinished for branch in left]
     if not waiting:
         return
     config = run.config
@@ -173,7 +174,8 @@ def train_branches(
                 time.sleep(POLL_S)
                 rows: Any = ray.get(board.rows.remote())
                 show(_with_failed_runs(rows, [group for group in groups if _run_name(group) in failed]))
-    _raise_failures(failed, [branch.spec.name for branch in _untrained(run, waiting)])
+    if failed:
+        _raise_failures(failed, [branch.spec.name for branch in _untrained(run, waiting)])
     _say_epochs(run, waiting)
 
 
@@ -197,7 +199,7 @@ def _say_epochs(run: Run, branches: list[Branch]) -> None:
 
 
 def _groups(branches: list[Branch], per_run: int) -> list[list[Branch]]:
-    """What one run trains: at most `per_run` neighbours, all of one cluster or all of the whole corpus.
+    """What one run trains: at most `per_run` neighbours, experts with experts and never with the dense control.
 
     The same whatever is finished, and so is its name.
     """
@@ -229,9 +231,8 @@ def _spec(config: Config, **own: Any) -> TrainSpec:
 
 def _slots(cpus: float, gpus: float) -> int:
     """How many runs of this size the cluster holds at once, at least 1."""
-    have = ray.cluster_resources()
-    fits = have.get("CPU", 0) / cpus
-    return max(1, int(min(fits, have.get("GPU", 0) / gpus) if gpus else fits))
+    fits = capacity("CPU") / cpus
+    return max(1, int(min(fits, capacity("GPU") / gpus) if gpus else fits))
 
 
 def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) -> dict[str, ValueError]:
@@ -255,16 +256,15 @@ def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) ->
     return refused
 
 
-def _raise_failures(failed: dict[str, BaseException], untrained: list[str]) -> None:
+def _raise_failures(failed: dict[str, BaseException], untrained: list[str]) -> NoReturn:
     for error in failed.values():
         if isinstance(error, ValueError):
             raise error
-    if failed:
-        name, error = next(iter(failed.items()))
-        raise RuntimeError(
-            f"{len(failed)} training runs failed and left untrained: {', '.join(untrained)}. The others are finished and "
-            f"kept; the same command trains what is missing. First failure, {name}: {error}"
-        ) from error
+    name, error = next(iter(failed.items()))
+    raise RuntimeError(
+        f"{len(failed)} training runs failed and left untrained: {', '.join(untrained)}. The others are finished and "
+        f"kept; the same command trains what is missing. First failure, {name}: {error}"
+    ) from error
 
 
 def seed_cpus(config: Config) -> float:

@@ -19,7 +19,6 @@ import torch
 from ray.train import Checkpoint
 
 from cbtm_ray import flops
-from cbtm_ray.config import Config
 from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.train import train_model
 
@@ -34,14 +33,15 @@ def train_group(task: dict[str, Any]) -> dict[str, str]:
     Only what a restart would meet again is returned, a user's mistake or a full disk; all else is raised, and Ray restarts.
     """
     config, board, refused = task["config"], task["board"], {}
+    run = Run(config)
     for branch in task["group"]:
         name = branch.spec.name
-        if Run(config).manifest(name) is not None:
+        if run.manifest(name) is not None:
             continue
         board.post.remote(name, {"state": "running", "node": socket.gethostname()})
         state = "failed"
         try:
-            _train_branch(config, branch, board)
+            _train_branch(run, branch, board)
             state = "done"
         except ValueError as error:
             refused[name] = str(error)
@@ -54,11 +54,11 @@ def train_group(task: dict[str, Any]) -> dict[str, str]:
     return refused
 
 
-def _train_branch(config: Config, branch: Branch, board: Any) -> None:
+def _train_branch(run: Run, branch: Branch, board: Any) -> None:
     from cbtm_ray.models import load_model, new_model, save_model
     from cbtm_ray.tokens import load_tokenizer
 
-    run, spec, started = Run(config), branch.spec, time.perf_counter()
+    config, spec, started = run.config, branch.spec, time.perf_counter()
     tokenizer = load_tokenizer(run.uri("tokenizer"))
     if branch.init is None:
         model = new_model(config.seed_model, tokenizer, 4 * spec.sequence_length, config.run.seed)

@@ -34,11 +34,11 @@ def main(description: str, job: str, arguments: list[str] | None = None) -> int:
     except Unfinished as part:
         progress.note(str(part))
     except ValueError as error:
-        return _refuse(str(_cause(error)))
+        return refuse(str(_cause(error)))
     except OSError as error:
         if getattr(_cause(error), "errno", None) != errno.ENOSPC:
             raise
-        return _refuse(no_space_left(config.run.dir))
+        return refuse(no_space_left(config.run.dir))
     except KeyboardInterrupt:
         progress.console.print("Interrupted. The same command continues.")
         return 130
@@ -52,6 +52,7 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _refuse(message: str) -> int:
+def refuse(message: str) -> int:
+    """Say a user's mistake in one line; the exit code for it."""
     print(f"error: {message.splitlines()[0]}", file=sys.stderr)
     return 2

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import io
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import jsonschema
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from cbtm_ray.cli import refuse
 from cbtm_ray.cluster_keys import (
     NODE_CONFIG,
     NODE_CONFIG_NEEDS,
@@ -36,14 +36,13 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     """Check every file; exit code 0, or 2 with a line for each file that is not right."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("files", nargs="+", metavar="FILE", help="cluster.yaml, kuberay/rayjob.yaml, ...")
-    wrong = False
+    code = 0
     for path in parser.parse_args(arguments).files:
         try:
             print(f"{path}: {check_file(path)}")
         except ValueError as error:
-            print(f"error: {path}: {error}", file=sys.stderr)
-            wrong = True
-    return 2 if wrong else 0
+            code = refuse(f"{path}: {error}")
+    return code
 
 
 def check_file(path: str) -> str:

@@ -25,16 +25,15 @@ from cbtm_ray import files, progress
 from cbtm_ray.branch import partition_folder
 from cbtm_ray.config import Config
 from cbtm_ray.corpus import read_sample
-from cbtm_ray.discover import embed_sample, fit_centers
+from cbtm_ray.discover import embed_sample, fit_centers, forget_fit
 from cbtm_ray.distances import squared_distances
 from cbtm_ray.documents import unit_hash
-from cbtm_ray.embed import Embedder, load_clusterer
+from cbtm_ray.embed import load_centers, load_embedder
 from cbtm_ray.embed_workers import map_embedding
-from cbtm_ray.partition import Totals
+from cbtm_ray.partition import CHUNK_DOCUMENTS, Totals, tools
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import encode, load_tokenizer
 
-CHUNK_DOCUMENTS = 512
 SCHEMA = pa.schema([("id", pa.string()), ("cluster", pa.int32())])
 HASH_OFFSET = 2
 """From run.seed to the seed of the random split: the documents held out, and their halves, were chosen by other hashes."""
@@ -88,11 +87,10 @@ def _domains(run: Run) -> list[str]:
 def _fit_unbalanced(run: Run, folder: str) -> None:
     """The centres of k-means without balance, on the sample that the balanced ones were fitted on."""
     tokenizer = load_tokenizer(run.uri("tokenizer"))
-    embedder, _ = load_clusterer(run.uri("clusterer"), tokenizer)
+    embedder = load_embedder(run.uri("clusterer", "embedder"), tokenizer)
     documents = encode(tokenizer, read_sample(run)["text"].to_pylist())
     fit_centers(run, embed_sample(run, embedder, documents, folder), folder, balanced=False)
-    files.delete(run.uri(folder, "embeddings"))
-    files.delete(run.uri(folder, "_state.npz"))
+    forget_fit(run, folder)
 
 
 def _partition_part(row: dict[str, Any], config: Config, control: str, domains: list[str]) -> dict[str, Any]:
@@ -103,7 +101,8 @@ def _partition_part(row: dict[str, Any], config: Config, control: str, domains: 
         "tokens": np.zeros(n_clusters, np.int64),
     }
     if control == "metadata":
-        counts["sums"] = np.zeros((n_clusters, _tools(config)[1].shape[1]))
+        _, _, centers_KD = tools(config)
+        counts["sums"] = np.zeros((n_clusters, centers_KD.shape[1]))
     named = [SCHEMA.empty_table()]
     filesystem, path = files.resolve(row["uri"])
     with filesystem.open_input_file(path) as stream:
@@ -113,11 +112,9 @@ def _partition_part(row: dict[str, Any], config: Config, control: str, domains: 
                 labels_N = random_clusters(batch["id"].to_pylist(), n_clusters, config.run.seed)
             elif control == "metadata":
                 labels_N = np.array([domains.index(domain) for domain in batch["domain"].to_pylist()])
-                np.add.at(counts["sums"], labels_N, _tools(config)[0].transform(tokens))
+                np.add.at(counts["sums"], labels_N, _embed(tokens, config))
             else:
-                distances_NK = squared_distances(
-                    torch.from_numpy(_tools(config)[0].transform(tokens)), _unbalanced(config)
-                )
+                distances_NK = squared_distances(torch.from_numpy(_embed(tokens, config)), _unbalanced(config))
                 labels_N = distances_NK.argmin(1).numpy()
             np.add.at(counts["documents"], labels_N, 1)
             np.add.at(counts["tokens"], labels_N, [len(document) for document in tokens])
@@ -132,11 +129,9 @@ def random_clusters(ids: list[str], n_clusters: int, seed: int) -> np.ndarray:
     return np.array([int(unit_hash(seed + HASH_OFFSET, document_id) * n_clusters) for document_id in ids], np.int64)
 
 
-@lru_cache(maxsize=1)
-def _tools(config: Config) -> tuple[Embedder, torch.Tensor]:
-    """The embedder and the experts' centres, loaded once a worker process."""
-    run = Run(config)
-    return load_clusterer(run.uri("clusterer"), load_tokenizer(run.uri("tokenizer")))
+def _embed(documents: list[np.ndarray], config: Config) -> np.ndarray:
+    _, embedder, _ = tools(config)
+    return embedder.transform(documents)
 
 
 @lru_cache(maxsize=1)
@@ -146,4 +141,4 @@ def _unbalanced(config: Config) -> torch.Tensor:
 
 def control_centers(run: Run, control: str) -> torch.Tensor:
     """The centres of a control's clusters, float32 (K, D): of k-means, or the mean embedding of a domain's documents."""
-    return torch.from_numpy(files.read_array(run.uri(partition_folder(control), "centers.npy")))
+    return load_centers(run.uri(partition_folder(control)))

@@ -44,8 +44,7 @@ def fit_clusters(run: Run) -> dict[str, Any]:
         "gap": clusterer.gap_,
         **describe_clusters(clusterer, np.concatenate([files.read_array(uri) for uri in shard_uris]), sample),
     }
-    files.delete(run.uri("clusterer", "embeddings"))
-    files.delete(run.uri("clusterer", "_state.npz"))
+    forget_fit(run, "clusterer")
     return manifest
 
 
@@ -67,6 +66,12 @@ def fit_centers(run: Run, shard_uris: list[str], folder: str, *, balanced: bool)
         )
     files.write_array(run.uri(folder, "centers.npy"), clusterer.cluster_centers_)
     return clusterer
+
+
+def forget_fit(run: Run, folder: str) -> None:
+    """Delete what only a fit in progress needs."""
+    files.delete(run.uri(folder, "embeddings"))
+    files.delete(run.uri(folder, "_state.npz"))
 
 
 def describe_clusters(clusterer: BalancedKMeans, embeddings_ND: np.ndarray, sample: pa.Table) -> dict[str, Any]:

@@ -52,12 +52,14 @@ class ActorShards:
         self._actors = actors
 
     def each(self, step: Callable[..., Any], *args: Any) -> list[Any]:
-        parts = ray.get([actor.each.remote(step, args) for actor in self._actors])
-        return [result for part in parts for result in part]
+        return self._ask("each", step, args)
 
     def total(self, step: Callable[..., tuple], *args: Any) -> tuple:
-        parts = ray.get([actor.sums.remote(step, args) for actor in self._actors])
-        return add_up([group_sum for part in parts for group_sum in part])
+        return add_up(self._ask("sums", step, args))
+
+    def _ask(self, method: str, step: Callable[..., Any], args: tuple) -> list[Any]:
+        parts = ray.get([getattr(actor, method).remote(step, args) for actor in self._actors])
+        return [result for part in parts for result in part]
 
 
 def fit_distributed(

@@ -170,8 +170,12 @@ def load_embedder(folder_uri: str, tokenizer: PreTrainedTokenizerBase) -> Embedd
 
 def load_clusterer(folder_uri: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Embedder, torch.Tensor]:
     """The embedder and the cluster centres, float32 (K, D), of a finished `clusterer/`."""
-    centers_KD = torch.from_numpy(files.read_array(files.join(folder_uri, "centers.npy")))
-    return load_embedder(files.join(folder_uri, "embedder"), tokenizer), centers_KD
+    return load_embedder(files.join(folder_uri, "embedder"), tokenizer), load_centers(folder_uri)
+
+
+def load_centers(folder_uri: str) -> torch.Tensor:
+    """The cluster centres in a folder, float32 (K, D): the clusterer's, or a control's."""
+    return torch.from_numpy(files.read_array(files.join(folder_uri, "centers.npy")))
 
 
 def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

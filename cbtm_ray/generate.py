@@ -193,8 +193,8 @@ def load_ensemble(run_dir: str) -> tuple[Ensemble, PreTrainedTokenizerBase]:
     if not files.exists(files.join(run_dir, "evaluation", "manifest.json")):
         raise ValueError(f"run_dir={run_dir} is not a finished run. Run first: python -m jobs.run_all --config FILE")
     evaluation = files.read_json(files.join(run_dir, "evaluation", "results.json"))
-    rows = evaluation["rows"]
-    tuned = next(row for row in rows if row["routing"] == "posterior" and row["top_k"] == min(2, row["n_clusters"]))
+    ensemble_rows = [row for row in evaluation["rows"] if row["system"] == "cbtm" and row["routing"] == "posterior"]
+    tuned = next(row for row in ensemble_rows if row["top_k"] == min(2, row["n_clusters"]))
     experts = [load_model(files.join(run_dir, expert_folder(k))).eval() for k in range(tuned["n_clusters"])]
     tokenizer = load_tokenizer(files.join(run_dir, "tokenizer"))
     embedder, centers_KD = load_clusterer(files.join(run_dir, "clusterer"), tokenizer)

@@ -19,13 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import files, progress
 from cbtm_ray.config import Config, CorpusConfig
 from cbtm_ray.corpus import corpus_shards
 from cbtm_ray.distances import squared_distances
 from cbtm_ray.documents import Document, Shard, is_held_out, read_shard
-from cbtm_ray.embed import load_clusterer
+from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.embed_workers import map_embedding
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import encode, load_tokenizer
@@ -116,7 +117,7 @@ def _partition_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) 
 
 def _assign_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """The documents of one input shard as rows of the output, each with its split."""
-    tokenizer, embedder, centers_KD = _tools(config)
+    tokenizer, embedder, centers_KD = tools(config)
     shard = Shard(tuple(row["uris"]), tuple(row["names"]))
     documents = (document for document in read_shard(shard, corpus) if document.text.strip())
     for chunk in iter(lambda: list(itertools.islice(documents, CHUNK_DOCUMENTS)), []):
@@ -170,7 +171,7 @@ def _output_row(document: Document, tokens: np.ndarray, cluster: int) -> dict[st
 
 
 @functools.lru_cache(maxsize=1)
-def _tools(config: Config) -> tuple[Any, ...]:
+def tools(config: Config) -> tuple[PreTrainedTokenizerBase, Embedder, torch.Tensor]:
     """Tokenizer, embedder and centres, loaded once a worker process."""
     run = Run(config)
     tokenizer = load_tokenizer(run.uri("tokenizer"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 
+from cbtm_ray.cli import refuse
 from cbtm_ray.config import Config
 from cbtm_ray.load_config import load_config
 from cbtm_ray.plan import PEAK_TFLOPS, SHARD_BYTES_PER_TOKEN, STATE_BYTES, Devices, Plan, make_plan, makespan
@@ -29,8 +29,7 @@ def main(description: str, arguments: list[str] | None = None) -> int:
             raise ValueError(f"--corpus-tokens={options.corpus_tokens} must be at least 1. Leave it out if unknown.")
         plan = make_plan(config, _devices(options, config))
     except ValueError as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
     for name, value, note in rows(config, plan, options.corpus_tokens):
         print(f"{name:<28}{value:>22}  {note}".rstrip())
     return 0

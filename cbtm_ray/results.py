@@ -15,7 +15,7 @@ from cbtm_ray import evaluate, files
 from cbtm_ray.branch import DENSE, expert_folder, partition_folder
 from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.controls import control_centers
-from cbtm_ray.embed import load_clusterer
+from cbtm_ray.embed import load_centers, load_embedder
 from cbtm_ray.run import Run
 from cbtm_ray.scoring import HeldOutDocuments, context_distances, held_out_documents, score_models
 from cbtm_ray.tokens import load_tokenizer
@@ -94,9 +94,8 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
 
 def ensemble_system(run: Run) -> System:
     """The method's own experts and centres."""
-    _, centers_KD = load_clusterer(run.uri("clusterer"), load_tokenizer(run.uri("tokenizer")))
     experts = [expert_folder(cluster) for cluster in range(run.config.cluster.n_clusters)]
-    return System("cbtm", experts, centers_KD, ("embedding", "posterior", "prefix"))
+    return System("cbtm", experts, load_centers(run.uri("clusterer")), ("embedding", "posterior", "prefix"))
 
 
 def control_system(run: Run, control: str) -> System:
@@ -111,7 +110,7 @@ def measure(
     run: Run, documents: HeldOutDocuments, logprobs: dict[str, np.ndarray], systems: list[System]
 ) -> list[Measured]:
     """What the mixtures of every system are computed from, out of the models' log-probabilities by folder."""
-    embedder, _ = load_clusterer(run.uri("clusterer"), load_tokenizer(run.uri("tokenizer")))
+    embedder = load_embedder(run.uri("clusterer", "embedder"), load_tokenizer(run.uri("tokenizer")))
     centers = {system.name: system.centers_KD for system in systems if system.centers_KD is not None}
     distances = context_distances(embedder, documents.tokens, centers)
     found = []
