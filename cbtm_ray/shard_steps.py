@@ -15,12 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from cbtm_ray.distances import squared_distances
 
 ROWS = 1 << 13  # rows of a shard on this machine
 GROUPS = 16  # sums that a step sends over the network, and so the most actors that can hold the shards
+_BLAS = ThreadpoolController().select(user_api="blas")  # numpy's
 CACHE_BYTES = 1 << 30  # distances that a process keeps between steps; what does not fit is computed again each time
 
 
@@ -75,11 +77,12 @@ def cut(rows: Tensor) -> list[Shard]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch works on one thread: with more, small operations wait for each other, for ever longer on a busy machine."""
+    """Torch and numpy work on one thread: with more, small operations wait for each other, longer on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with _BLAS.limit(limits=1):
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -151,9 +154,17 @@ def dual_step(shard: Shard, centres: Tensor | None, prices: Tensor, epsilon: flo
     for _, d in shard.blocks(centres):
         share, minimum = _softmax(d, prices, epsilon)
         share = share.double()  # as in means_step; the curvature too: in float32, other cuts drift apart by 1e-5
-        loads, overlaps = loads + share.sum(0).cpu(), overlaps + (share.T @ share).cpu()
+        loads, overlaps = loads + share.sum(0).cpu(), overlaps + _gram(share)
         value += minimum.sum().item()
     return loads, overlaps, value
+
+
+def _gram(share: Tensor) -> Tensor:
+    """share.T @ share (K, K); on a CPU by numpy, which computes one triangle of it: less than half of torch's time."""
+    if share.device.type != "cpu":
+        return (share.T @ share).cpu()
+    rows = share.numpy()
+    return torch.from_numpy(rows.T @ rows)
 
 
 def means_step(shard: Shard, centres: Tensor, prices: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor, float]:

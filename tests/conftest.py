@@ -20,14 +20,23 @@ hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)  # toy tensors; more threads only wait for each other
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests on Ray go to one worker of pytest-xdist, which has the session's cluster; the others run beside it."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A Ray of this session's own with 4 logical CPUs, on a machine of 2."""
+def ray_cluster() -> Iterator[str]:
+    """A Ray of this session's own with 4 logical CPUs, on a machine of 2; its address."""
     from cbtm_ray.ray_session import ray_session
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
     with ray_session(local_cpus=4):
-        yield
+        import ray
+
+        yield ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +46,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tiny_config: Config, ray_cluster: None) -> Run:
+def finished_run(tiny_config: Config, ray_cluster: str) -> Run:
     """Every stage of the tiny configuration, done."""
     from cbtm_ray.pipeline import run_all
 

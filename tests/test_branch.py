@@ -112,7 +112,7 @@ def one_cluster_run(tmp_path: Path) -> Run:
     return run
 
 
-def test_one_expert_is_given_what_the_dense_control_is_given(tmp_path: Path, ray_cluster: None) -> None:
+def test_one_expert_is_given_what_the_dense_control_is_given(tmp_path: Path, ray_cluster: str) -> None:
     run = one_cluster_run(tmp_path)
     dense, expert = expert_branches(run)
     assert expert == dataclasses.replace(dense, cluster=0, spec=dataclasses.replace(dense.spec, name=expert_folder(0)))
@@ -122,7 +122,7 @@ def test_one_expert_is_given_what_the_dense_control_is_given(tmp_path: Path, ray
 
 
 @pytest.mark.slow
-def test_one_cluster_is_the_dense_control(tmp_path: Path, ray_cluster: None) -> None:
+def test_one_cluster_is_the_dense_control(tmp_path: Path, ray_cluster: str) -> None:
     run = one_cluster_run(tmp_path)
     for job in ("train_seed", "train_experts"):
         run_job(run, job)

@@ -29,7 +29,7 @@ def test_counts_split_and_sample_are_those_of_the_documents(finished_run: Run) -
     assert read_sample(finished_run)["id"].to_pylist() == expected
 
 
-def test_documents_without_text_are_counted_and_left_out(tmp_path: Path, ray_cluster: None) -> None:
+def test_documents_without_text_are_counted_and_left_out(tmp_path: Path, ray_cluster: str) -> None:
     folder = write_corpus(tmp_path / "corpus", documents=40)
     rows = [{"id": f"e{i}", "text": text, "domain": "sea"} for i, text in enumerate(["", "  \n"])]
     (folder / "part-9.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,13 +45,13 @@ def refused(tmp_path: Path, folder: Path, **cluster: int) -> Run:
     return Run(build_config(tree))
 
 
-def test_more_clusters_than_documents_are_refused(tmp_path: Path, ray_cluster: None) -> None:
+def test_more_clusters_than_documents_are_refused(tmp_path: Path, ray_cluster: str) -> None:
     folder = write_corpus(tmp_path / "corpus", documents=30)
     with pytest.raises(ValueError, match=r"cluster.n_clusters=100 must be at most .* documents, 2\d. Lower it"):
         build_corpus(refused(tmp_path, folder, n_clusters=100))
 
 
-def test_an_empty_corpus_is_refused(tmp_path: Path, ray_cluster: None) -> None:
+def test_an_empty_corpus_is_refused(tmp_path: Path, ray_cluster: str) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "a.jsonl").write_text("")
@@ -59,14 +59,14 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, ray_cluster: None) -> None:
         build_corpus(refused(tmp_path, folder))
 
 
-def test_an_error_in_a_shard_reaches_the_user_with_its_line(tmp_path: Path, ray_cluster: None) -> None:
+def test_an_error_in_a_shard_reaches_the_user_with_its_line(tmp_path: Path, ray_cluster: str) -> None:
     folder = write_corpus(tmp_path / "corpus", documents=12)
     (folder / "part-1.jsonl").write_bytes(b'{"id": "a", "text": "fine", "domain": "sea"}\n{"text": "caf\xe9"}\n')
     with pytest.raises(ValueError, match=r"part-1.jsonl:2 is not UTF-8: byte 0xe9"):
         build_corpus(refused(tmp_path, folder))
 
 
-def test_held_out_files_of_their_own_are_used_whole(tmp_path: Path, ray_cluster: None) -> None:
+def test_held_out_files_of_their_own_are_used_whole(tmp_path: Path, ray_cluster: str) -> None:
     train, valid = write_corpus(tmp_path / "train", 40), write_corpus(tmp_path / "valid", 12)
     tree = tiny_tree(tmp_path / "run", train)
     tree["corpus"]["valid_paths"] = [str(valid)]
@@ -74,7 +74,7 @@ def test_held_out_files_of_their_own_are_used_whole(tmp_path: Path, ray_cluster:
     assert (manifest["train_documents"], manifest["valid_documents"]) == (40, 12)
 
 
-def test_packages_become_documents_with_the_package_as_domain(tmp_path: Path, ray_cluster: None) -> None:
+def test_packages_become_documents_with_the_package_as_domain(tmp_path: Path, ray_cluster: str) -> None:
     tree = tiny_tree(tmp_path / "run", tmp_path)
     tree["corpus"] = {"packages": ["jinja2", "yaml", "rich"], "package_bytes": 20_000, "valid_fraction": 0.2}
     run = Run(build_config(tree))
@@ -86,7 +86,7 @@ def test_packages_become_documents_with_the_package_as_domain(tmp_path: Path, ra
 
 
 def test_the_sample_does_not_depend_on_how_the_files_are_cut(
-    tmp_path: Path, tiny_config: Config, ray_cluster: None
+    tmp_path: Path, tiny_config: Config, ray_cluster: str
 ) -> None:
     samples = []
     for shards in (1, 5):

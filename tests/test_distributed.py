@@ -39,7 +39,7 @@ def shards(points: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: None, shards: list[str]) -> BalancedKMeans:
+def undisturbed(ray_cluster: str, shards: list[str]) -> BalancedKMeans:
     return fit_distributed(shards, n_actors=2, **SETTINGS)
 
 
@@ -55,7 +55,7 @@ def test_number_of_actors_does_not_change_a_bit(undisturbed: BalancedKMeans, sha
 
 
 @pytest.mark.parametrize("balanced", [True, False])
-def test_equals_one_tensor(ray_cluster: None, points: np.ndarray, shards: list[str], balanced: bool) -> None:
+def test_equals_one_tensor(ray_cluster: str, points: np.ndarray, shards: list[str], balanced: bool) -> None:
     settings = SETTINGS | {"balanced": balanced, "tol": 1e-4, "max_iter": 50}
     remote, local = fit_distributed(shards, **settings), BalancedKMeans(**settings).fit(points)
     np.testing.assert_allclose(remote.cluster_centers_, local.cluster_centers_, atol=1e-5)
@@ -88,7 +88,7 @@ def test_a_driver_that_dies_goes_on_where_it_was(
     assert_same(finished, undisturbed)
 
 
-def test_state_of_another_fit_is_refused(ray_cluster: None, shards: list[str], tmp_path: Path) -> None:
+def test_state_of_another_fit_is_refused(ray_cluster: str, shards: list[str], tmp_path: Path) -> None:
     state = str(tmp_path / "state.npz")
     fit_distributed(shards, n_actors=1, state_uri=state, **SETTINGS | {"max_iter": 1})
     with pytest.raises(ValueError, match=r"must be of the same fit, but holds .*n_clusters=5.* where this one is .*=6"):
@@ -134,7 +134,7 @@ def test_an_actor_killed_inside_a_lloyd_step_changes_nothing(
     assert_same(fitted, undisturbed)
 
 
-def test_user_errors_cross_the_actors(ray_cluster: None, shards: list[str], tmp_path: Path) -> None:
+def test_user_errors_cross_the_actors(ray_cluster: str, shards: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shard_uris=\[\] must name at least one shard"):
         fit_distributed([], **SETTINGS)
     with pytest.raises(ValueError, match=r"cluster\.gpus_per_actor=1 must be at most the GPUs of the cluster, 0\."):

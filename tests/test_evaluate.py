@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from cbtm_ray import evaluate
 from cbtm_ray.config import EvaluateConfig
@@ -48,6 +48,30 @@ def test_every_token_is_scored_once_as_hugging_face_does(model: LlamaForCausalLM
     for batch_tokens in (1, 20, 1000):
         found = score_documents(model, documents, sequence_length=8, end_of_text=0, batch_tokens=batch_tokens)
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_batches_hold_no_more_tokens_than_asked_for(model: LlamaForCausalLM) -> None:
+    shapes: list[torch.Size] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    documents = [np.full(length, 7, np.int32) for length in (5, 8, 8, 7, 30, 6)]
+    score_documents(model, documents, sequence_length=8, end_of_text=0, batch_tokens=20)
+    hook.remove()
+    scored = shapes[2:]  # the first two compare the ways of computing a loss
+    assert sum(rows for rows, _ in scored) == 9
+    assert max(rows * (width + 1) for rows, width in scored) <= 20
+    assert max(rows for rows, _ in scored) > 1
+
+
+def test_dropout_takes_no_part_in_scores() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, resid_pdrop=0.5)).train()
+    documents = [np.arange(1, 40, dtype=np.int32)]
+    first, second = (
+        score_documents(model, documents, sequence_length=16, end_of_text=0, batch_tokens=100) for _ in range(2)
+    )
+    np.testing.assert_array_equal(first, second)
 
 
 def held_out(n_experts: int = 3, lengths: tuple[int, ...] = (5, 9)) -> HeldOut:

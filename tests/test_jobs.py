@@ -128,8 +128,11 @@ def write_config(tmp_path: Path, **changes: dict) -> Path:
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, overrides: list[str], message: str) -> None:
-    done = subprocess.run(command("build_corpus", write_config(tmp_path), *overrides), capture_output=True, text=True)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    tmp_path: Path, ray_cluster: str, overrides: list[str], message: str
+) -> None:
+    job = command("build_corpus", write_config(tmp_path), *overrides)
+    done = subprocess.run(job, capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": ray_cluster})
     assert done.returncode == 2
     assert done.stdout == ""
     assert message in done.stderr
@@ -154,9 +157,11 @@ def test_print_config_shows_overrides_and_starts_nothing(tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def kill_when(tmp_path: Path, config: Path, there: str) -> None:
+def kill_when(tmp_path: Path, config: Path, there: str, environment: dict[str, str] | None = None) -> None:
     """Start the whole run, and kill its process group when a file of the run shows that a stage is at work."""
-    process = subprocess.Popen(command("run_all", config), start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("run_all", config), start_new_session=True, stdout=subprocess.DEVNULL, env=environment
+    )
     deadline = time.monotonic() + 120
     try:
         while not any((tmp_path / "run").glob(there)):
@@ -174,15 +179,19 @@ def check_same_end(folder: Path, undisturbed: Run) -> None:
     assert files.read_json(str(folder / "evaluation" / "results.json"))["rows"] == rows(undisturbed)
 
 
-def test_a_run_killed_among_its_experts_continues_to_the_same_artefacts(tmp_path: Path, finished_run: Run) -> None:
+def test_a_driver_killed_among_its_experts_continues_to_the_same_artefacts(
+    tmp_path: Path, finished_run: Run, ray_cluster: str
+) -> None:
+    """On a cluster that outlives it, as under `ray job submit`."""
+    environment = {**os.environ, "RAY_ADDRESS": ray_cluster}
     config = write_config(tmp_path, corpus={"paths": list(finished_run.config.corpus.paths)})
     (tmp_path / "run").mkdir()
     for name in ("config.yaml", "corpus", "tokenizer", "clusterer", "shards", "seed"):
         source, target = finished_run.uri(name), tmp_path / "run" / name
         shutil.copytree(source, target) if Path(source).is_dir() else shutil.copy(source, target)
-    kill_when(tmp_path, config, "experts/cluster=*/manifest.json")
+    kill_when(tmp_path, config, "experts/cluster=*/manifest.json", environment)
     assert not (tmp_path / "run" / "experts" / "manifest.json").exists()
-    subprocess.run(command("run_all", config), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command("run_all", config), check=True, stdout=subprocess.DEVNULL, env=environment)
     check_same_end(tmp_path / "run", finished_run)
 
 

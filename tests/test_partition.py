@@ -81,7 +81,7 @@ def test_a_restart_makes_only_what_is_missing_and_the_same_bytes(finished_run: R
     assert second.read_bytes() == before[second][0]
 
 
-def test_a_corpus_that_changed_is_refused_by_the_name_of_its_shard(tmp_path: Path, ray_cluster: None) -> None:
+def test_a_corpus_that_changed_is_refused_by_the_name_of_its_shard(tmp_path: Path, ray_cluster: str) -> None:
     folder = write_corpus(tmp_path / "corpus", documents=80)
     run = Run(build_config(tiny_tree(tmp_path / "run", folder)))
     for job in ("build_corpus", "fit_clusters"):

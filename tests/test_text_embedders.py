@@ -15,7 +15,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from cbtm_ray.config import EmbedConfig
-from cbtm_ray.embed import Embedder, load_embedder, save_embedder
+from cbtm_ray.embed import Embedder, fit_embedder, load_embedder, save_embedder
 from cbtm_ray.text_embedders import SentenceEncoder, WordTfidf, words_of
 from cbtm_ray.tokens import encode, train_tokenizer
 from tests.tiny import DOMAINS
@@ -35,6 +35,14 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def fit(tokenizer: PreTrainedTokenizerBase, *, standardise: bool, dimensions: int = 5) -> WordTfidf:
     documents = encode(tokenizer, texts(80))
     return WordTfidf.fit(documents, tokenizer, dimensions=dimensions, standardise=standardise, random_state=3)
+
+
+@pytest.mark.parametrize("normalisation", ["l2", "standard"])
+def test_the_configuration_names_the_normalisation(tokenizer: PreTrainedTokenizerBase, normalisation: str) -> None:
+    documents = encode(tokenizer, texts(80))
+    config = EmbedConfig(embedder="word_tfidf", dimensions=5, normalisation=normalisation)
+    expected = fit(tokenizer, standardise=normalisation == "standard").transform(documents)
+    assert np.array_equal(fit_embedder(config, tokenizer, documents, 3).transform(documents), expected)
 
 
 def test_words_leave_out_stop_words_and_numbers() -> None:

@@ -58,6 +58,8 @@ def test_only_matrices_decay() -> None:
     decayed, others = make_optimizer(make_model(), SPEC).param_groups
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in others["params"]} == {1}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0)
+    assert decayed["betas"] == others["betas"] == (0.9, 0.95)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
 
 
@@ -69,9 +71,23 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step() -> None:
         train(model)
 
 
-def test_a_token_outside_the_vocabulary_is_refused() -> None:
-    with pytest.raises(ValueError, match="token id 60 is not below the model's vocabulary of 50"):
-        Trainer(make_model(), make_sequences(highest=60), SPEC)
+@pytest.mark.parametrize("highest", [50, 60])
+def test_a_token_outside_the_vocabulary_is_refused(highest: int) -> None:
+    with pytest.raises(ValueError, match=f"token id {highest} is not below the model's vocabulary of 50"):
+        Trainer(make_model(), make_sequences(highest), SPEC)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_steps_read_one_sequence_after_the_other(micro_batch_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences, read = make_sequences(), []
+    trainer = Trainer(make_model(), sequences, dataclasses.replace(SPEC, micro_batch_size=micro_batch_size))
+    batch = sequences.batch
+    monkeypatch.setattr(
+        sequences, "batch", lambda first, count: read.extend(range(first, first + count)) or batch(first, count)
+    )
+    for _ in range(3):
+        trainer.train_step()
+    assert read == list(range(12))
 
 
 @given(
