@@ -6,7 +6,7 @@ import argparse
 import errno
 import sys
 
-from cbtm_ray import progress
+from cbtm_ray import files, progress
 from cbtm_ray.load_config import dump_config, load_config
 from cbtm_ray.ray_session import ray_session
 from cbtm_ray.run import Run, Unfinished, no_space_left
@@ -36,9 +36,12 @@ def main(description: str, job: str, arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return refuse(str(_cause(error)))
     except OSError as error:
-        if getattr(_cause(error), "errno", None) != errno.ENOSPC:
+        cause = _cause(error)
+        if getattr(cause, "errno", None) == errno.ENOSPC:
+            return refuse(no_space_left(config.run.dir))
+        if (said := files.refusal(cause)) is None:
             raise
-        return refuse(no_space_left(config.run.dir))
+        return refuse(f"{said} What is finished is kept, and the same command continues.")
     except KeyboardInterrupt:
         progress.console.print("Interrupted. The same command continues.")
         return 130

@@ -48,7 +48,8 @@ def list_shards(paths: tuple[str, ...], field: str = "corpus.paths") -> list[Sha
     """
     found: list[tuple[str, str]] = []
     for path in paths:
-        below = _documents_below(files.absolute(path))
+        with files.reaching(field, path):
+            below = _documents_below(files.absolute(path))
         if not below:
             raise ValueError(
                 f"{field}: {path} holds no documents. Give files or folders with "

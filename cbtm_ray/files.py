@@ -1,16 +1,20 @@
-"""Whole files on any pyarrow filesystem (local paths, s3://, gs://), written aside and renamed.
+"""Whole files on any pyarrow filesystem (local paths, s3://, gs://): a reader never sees half of one.
 
-A reader never sees half a file: the bytes go to a hidden name in the same folder, then move. Object stores have no
-rename, but show an object only when its upload is complete, which gives the same promise.
+On a disk the bytes go to a hidden name in the same folder, then move. Object stores have no rename, but show an object
+only when its upload is complete, so there the bytes go to a local temporary file, and from it up in one piece. (Not to an
+object aside: S3 copies at most 5 GiB at once, and closing a stream to S3 publishes what it holds, whole or not.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import io
 import json
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 import uuid
@@ -19,9 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from pyarrow import fs
 
 _COPY_CHUNK_BYTES = 8 << 20
+_LOCAL = fs.LocalFileSystem()
+_S3_ATTEMPTS = 5  # of one request: it fails after 8 s where nothing listens, after 25 s where nothing answers
+_GCS_RETRY_S = 30
+_WHAT_TO_DO = {
+    r"NETWORK_CONNECTION|UNAVAILABLE": "Check the network, and AWS_ENDPOINT_URL if the store is not Amazon's.",
+    r"ACCESS_DENIED|\b403\b|INVALID_|EXPIRED|SIGNATURE|PERMISSION_DENIED|UNAUTHENTICATED": (
+        "Check the credentials, and what they may do there."
+    ),
+    r"NO_SUCH_BUCKET|[Bb]ucket.* (not found|does not exist)": "Create the bucket, or correct its name.",
+}
 
 
 def absolute(uri: str) -> str:
@@ -30,12 +45,53 @@ def absolute(uri: str) -> str:
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a path or URI, and the path inside it."""
-    if uri.startswith("file://"):
-        return fs.LocalFileSystem(), uri.removeprefix("file://")
-    if "://" in uri:
-        return fs.FileSystem.from_uri(uri)
-    return fs.LocalFileSystem(), os.path.abspath(uri)
+    """The filesystem of a path or URI, and the path inside it; what follows a bucket's name is taken as it stands."""
+    scheme, separator, path = uri.partition("://")
+    if not separator:
+        return _LOCAL, os.path.abspath(uri)
+    if scheme == "file":
+        return _LOCAL, path
+    if scheme in ("s3", "gs"):
+        return _bucket(scheme, path.partition("/")[0]), path.rstrip("/")
+    return fs.FileSystem.from_uri(uri)
+
+
+@functools.cache
+def _bucket(scheme: str, name: str) -> fs.FileSystem:
+    """A store's client that gives up within half a minute; credentials are those that its vendor's tools would use."""
+    if scheme == "gs":
+        return fs.FileSystem.from_uri(f"gs://{name}?retry_limit_seconds={_GCS_RETRY_S}")[0]
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return fs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=None if endpoint else fs.resolve_s3_region(name),
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
+    )
+
+
+def refusal(error: BaseException) -> str | None:
+    """What an object store said, in one line with what to do; None for an error of another kind."""
+    said = str(error).splitlines()[0] if str(error) else ""
+    if not isinstance(error, OSError) or not re.search(r"AWS Error|google::cloud|^Bucket '", said):
+        return None
+    advice = next((text for pattern, text in _WHAT_TO_DO.items() if re.search(pattern, said)), "")
+    return f"{said.rstrip('.')}. {advice}".rstrip()
+
+
+@contextlib.contextmanager
+def reaching(field: str, uri: str) -> Iterator[None]:
+    """First contact with a place that the user named.
+
+    Raises:
+        ValueError: it cannot be reached: the field, the URI, the reason and what to do.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        reason = refusal(error) or str(error).splitlines()[0]
+        raise ValueError(f"{field}={uri} cannot be reached: {reason}") from error
 
 
 def join(uri: str, *parts: str) -> str:
@@ -74,6 +130,13 @@ def delete(uri: str) -> None:
 def writing(uri: str) -> Iterator[Any]:
     """A binary stream whose content appears at `uri` when the block ends, and never if it raises."""
     filesystem, path = resolve(uri)
+    if filesystem != _LOCAL:
+        with tempfile.TemporaryDirectory() as here:
+            whole = os.path.join(here, "whole")
+            with _LOCAL.open_output_stream(whole) as stream:
+                yield stream
+            _upload(whole, filesystem, path)
+        return
     folder, name = posixpath.split(path)
     filesystem.create_dir(folder, recursive=True)
     aside = posixpath.join(folder, f".{name}.{uuid.uuid4().hex[:8]}")
@@ -117,18 +180,26 @@ def write_array(uri: str, array: np.ndarray) -> None:
 
 
 def publish_folder(local_folder: str, uri: str) -> None:
-    """Copy every file of a local folder to `uri`, each written aside and renamed; other files there stay."""
-    for source in sorted(Path(local_folder).rglob("*")):
-        if source.is_file():
-            with source.open("rb") as stream, writing(join(uri, source.relative_to(local_folder).as_posix())) as target:
-                shutil.copyfileobj(stream, target, _COPY_CHUNK_BYTES)
+    """Copy every file of a local folder to `uri`, each whole or not at all; other files there stay."""
+    for source in sorted(path for path in Path(local_folder).rglob("*") if path.is_file()):
+        target = join(uri, source.relative_to(local_folder).as_posix())
+        filesystem, path = resolve(target)
+        if filesystem != _LOCAL:
+            _upload(str(source), filesystem, path)
+            continue
+        with source.open("rb") as content, writing(target) as stream:
+            shutil.copyfileobj(content, stream, _COPY_CHUNK_BYTES)
+
+
+def _upload(local_path: str, filesystem: fs.FileSystem, path: str) -> None:
+    fs.copy_files(local_path, path, destination_filesystem=filesystem, chunk_size=_COPY_CHUNK_BYTES)
 
 
 @contextlib.contextmanager
 def local_folder(uri: str) -> Iterator[str]:
     """A local path with the folder's content: the folder itself, or a copy that lives as long as the block."""
     filesystem, path = resolve(uri)
-    if isinstance(filesystem, fs.LocalFileSystem):
+    if filesystem == _LOCAL:
         yield path
         return
     with tempfile.TemporaryDirectory() as copy:

@@ -89,9 +89,14 @@ class Run:
                 )
 
     def begin(self) -> None:
-        """Check the directory, then keep the resolved configuration in it."""
-        self.check()
-        files.write_bytes(self.uri("config.yaml"), dump_config(self.config).encode())
+        """Check the directory, then keep the resolved configuration in it.
+
+        Raises:
+            ValueError: another configuration made it, or it cannot be reached: why, and what to do.
+        """
+        with files.reaching("run.dir", self.dir):
+            self.check()
+            files.write_bytes(self.uri("config.yaml"), dump_config(self.config).encode())
 
     def manifest(self, *folder: str) -> dict[str, Any] | None:
         """What a finished folder says of itself, or None while it is unfinished."""

@@ -1,0 +1,208 @@
+"""Files, corpus and run directory on an S3-compatible server, and what a user is told when it refuses."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from moto.core.authorization import enable_iam_authentication
+from moto.server import ThreadedMotoServer
+
+from cbtm_ray import files
+from cbtm_ray.cli import main
+from cbtm_ray.config import CorpusConfig
+from cbtm_ray.documents import list_shards, read_shard
+from cbtm_ray.load_config import build_config
+from cbtm_ray.run import Run
+from tests.tiny import tiny_tree
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """The address of a server that lives as long as the module's tests; only localhost reaches it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it prints every request otherwise
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            environment.setenv(name, value)
+        files._bucket.cache_clear()
+        yield f"http://{host}:{port}"
+    files._bucket.cache_clear()
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str) -> str:
+    """The URI of an empty bucket."""
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+def keys(bucket: str) -> list[str]:
+    """Every object of a bucket; folders that pyarrow marks by an empty object are left out."""
+    found = boto3.client("s3").list_objects_v2(Bucket=bucket.removeprefix("s3://")).get("Contents", [])
+    return sorted(entry["Key"] for entry in found if not entry["Key"].endswith("/"))
+
+
+@pytest.mark.parametrize("name", ["a/b.bin", "two words 50%.txt", "caf\u00e9+?&=#/x.gz"])
+def test_bytes_come_back_whatever_the_name(bucket: str, name: str) -> None:
+    uri = files.join(bucket, name)
+    files.write_bytes(uri, b"\x00\xffhello")
+    assert keys(bucket) == [name]
+    assert files.list_files(bucket) == [uri]
+    assert files.read_bytes(uri) == b"\x00\xffhello"
+
+
+def test_a_file_of_several_parts_comes_back(bucket: str) -> None:
+    array = np.random.default_rng(0).integers(0, 1 << 30, 3 << 19)  # 12 MiB; parts are of 10
+    files.write_array(files.join(bucket, "a.npy"), array)
+    assert np.array_equal(files.read_array(files.join(bucket, "a.npy")), array)
+
+
+def test_nothing_is_seen_before_the_block_ends_or_if_it_fails(bucket: str) -> None:
+    uri = files.join(bucket, "folder", "a.txt")
+    with pytest.raises(RuntimeError, match="halfway"), files.writing(uri) as stream:  # noqa: PT012
+        stream.write(b"half" * (4 << 20))
+        assert keys(bucket) == []
+        raise RuntimeError("halfway")
+    assert keys(bucket) == []
+    files.write_bytes(uri, b"old")
+    with pytest.raises(KeyboardInterrupt), files.writing(uri) as stream:  # noqa: PT012
+        stream.write(b"new and longer")
+        raise KeyboardInterrupt
+    assert files.read_bytes(uri) == b"old"
+    files.write_bytes(uri, b"new")
+    assert files.read_bytes(uri) == b"new"
+    assert keys(bucket) == ["folder/a.txt"]
+
+
+def test_exists_delete_and_list_know_folders(bucket: str) -> None:
+    for name in ["a.txt", "folder/inner/b.txt", "folder/_state.npz", "kept.txt"]:
+        files.write_bytes(files.join(bucket, name), b"x")
+    found = [files.exists(files.join(bucket, name)) for name in ["folder", "folder/", "a.txt", "b.txt", "fold"]]
+    assert found == [True, True, True, False, False]
+    assert files.list_files(files.join(bucket, "folder")) == [files.join(bucket, "folder/inner/b.txt")]
+    assert files.list_files(files.join(bucket, "nowhere")) == []
+    for _ in range(2):
+        files.delete(files.join(bucket, "a.txt"))
+        files.delete(files.join(bucket, "folder"))
+    assert keys(bucket) == ["kept.txt"]
+    assert not files.exists(files.join(bucket, "folder"))
+
+
+def test_a_folder_goes_up_and_comes_down(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.bin").write_bytes(b"a" * 100_000)
+    (tmp_path / "b.txt").write_bytes(b"new")
+    files.write_bytes(files.join(bucket, "model", "kept.txt"), b"kept")
+    files.publish_folder(str(tmp_path), files.join(bucket, "model"))
+    assert keys(bucket) == ["model/b.txt", "model/inner/a.bin", "model/kept.txt"]
+    with files.local_folder(files.join(bucket, "model")) as folder:
+        assert (Path(folder) / "inner" / "a.bin").read_bytes() == b"a" * 100_000
+        assert sorted(path.name for path in Path(folder).iterdir()) == ["b.txt", "inner", "kept.txt"]
+    assert not Path(folder).exists()
+
+
+def test_documents_of_every_kind_are_read_by_uri(bucket: str) -> None:
+    lines = b"".join(json.dumps({"text": f"line {row}"}).encode() + b"\n" for row in range(3))
+    files.write_bytes(files.join(bucket, "corpus", "a.jsonl.gz"), gzip.compress(lines))
+    with files.writing(files.join(bucket, "corpus", "b.parquet")) as stream:
+        pq.write_table(pa.table({"text": ["row 1"]}), stream)
+    files.write_bytes(files.join(bucket, "corpus", "c d.txt"), b"a whole file")
+    corpus = CorpusConfig(paths=(files.join(bucket, "corpus"),))
+    read = [document for shard in list_shards(corpus.paths) for document in read_shard(shard, corpus)]
+    assert [document.id for document in read] == [
+        "a.jsonl.gz:1",
+        "a.jsonl.gz:2",
+        "a.jsonl.gz:3",
+        "b.parquet:1",
+        "c d.txt",
+    ]
+    assert read[3].text == "row 1"
+
+
+def config_file(tmp_path: Path, run_dir: str) -> list[str]:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_tree(tmp_path, tmp_path / "corpus")))
+    return ["--config", str(tmp_path / "config.yaml"), f"run.dir={run_dir}"]
+
+
+def test_a_stage_is_finished_by_its_manifest_there_too(bucket: str, tmp_path: Path) -> None:
+    run = Run(build_config(tiny_tree(tmp_path, tmp_path) | {"run": {"dir": files.join(bucket, "runs", "mine")}}))
+    run.begin()
+    assert run.stage("corpus", lambda: {"documents": 3})[1]
+    assert not run.stage("corpus", lambda: {"documents": 4})[1]
+    assert keys(bucket) == [
+        f"runs/mine/{name}" for name in ("config.yaml", "corpus/manifest.json", "corpus/settings.json")
+    ]
+
+
+def said(tmp_path: Path, run_dir: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a job that cannot start prints: one line, exit code 2."""
+    assert main("a job", "build_corpus", config_file(tmp_path, run_dir)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err
+
+
+def test_a_missing_bucket_is_one_line(endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = said(tmp_path, "s3://not-made/run", capsys)
+    assert line.startswith("error: run.dir=s3://not-made/run cannot be reached: ")
+    assert line.endswith("Create the bucket, or correct its name.\n")
+
+
+def test_wrong_credentials_are_one_line(bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with enable_iam_authentication():  # from here on the server looks at them
+        line = said(tmp_path, files.join(bucket, "run"), capsys)
+    assert line.startswith(f"error: run.dir={bucket}/run cannot be reached: ")
+    assert line.endswith("Check the credentials, and what they may do there.\n")
+
+
+@pytest.fixture
+def closed_port(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing listens where the store should be; one try only, as each that follows waits longer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setattr(files, "_S3_ATTEMPTS", 1)
+    files._bucket.cache_clear()
+    yield
+    files._bucket.cache_clear()
+
+
+def test_an_endpoint_that_nobody_is_at_is_one_line(
+    closed_port: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = said(tmp_path, "s3://bucket/run", capsys)
+    assert line.startswith("error: run.dir=s3://bucket/run cannot be reached: ")
+    assert line.endswith("Check the network, and AWS_ENDPOINT_URL if the store is not Amazon's.\n")
+
+
+def test_a_corpus_that_cannot_be_reached_is_named(bucket: str) -> None:
+    with enable_iam_authentication(), pytest.raises(ValueError, match=r"^corpus\.paths=s3://.*Check the credentials"):
+        list_shards((files.join(bucket, "corpus"),))
+    with pytest.raises(ValueError, match=r"corpus\.paths: s3://not-made/corpus holds no documents"):
+        list_shards(("s3://not-made/corpus",))
+    with pytest.raises(ValueError, match=r"^corpus\.paths=s4://bucket/corpus cannot be reached: Unrecognized"):
+        list_shards(("s4://bucket/corpus",))
+
+
+def test_a_disk_s_own_error_is_no_store_s() -> None:
+    assert files.refusal(FileNotFoundError(2, "No such file or directory", "/data/bucket/x")) is None
+    assert files.refusal(RuntimeError("AWS Error")) is None
