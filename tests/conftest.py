@@ -29,11 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """A Ray of this session's own with 4 logical CPUs, on a machine of 2; its address."""
+    """A Ray of this session's own with 2 logical CPUs; its address."""
     from cbtm_ray.ray_session import ray_session
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
-    with ray_session(local_cpus=4):
+    with ray_session(local_cpus=2):
         import ray
 
         yield ray.get_runtime_context().gcs_address

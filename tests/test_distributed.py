@@ -51,7 +51,7 @@ def assert_same(ours: BalancedKMeans, theirs: BalancedKMeans) -> None:
 
 @pytest.mark.parametrize("n_actors", [1, 4, 9])
 def test_number_of_actors_does_not_change_a_bit(undisturbed: BalancedKMeans, shards: list[str], n_actors: int) -> None:
-    assert_same(fit_distributed(shards, n_actors=n_actors, **SETTINGS), undisturbed)
+    assert_same(fit_distributed(shards, n_actors=n_actors, cpus_per_actor=0.25, **SETTINGS), undisturbed)
 
 
 @pytest.mark.parametrize("balanced", [True, False])
