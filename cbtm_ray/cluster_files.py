@@ -30,6 +30,7 @@ from cbtm_ray.cluster_keys import (
 from cbtm_ray.kuberay_files import check_manifest, check_version
 
 TOKEN_FILE = "~/.ray/auth_token"
+WATCHER = "~/preemption.py"
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
@@ -81,6 +82,7 @@ def check_launcher(tree: dict[str, Any]) -> str:
     _check_head(tree)
     check_version(tree.get("docker", {}).get("image", ""), "docker.image")
     _check_token(tree)
+    _check_preemption(tree, cloud)
     limits = ", ".join(
         f"{name} up to {node_type['max_workers']}"
         for name, node_type in types.items()
@@ -148,3 +150,19 @@ def _check_token(tree: dict[str, Any]) -> None:
             raise ValueError(f"{key} must say RAY_AUTH_MODE=token where it runs ray start, or anyone may send it code.")
         if any(re.search(r"--dashboard-host[= ]0\.0\.0\.0", command) for command in starts):
             raise ValueError(f"{key}: --dashboard-host=0.0.0.0 opens the job API to the network. Use 127.0.0.1.")
+
+
+def _check_preemption(tree: dict[str, Any], cloud: str) -> None:
+    """Where a node may be a spot node, the watcher of its notices, for this cloud, after Ray has started."""
+    spot = {"aws": "'MarketType': 'spot'", "gcp": "'provisioningModel': 'SPOT'"}[cloud]
+    if not any(spot in str(node_type["node_config"]) for node_type in tree["available_node_types"].values()):
+        return
+    mounted = tree["file_mounts"].get(WATCHER)
+    if mounted is None or not (Path(__file__).parent.parent / mounted).is_file():
+        raise ValueError(f"file_mounts lacks {WATCHER}: spot nodes run it. Mount cbtm_ray/preemption.py there.")
+    last = tree["worker_start_ray_commands"][-1]
+    if f"{WATCHER} --cloud {cloud} " not in last:
+        raise ValueError(
+            f"worker_start_ray_commands must end with python {WATCHER} --cloud {cloud}, in the background: spot notices "
+            "are lost otherwise."
+        )

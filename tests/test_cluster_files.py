@@ -107,6 +107,18 @@ AWS_MISTAKES: list[tuple[Change, str]] = [
         lambda t: t.update(head_start_ray_commands=["RAY_AUTH_MODE=token ray start --head --dashboard-host=0.0.0.0"]),
         r"^head_start_ray_commands: --dashboard-host=0\.0\.0\.0 opens the job API",
     ),
+    (
+        lambda t: t["file_mounts"].pop("~/preemption.py"),
+        r"^file_mounts lacks ~/preemption\.py: .* Mount cbtm_ray/preemption\.py",
+    ),
+    (
+        lambda t: t["file_mounts"].update({"~/preemption.py": "cbtm_ray/preemptions.py"}),
+        r"^file_mounts lacks ~/preemption\.py",
+    ),
+    (
+        lambda t: t["worker_start_ray_commands"].pop(),
+        r"^worker_start_ray_commands must end with python ~/preemption\.py --cloud aws",
+    ),
 ]
 
 
@@ -136,14 +148,27 @@ def test_a_mistake_for_aws_is_named(change: Change, message: str) -> None:
             lambda t: types(t)["head"]["node_config"].update(disks="one"),
             r"head\.node_config\.disks='one' must hold keys",
         ),
+        (
+            lambda t: t.update(worker_start_ray_commands=read("cluster.yaml")["worker_start_ray_commands"]),
+            r"^worker_start_ray_commands must end with python ~/preemption\.py --cloud gcp",
+        ),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_a_mistake_for_google_cloud_is_named(change: Change, message: str) -> None:
     tree = read("cluster-gcp.yaml")
     change(tree)
     with pytest.raises(ValueError, match=message):
         check_launcher(tree)
+
+
+def test_nodes_that_nobody_preempts_need_no_watcher() -> None:
+    tree = read("cluster.yaml")
+    for node_type in types(tree).values():
+        node_type["node_config"].pop("InstanceMarketOptions", None)
+    tree["file_mounts"].pop("~/preemption.py")
+    tree["worker_start_ray_commands"].pop()
+    assert check_launcher(tree).startswith("aws")
 
 
 def group(tree: dict[str, Any]) -> dict[str, Any]:
