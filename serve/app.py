@@ -11,7 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from cbtm_ray.generate import Sampling, Step, generate, load_ensemble
+from cbtm_ray.ensemble import load_ensemble
+from cbtm_ray.generate import generate
+from cbtm_ray.sampling import Sampling
+from cbtm_ray.sequence import Step
 
 from .protocol import CompletionRequest, completion, error, events
 

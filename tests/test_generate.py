@@ -1,102 +1,207 @@
-"""Generation agrees with evaluation, and serves over HTTP what it gives in process."""
+"""The ensemble decodes as evaluation measures it, and every strategy draws from the same mixture."""
 
 from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from cbtm_ray import evaluate
 from cbtm_ray.distances import squared_distances
-from cbtm_ray.generate import Context, Ensemble, Sampling, generate, load_ensemble, sample
-from cbtm_ray.results import held_out_documents
+from cbtm_ray.engine import Engine
+from cbtm_ray.ensemble import Ensemble, load_ensemble
+from cbtm_ray.generate import generate, run
 from cbtm_ray.run import Run
+from cbtm_ray.sampling import Sampling, token_probabilities
+from tests.tiny_ensemble import drain, make_ensemble, make_request, text_logprobs, tokens_of, with_experts
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def ensemble(finished_run: Run) -> Ensemble:
-    return load_ensemble(finished_run.dir)[0]
+TEXT = [7, 3, 3, 9, 21, 14, 8, 8, 30, 2, 41, 5, 6, 17, 19, 1, 44, 12, 12, 27]
+GREEDY = Sampling(temperature=0)
 
 
-def read(ensemble: Ensemble, tokens: np.ndarray, top_k: int) -> list[float]:
-    """Log-probability of each token after those before it, read one by one."""
-    context, logprobs = Context(ensemble, top_k), []
-    for token in tokens:
-        logprobs.append(float(context.next_logprobs()[0][token]))
-        context.append([int(token)])
-    return logprobs
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_text_has_the_probability_that_evaluation_gives_it(ensemble: Ensemble, finished_run: Run, top_k: int) -> None:
-    tokens = max(held_out_documents(finished_run).tokens, key=len)[:60]
-    assert len(tokens) > ensemble.prefix_tokens
+def evaluated_logprobs(ensemble: Ensemble, tokens: list[int], top_k: int) -> np.ndarray:
+    """Log-probability of every token as the evaluation gives it for prefix routing."""
+    tokens_T = np.array(tokens)
     logprobs_TK = np.stack(
         [
-            evaluate.score_documents(
-                model, [tokens], sequence_length=100, end_of_text=ensemble.end_of_text, batch_tokens=1000
-            )
+            evaluate.score_documents(model, [tokens_T], sequence_length=60, end_of_text=0, batch_tokens=1000)
             for model in ensemble.experts
         ],
         axis=1,
     )
-    distances_TK = squared_distances(
-        torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens)), ensemble.centers_KD
-    ).numpy()
-    expected_T = evaluate.mixture_logprobs(
-        evaluate.HeldOut(np.array([len(tokens)]), logprobs_TK, distances_TK),
-        evaluate.Route(routing="prefix", top_k=top_k, settings=ensemble.settings, prefix_tokens=ensemble.prefix_tokens),
+    embeddings_TD = torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens_T))
+    held_out = evaluate.HeldOut(
+        np.array([len(tokens)]), logprobs_TK, squared_distances(embeddings_TD, ensemble.centers_KD).numpy()
     )
-    np.testing.assert_allclose(read(ensemble, tokens, top_k), expected_T, atol=1e-4)
-    for prompt in (5, 20, 41):  # a prompt is read in one piece, or two where the prefix ends inside it
-        context = Context(ensemble, top_k)
-        context.append(tokens[:prompt].tolist())
-        assert context.next_logprobs()[0][tokens[prompt]] == pytest.approx(expected_T[prompt], abs=1e-4)
+    route = evaluate.Route(
+        routing="prefix", top_k=top_k, settings=ensemble.settings, prefix_tokens=ensemble.prefix_tokens
+    )
+    return evaluate.mixture_logprobs(held_out, route)
 
 
-def test_only_the_chosen_experts_run_after_the_prefix(ensemble: Ensemble) -> None:
-    context = Context(ensemble, 1)
-    context.append(list(range(40, 40 + ensemble.prefix_tokens - 1)))
-    assert context.router.running == [0, 1]
-    context.append([39])
-    assert len(context.router.running) == 1
-    weights_K = context.next_logprobs()[1]
-    assert weights_K[context.router.running[0]] == 1
-    assert weights_K.sum() == 1
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "cohere, which scales its logits"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_text_has_the_probability_that_evaluation_gives_it(architecture: str, top_k: int) -> None:
+    """Read as a prompt, and token by token after prompts that end before, at and after the end of the prefix."""
+    ensemble = make_ensemble(architecture=architecture)
+    expected_T = evaluated_logprobs(ensemble, TEXT, top_k)
+    np.testing.assert_allclose(text_logprobs(ensemble, TEXT, top_k=top_k), expected_T, atol=1e-4)
+    for length in (0, 4, ensemble.prefix_tokens, 11):
+        request = make_request(TEXT[:length], top_k=top_k, sampling=GREEDY, refresh_tokens=1, strategy="lockstep")
+        steps = list(run(ensemble, request))
+        text = TEXT[:length] + [step.token for step in steps]
+        given_T = evaluated_logprobs(ensemble, text, top_k)[length:]
+        np.testing.assert_allclose([step.logprob for step in steps], given_T, atol=1e-4)
 
 
-def test_greedy_tokens_are_the_most_probable_and_seeds_repeat(ensemble: Ensemble) -> None:
-    def tokens(**sampling: float) -> list[int]:
-        steps = generate(ensemble, [60, 61], top_k=2, max_tokens=12, sampling=Sampling(**sampling))
-        return [step.token for step in steps]
-
-    greedy = tokens(temperature=0)
-    context = Context(ensemble, 2)
-    context.append([60, 61])
-    for token in greedy:
-        assert token == context.next_logprobs()[0].argmax()
-        context.append([token])
-    assert tokens(seed=3) == tokens(seed=3)
-    assert len({tuple(tokens(seed=seed)) for seed in range(4)}) == 4
-    assert tokens(top_p=1e-6) == greedy
+def test_only_the_chosen_experts_have_weight_after_the_prefix() -> None:
+    ensemble = make_ensemble()
+    steps = list(run(ensemble, make_request(TEXT, max_tokens=0, echo_logprobs=True)))
+    weights_TK = np.stack([step.weights_K for step in steps])
+    np.testing.assert_allclose(weights_TK.sum(axis=1), 1)
+    chosen = set(np.flatnonzero(weights_TK[ensemble.prefix_tokens]))
+    assert len(chosen) == 2
+    assert all(set(np.flatnonzero(weights_K)) == chosen for weights_K in weights_TK[ensemble.prefix_tokens :])
+    assert [step.expert for step in steps] == weights_TK.argmax(axis=1).tolist()
 
 
-def test_samples_follow_temperature_and_top_p() -> None:
-    logprobs_V = np.log([0.5, 0.3, 0.15, 0.05])
-    random = np.random.default_rng(0)
-    drawn = [sample(logprobs_V, Sampling(temperature=0.5, top_p=0.9), random) for _ in range(4000)]
-    squared = np.array([0.25, 0.09, 0.0225, 0.0025])
-    kept = squared[:2] / squared[:2].sum()  # 0.685 + 0.247 pass 0.9
-    assert set(drawn) == {0, 1}
-    assert np.mean(np.array(drawn) == 0) == pytest.approx(kept[0], abs=0.03)
+def next_two(ensemble: Ensemble, sampling: Sampling, prompt: list[int], top_k: int) -> np.ndarray:
+    """The exact probability of every pair of tokens after a prompt, (V, V), whose weights stay those of the prompt's evidence.
+
+    The pairs' probability is w(x) p(y1 | x) w(x, y1) p(y2 | x, y1), where only the embedding sees y1.
+    """
+    vocabulary = len(ensemble.embedder.table_VD)
+    pairs_VV = np.zeros((vocabulary, vocabulary))
+
+    def after(tokens: list[int]) -> np.ndarray:
+        with torch.inference_mode():
+            rows = [
+                model(input_ids=torch.tensor([[0, *tokens]])).logits[0].log_softmax(-1) for model in ensemble.experts
+            ]
+        return torch.stack(rows, dim=-1).double().numpy()  # (T, V, K)
+
+    def weights(tokens: list[int], evidence_K: np.ndarray) -> np.ndarray:
+        h_D = ensemble.embedder.prefix_embeddings(np.array([*tokens, 0]))[-1]
+        scores_K = -((h_D - ensemble.centers_KD.numpy()) ** 2).sum(1) / ensemble.settings["temperature"]
+        scores_K = scores_K + ensemble.settings["beta"] * evidence_K
+        scores_K[np.argsort(-scores_K)[top_k:]] = -np.inf
+        return np.exp(scores_K) / np.exp(scores_K).sum()
+
+    rows_TVK = after(prompt)
+    evidence_K = np.zeros(len(ensemble.experts))
+    for position, token in enumerate(prompt):
+        evidence_K = ensemble.settings["gamma"] * evidence_K + rows_TVK[position, token]
+    first_V = token_probabilities(np.log(np.exp(rows_TVK[-1]) @ weights(prompt, evidence_K)), sampling, prompt, [])
+    for token in range(vocabulary):
+        mixture_V = np.exp(after([*prompt, token])[-1]) @ weights([*prompt, token], evidence_K)
+        pairs_VV[token] = first_V[token] * token_probabilities(np.log(mixture_V), sampling, prompt, [token])
+    return pairs_VV
 
 
-def test_too_long_requests_and_unfinished_runs_are_refused(ensemble: Ensemble, tmp_path: object) -> None:
-    with pytest.raises(ValueError, match="max_tokens=1000 with a prompt of 1 tokens must be at most 127 together"):
-        next(generate(ensemble, [50], top_k=1, max_tokens=1000, sampling=Sampling()))
-    with pytest.raises(ValueError, match="top_k=3 must be between 1 and the number of experts, 2"):
-        next(generate(ensemble, [50], top_k=3, max_tokens=5, sampling=Sampling()))
+@pytest.mark.parametrize(
+    ("strategy", "sampling"),
+    [
+        ("lockstep", {}),
+        ("ancestral", {}),
+        ("speculative", {}),
+        ("speculative", {"temperature": 0.7, "top_k_tokens": 4, "frequency_penalty": 0.8}),
+    ],
+)
+def test_draws_are_from_the_exact_mixture(strategy: str, sampling: dict[str, Any]) -> None:
+    """Chi-square over pairs of tokens, since the second depends on caches, weights and penalties that the first changed."""
+    ensemble = make_ensemble(vocab_size=6, prefix_tokens=20)
+    prompt, draws = [3, 1, 5], 1000
+    requests = [
+        make_request(prompt, max_tokens=2, top_k=3, strategy=strategy, sampling=Sampling(seed=seed, **sampling))
+        for seed in range(draws)
+    ]
+    counts_VV = np.zeros((6, 6))
+    for steps in drain(Engine(ensemble, max_sequences=300, cache_tokens=2000), requests):
+        counts_VV[steps[0].token, steps[1].token if len(steps) > 1 else 0] += 1
+    expected_VV = next_two(ensemble, Sampling(**sampling), prompt, top_k=3)
+    expected_VV[0] = [expected_VV[0].sum(), *[0] * 5]  # nothing follows the end of the text
+    possible = expected_VV * draws >= 5
+    assert counts_VV[expected_VV == 0].sum() == 0
+    rest = [counts_VV[~possible].sum()], [draws * expected_VV[~possible].sum()]
+    observed = np.concatenate([counts_VV[possible], *([rest[0]] if rest[1][0] > 0 else [])])
+    expected = np.concatenate([draws * expected_VV[possible], *([rest[1]] if rest[1][0] > 0 else [])])
+    assert chisquare(observed, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("refresh_tokens", [1, 5])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0, repetition_penalty=1.3, presence_penalty=0.5)])
+def test_greedy_speculation_gives_the_greedy_text(refresh_tokens: int, sampling: Sampling) -> None:
+    ensemble = make_ensemble()
+    for prompt, top_k in itertools.product(([], [4, 9], TEXT), (2, 4)):
+        texts = [
+            tokens_of(
+                ensemble, prompt, top_k=top_k, max_tokens=16, sampling=sampling, strategy=strategy,
+                refresh_tokens=refresh_tokens,
+            )
+            for strategy in ("lockstep", "speculative")
+        ]  # fmt: skip
+        assert texts[0] == texts[1]
+
+
+def test_speculation_needs_fewer_steps_where_experts_agree() -> None:
+    """Equal experts accept every draft: each round of one draft more gives one token more, up to 9 a round."""
+    alike = dataclasses.replace(with_experts(make_ensemble(), [0, 0]), end_of_text=25)  # it does not come for long
+    request = make_request([5], max_tokens=40, sampling=GREEDY, strategy="speculative")
+    engine = Engine(alike, max_sequences=1, cache_tokens=60)
+    engine.add(request)
+    sizes = []
+    while engine.running or engine.waiting:
+        sizes.append(len(engine.step()))
+    assert [size for size in sizes if size] == [5, 6, 7, 8, 9, 5]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("strategy", ["lockstep", "speculative"])
+def test_one_expert_is_itself(architecture: str, strategy: str) -> None:
+    """Greedy text is that of Hugging Face's generate."""
+    ensemble = make_ensemble(1, architecture=architecture)
+    model, prompt = ensemble.experts[0], torch.tensor([[0, *TEXT[:9]]])
+    expected = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=0,
+        pad_token_id=0,
+    )[0, 10:].tolist()  # fmt: skip
+    assert tokens_of(ensemble, TEXT[:9], top_k=1, sampling=GREEDY, strategy=strategy) == expected
+
+
+def test_equal_experts_are_the_expert_whatever_the_weights() -> None:
+    ensemble = make_ensemble()
+    alike, alone = with_experts(ensemble, [0, 0, 0]), with_experts(ensemble, [0])
+    np.testing.assert_allclose(text_logprobs(alike, TEXT, top_k=3), text_logprobs(alone, TEXT, top_k=1), atol=1e-5)
+
+
+def test_the_order_of_experts_does_not_matter() -> None:
+    ensemble, order = make_ensemble(), [2, 0, 3, 1]
+    np.testing.assert_allclose(
+        text_logprobs(ensemble, TEXT), text_logprobs(with_experts(ensemble, order), TEXT), atol=1e-5
+    )
+    steps = [
+        list(run(either, make_request(TEXT, sampling=GREEDY))) for either in (ensemble, with_experts(ensemble, order))
+    ]
+    assert [step.token for step in steps[0]] == [step.token for step in steps[1]]
+    assert [step.expert for step in steps[0]] == [order[step.expert] for step in steps[1]]
+
+
+@pytest.mark.parametrize("strategy", ["lockstep", "ancestral", "speculative"])
+def test_seeds_repeat(strategy: str) -> None:
+    texts = [tuple(tokens_of(make_ensemble(), TEXT, sampling=Sampling(seed=s), strategy=strategy)) for s in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.ray
+def test_a_finished_run_decodes(finished_run: Run, tmp_path: object) -> None:
+    ensemble, tokenizer = load_ensemble(finished_run.dir)
+    steps = list(generate(ensemble, [60, 61], top_k=2, max_tokens=12, sampling=GREEDY))
+    assert 1 <= len(steps) <= 12
+    assert all(0 <= step.token < len(tokenizer) for step in steps)
     with pytest.raises(ValueError, match=r"is not a finished run. Run first: python -m jobs\.run_all"):
         load_ensemble(str(tmp_path))

@@ -10,8 +10,10 @@ import openai
 import pytest
 from ray import serve
 
-from cbtm_ray.generate import Sampling, generate, load_ensemble
+from cbtm_ray.ensemble import load_ensemble
+from cbtm_ray.generate import generate
 from cbtm_ray.run import Run
+from cbtm_ray.sampling import Sampling
 from serve.app import AppArguments, build
 
 pytestmark = pytest.mark.ray

@@ -1,0 +1,118 @@
+"""The experts of a run and what routes to them, and the weights over experts of a text that grows.
+
+T tokens, K experts, D embedding dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cbtm_ray import files
+from cbtm_ray.distances import squared_distances
+from cbtm_ray.embed import Embedder, load_clusterer
+from cbtm_ray.models import load_model
+from cbtm_ray.route import posterior_scores, sparse_weights
+from cbtm_ray.tokens import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """The experts of a run, by cluster, and what routes to them."""
+
+    experts: list[PreTrainedModel]
+    embedder: Embedder
+    centers_KD: torch.Tensor
+    end_of_text: int
+    settings: dict[str, float]
+    """temperature, beta and gamma of posterior routing, tuned by the evaluation."""
+    prefix_tokens: int
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.experts[0].config.max_position_embeddings - 1
+
+
+class PrefixRouter:
+    """Prefix routing of one text: all active experts up to the end of the prefix, then the best `top_k` of that moment.
+
+    Weights are those of `evaluate.py` where every token is observed before the next is read. Evidence may come later
+    than the tokens: then the weights are a function of the embedding of the whole context and of the evidence so far.
+    """
+
+    def __init__(self, ensemble: Ensemble, top_k: int, active: Iterable[int]) -> None:
+        self.ensemble = ensemble
+        self.running = sorted(active)
+        """Experts whose evidence is needed."""
+        self.top_k = min(top_k, len(self.running))
+        self.length = 0
+        """Tokens read."""
+        self.observed = 0
+        """Tokens whose evidence has been taken in, at most `length`."""
+        self._evidence_K = np.zeros(len(ensemble.experts))
+        self._context = ensemble.embedder.context()
+
+    def weights(self) -> np.ndarray:
+        """Weights for the next token, (K,): 0 for all but `top_k` of the experts that run."""
+        return sparse_weights(self._scores(), self.top_k)[0]
+
+    def read(self, token: int) -> None:
+        """Take in the next token, O(D)."""
+        self._context.append(token)
+        self.length += 1
+
+    def observe(self, logprobs: list[float]) -> None:
+        """Take in what each running expert thought of the next token not observed yet.
+
+        The end of the prefix has to be observed before anything after it is read: it decides who runs on.
+        """
+        assert self.observed < self.length
+        gamma = self.ensemble.settings["gamma"]
+        self._evidence_K[self.running] = gamma * self._evidence_K[self.running] + logprobs
+        self.observed += 1
+        if self.observed == self.ensemble.prefix_tokens:
+            assert self.length == self.observed
+            best = np.argsort(-self._scores()[0], kind="stable")[: self.top_k]
+            self.running = sorted(int(expert) for expert in best)
+
+    def _scores(self) -> np.ndarray:
+        h_1D = torch.from_numpy(self._context.embedding()[None])
+        distances_1K = squared_distances(h_1D, self.ensemble.centers_KD).numpy()
+        settings = self.ensemble.settings
+        scores_1K = np.full(distances_1K.shape, -np.inf)
+        scores_1K[:, self.running] = posterior_scores(
+            distances_1K, self._evidence_K[None], settings["temperature"], settings["beta"]
+        )[:, self.running]
+        return scores_1K
+
+
+def load_ensemble(run_dir: str) -> tuple[Ensemble, PreTrainedTokenizerBase]:
+    """The ensemble of a finished run directory with the routing that its evaluation tuned, and the tokenizer.
+
+    Raises:
+        ValueError: the run is not finished.
+    """
+    from cbtm_ray.branch import expert_folder  # brings Ray, which decoding does without
+
+    if not files.exists(files.join(run_dir, "evaluation", "manifest.json")):
+        raise ValueError(f"run_dir={run_dir} is not a finished run. Run first: python -m jobs.run_all --config FILE")
+    evaluation = files.read_json(files.join(run_dir, "evaluation", "results.json"))
+    ensemble_rows = [row for row in evaluation["rows"] if row["system"] == "cbtm" and row["routing"] == "posterior"]
+    tuned = next(row for row in ensemble_rows if row["top_k"] == min(2, row["n_clusters"]))
+    experts = [load_model(files.join(run_dir, expert_folder(k))).eval() for k in range(tuned["n_clusters"])]
+    tokenizer = load_tokenizer(files.join(run_dir, "tokenizer"))
+    embedder, centers_KD = load_clusterer(files.join(run_dir, "clusterer"), tokenizer)
+    ensemble = Ensemble(
+        experts=experts,
+        embedder=embedder,
+        centers_KD=centers_KD,
+        end_of_text=tokenizer.eos_token_id,
+        settings=tuned["settings"],
+        prefix_tokens=evaluation["prefix_tokens"],
+    )
+    return ensemble, tokenizer

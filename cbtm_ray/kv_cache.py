@@ -1,0 +1,107 @@
+"""One expert's keys and values of many sequences, and the forward pass that reads a chunk of each of several at once.
+
+B chunks, C tokens of the longest, L tokens of the longest text up to its chunk's end, S slots, H heads, D dimensions of a
+head, V vocabulary.
+
+A slot holds one token's keys and values. A sequence owns slots from when it joins to when it leaves, the same in every
+expert, so memory is S slots an expert whatever the lengths are, and going back in a text costs nothing: the mask lets a
+query see its own text up to itself, and what stands behind is overwritten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one text to read, from the position `start` on; `slots` are the text's, by position."""
+
+    tokens: list[int]
+    start: int
+    slots: Tensor
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class KVCache(Cache):
+    """What one expert has read, in memory that is taken once."""
+
+    def __init__(self, model: PreTrainedModel, n_slots: int) -> None:
+        """ValueError: the model attends to a window only, which the masks here do not know."""
+        if getattr(model.config, "sliding_window", None) is not None:
+            raise ValueError(
+                f"{type(model).__name__} has sliding_window={model.config.sliding_window}, which decoding cannot do. "
+                "Use a model that attends to its whole context."
+            )
+        super().__init__(layers=[])
+        self._model: Any = model
+        self._n_slots = n_slots
+        self._memory: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values, each (S, H, D)
+
+    @torch.inference_mode()
+    def read(self, chunks: list[Chunk]) -> list[Tensor]:
+        """Log-probabilities after every token of each chunk, float32 (its tokens, V), in the CPU's memory.
+
+        Everything before a chunk must have been read.
+        """
+        device = self._model.device
+        lengths_B = torch.tensor([len(chunk.tokens) for chunk in chunks])
+        starts_B = torch.tensor([chunk.start for chunk in chunks])
+        offsets_BC = torch.arange(int(lengths_B.max())).minimum(lengths_B[:, None] - 1)
+        positions_BC = starts_B[:, None] + offsets_BC  # padding repeats the last position, so that it is a valid one
+        hidden_BCL = torch.arange(max(chunk.end for chunk in chunks)) > positions_BC[..., None]
+        dtype = self._model.dtype
+        mask_B1CL = torch.zeros(hidden_BCL.shape, dtype=dtype).masked_fill_(hidden_BCL, torch.finfo(dtype).min)[:, None]
+        self._locate(chunks, device)
+        logits_BCV = self._model(
+            input_ids=pad_sequence([torch.tensor(chunk.tokens) for chunk in chunks], batch_first=True).to(device),
+            position_ids=positions_BC.to(device),
+            attention_mask=mask_B1CL.to(device),
+            past_key_values=self,
+            use_cache=True,
+        ).logits
+        logprobs_BCV = logits_BCV.float().log_softmax(-1).cpu()
+        return [logprobs_BCV[row, : len(chunk.tokens)] for row, chunk in enumerate(chunks)]
+
+    def _locate(self, chunks: list[Chunk], device: torch.device) -> None:
+        """Where the layers write the chunks' tokens, and where they find the texts."""
+        first, one = chunks[0], len(chunks) == 1
+        self._written: Tensor | slice
+        self._texts: Tensor | slice
+        if one and int(first.slots[first.end - 1]) - int(first.slots[0]) == first.end - 1:  # side by side: no copies
+            begin = int(first.slots[0])
+            self._written, self._texts = slice(begin + first.start, begin + first.end), slice(begin, begin + first.end)
+        else:
+            self._written = torch.cat([chunk.slots[chunk.start : chunk.end] for chunk in chunks]).to(device)
+            self._texts = pad_sequence([chunk.slots[: chunk.end] for chunk in chunks], batch_first=True).to(device)
+        lengths_B1 = torch.tensor([len(chunk.tokens) for chunk in chunks])[:, None]
+        self._tokens_BC = (torch.arange(int(lengths_B1.max())) < lengths_B1).to(device)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer calls: keep its new keys and values (B, H, C, D), and give those of the whole texts, (B, H, L, D)."""
+        if layer_idx not in self._memory:
+            # Zeros, for a weight of 0 does not hide what is no number.
+            shape = (self._n_slots, key_states.shape[1], key_states.shape[3])
+            self._memory[layer_idx] = key_states.new_zeros(shape), value_states.new_zeros(shape)
+        keys_SHD, values_SHD = self._memory[layer_idx]
+        return self._exchange(keys_SHD, key_states), self._exchange(values_SHD, value_states)
+
+    def _exchange(self, memory_SHD: Tensor, new_BHCD: Tensor) -> Tensor:
+        memory_SHD[self._written] = new_BHCD.transpose(1, 2)[self._tokens_BC]
+        found = memory_SHD[self._texts]
+        return (found[None] if isinstance(self._texts, slice) else found).transpose(1, 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Models count positions from here; they are given instead."""
+        return 0
