@@ -27,7 +27,7 @@ class Request:
     """Experts mixed for a token."""
     sampling: Sampling
     strategy: str = "auto"
-    """'lockstep', 'ancestral', 'speculative' (see strategies.py), or 'auto': ancestral where that is exact, else speculative."""
+    """'lockstep', 'ancestral', 'speculative' (see strategies.py), or 'auto': ancestral where it is exact, else speculative."""
     refresh_tokens: int = 16
     """The weights take in the experts' evidence of the prompt, and then of every so many new tokens together. 1 is what
     `evaluate.py` measures as prefix routing; more is a model of its own, which every strategy samples exactly."""
