@@ -108,7 +108,7 @@ def read_sequences(run: Run, branch: Branch, end_of_text: int) -> tuple[PackedSe
 
     shards, partition_uri = run.uri("shards"), run.uri(branch.partition) if branch.partition else None
     train = read_documents(shards, "train", branch.cluster, partition_uri)
-    held_out = [] if partition_uri else read_documents(shards, "valid", branch.cluster)
+    held_out = [] if partition_uri else list(read_documents(shards, "valid", branch.cluster))
     length, seed = branch.spec.sequence_length, run.config.run.seed
     sequences = PackedSequences(train, sequence_length=length, end_of_text=end_of_text, seed=seed)
     if not held_out:

@@ -5,6 +5,7 @@ B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Iterable, Iterator
 
@@ -17,6 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from cbtm_ray import files
 
 END_OF_TEXT = "<|endoftext|>"
+_READ_AHEAD = {"batch_size": 4096, "batch_readahead": 2, "fragment_readahead": 1}
+"""How much of the shards pyarrow holds in memory while they are read; its own defaults are a hundred times as much."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -79,12 +82,13 @@ class PackedSequences:
     cut into sequences that overlap by one token, so every token is a target once, and the sequences are shuffled again.
     A tail too short for a sequence is dropped from that epoch. Which tokens stand at a position depends on the seed and
     the position alone: a run that resumes at position n reads what an uninterrupted one would have.
+
+    The tokens lie in a temporary file of 4 bytes each, and what is read of them in the system's cache of files; memory
+    holds 32 bytes a document and 8 a sequence.
     """
 
-    def __init__(self, documents: list[np.ndarray], *, sequence_length: int, end_of_text: int, seed: int) -> None:
-        ended = [np.append(document, end_of_text).astype(np.int32) for document in documents]
-        self.tokens = np.concatenate(ended) if ended else np.zeros(0, np.int32)
-        self.lengths = np.array([len(document) for document in ended], dtype=np.int64)
+    def __init__(self, documents: Iterable[np.ndarray], *, sequence_length: int, end_of_text: int, seed: int) -> None:
+        self.tokens, self.lengths = _write_tokens(documents, end_of_text)
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.sequence_length, self.end_of_text, self.seed = sequence_length, end_of_text, seed
         self.per_epoch = len(self.tokens) // sequence_length
@@ -93,7 +97,7 @@ class PackedSequences:
                 f"tokens.sequence_length={sequence_length} must be at most the tokens of a cluster's documents, "
                 f"{len(self.tokens)}. Lower it, give more documents or fewer clusters."
             )
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._epoch: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def batch(self, position: int, batch_size: int) -> np.ndarray:
         """The sequences at positions `position` to `position + batch_size - 1`: int64 (B, T + 1)."""
@@ -102,40 +106,69 @@ class PackedSequences:
     def sequence(self, position: int) -> np.ndarray:
         """The sequence at a position, counted over all epochs: int32 (T + 1,), beginning with the token before it."""
         epoch, within = divmod(position, self.per_epoch)
-        stream, order = self._shuffled(epoch)
-        start = int(order[within]) * self.sequence_length
-        return stream[start : start + self.sequence_length + 1]
+        documents, ends, order = self._shuffled(epoch)
+        first = int(order[within]) * self.sequence_length
+        pieces = [] if first else [np.array([self.end_of_text], np.int32)]
+        at, last = max(first - 1, 0), first + self.sequence_length
+        index = int(np.searchsorted(ends, at, side="right"))
+        while at < last:
+            end, stop = int(ends[index]), min(int(ends[index]), last)
+            document_end = int(self.starts[documents[index]] + self.lengths[documents[index]])
+            pieces.append(self.tokens[document_end - (end - at) : document_end - (end - stop)])
+            at, index = stop, index + 1
+        return np.concatenate(pieces)
 
-    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's stream, led by an end-of-text token, and the order of its sequences; kept for the last epoch."""
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The epoch's order of documents, where each ends in its stream, and its order of sequences; the last's are kept."""
         if self._epoch is None or self._epoch[0] != epoch:
             random = np.random.default_rng([self.seed, epoch])
             documents = random.permutation(len(self.lengths))
-            stream = np.concatenate(
-                [
-                    [self.end_of_text],
-                    *(self.tokens[self.starts[d] : self.starts[d] + self.lengths[d]] for d in documents),
-                ]
-            ).astype(np.int32)
-            self._epoch = (epoch, stream, random.permutation(self.per_epoch))
-        return self._epoch[1], self._epoch[2]
+            self._epoch = (epoch, documents, np.cumsum(self.lengths[documents]), random.permutation(self.per_epoch))
+        return self._epoch[1:]
+
+
+def _write_tokens(documents: Iterable[np.ndarray], end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens, an end of text after each document, mapped from a file; and each document's length with it, int64.
+
+    The file has no name, so that it goes with the process, however that ends.
+
+    Raises:
+        ValueError: the disk is full.
+    """
+    lengths = []
+    with tempfile.TemporaryFile() as file:
+        try:
+            for document in documents:
+                file.write(np.append(document, end_of_text).astype(np.int32).tobytes())
+                lengths.append(len(document) + 1)
+            file.flush()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ValueError(
+                f"TMPDIR={tempfile.gettempdir()} has no space left for an expert's tokens, 4 bytes each. Free some, or "
+                "start Ray with TMPDIR on a larger disk."
+            ) from error
+        tokens = np.asarray(np.memmap(file, np.int32, "r")) if lengths else np.zeros(0, np.int32)
+    return tokens, np.array(lengths, dtype=np.int64)
 
 
 def read_documents(
     shards_uri: str, split: str, cluster: int | None, partition_uri: str | None = None
-) -> list[np.ndarray]:
+) -> Iterator[np.ndarray]:
     """Token ids of one cluster's documents, or of all (None), in the fixed order of the shards.
 
     Only the row groups of that cluster are read; all are, where the clusters are those of a control's `partition_uri`.
     """
     if partition_uri is not None:
-        parts = files.list_files(files.join(shards_uri, split))
-        return [document for part in parts for document in _read_by_partition(part, partition_uri, cluster)]
+        for part in files.list_files(files.join(shards_uri, split)):
+            yield from _read_by_partition(part, partition_uri, cluster)
+        return
     filesystem, path = files.resolve(files.join(shards_uri, split))
     dataset = ds.dataset(path, filesystem=filesystem, format="parquet")
     wanted = None if cluster is None else ds.field("cluster") == cluster
-    batches = dataset.to_batches(columns=["tokens"], filter=wanted, use_threads=False)
-    return [document for batch in batches for document in _as_documents(batch.column(0))]
+    for batch in dataset.to_batches(columns=["tokens"], filter=wanted, use_threads=False, **_READ_AHEAD):
+        yield from _as_documents(batch.column(0))
 
 
 def _read_by_partition(part_uri: str, partition_uri: str, cluster: int | None) -> Iterator[np.ndarray]:

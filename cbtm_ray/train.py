@@ -9,7 +9,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,8 @@ class Trainer:
         if spec.activation_checkpointing:
             checkpoint_activations(model)
         self.step = 0
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: Future[torch.Tensor] | None = None
         self.curve: list[dict[str, Any]] = []
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
 
@@ -120,15 +123,18 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.curve, self.loss_sum = state["step"], state["curve"], state["loss_sum"].to(self.model.device)
+        self._ahead = None
 
     def train_step(self) -> None:
         """One optimiser step on the batch at the present position, in parts of `micro_batch_size`."""
         torch.manual_seed(self.sequences.seed * 1_000_003 + self.step)  # dropout is a function of seed and step too
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.spec, self.step)
-        for batch in self._batches(self.sequences, self.step * self.spec.batch_size, self.spec.batch_size):
+        batch = (self._ahead or self._read(self.step)).result()
+        self._ahead = self._read(self.step + 1) if self.step + 1 < self.spec.steps else None
+        for part in batch.split(self._part_size):
             with self._autocast():
-                loss = self.train_loss(batch).mean() * (len(batch) / self.spec.batch_size)
+                loss = self.train_loss(part).mean() * (len(part) / self.spec.batch_size)
             loss.backward()
             self.loss_sum += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm)
@@ -143,9 +149,9 @@ class Trainer:
             return None
         self.model.eval()
         losses = []
-        for batch in self._batches(self.valid, 0, self.spec.valid_sequences(self.valid)):
+        for part in self._batch(self.valid, 0, self.spec.valid_sequences(self.valid)).split(self._part_size):
             with self._autocast():
-                losses.append(self.token_loss(batch).double())
+                losses.append(self.token_loss(part).double())
         self.model.train()
         return torch.cat(losses).mean().item()
 
@@ -186,11 +192,14 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.spec.precision == "bf16")
 
-    def _batches(self, sequences: PackedSequences, position: int, count: int) -> Iterator[torch.Tensor]:
-        """The sequences at `count` positions in parts of `micro_batch_size`, each (b, T + 1)."""
-        size = self.spec.micro_batch_size or self.spec.batch_size
-        for first in range(0, count, size):
-            yield self._batch(sequences, position + first, min(size, count - first))
+    @property
+    def _part_size(self) -> int:
+        """Sequences that go through the model at once."""
+        return self.spec.micro_batch_size or self.spec.batch_size
+
+    def _read(self, step: int) -> Future[torch.Tensor]:
+        """A step's batch, read beside the training."""
+        return self._reader.submit(self._batch, self.sequences, step * self.spec.batch_size, self.spec.batch_size)
 
     def _batch(self, sequences: PackedSequences, position: int, count: int) -> torch.Tensor:
         return torch.from_numpy(sequences.batch(position, count)).to(self.model.device)

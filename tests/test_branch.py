@@ -116,7 +116,7 @@ def test_one_expert_is_given_what_the_dense_control_is_given(tmp_path: Path, ray
     run = one_cluster_run(tmp_path)
     dense, expert = expert_branches(run)
     assert expert == dataclasses.replace(dense, cluster=0, spec=dataclasses.replace(dense.spec, name=expert_folder(0)))
-    theirs, ours = (read_documents(run.uri("shards"), "train", branch.cluster) for branch in (dense, expert))
+    theirs, ours = (list(read_documents(run.uri("shards"), "train", branch.cluster)) for branch in (dense, expert))
     assert all(np.array_equal(a, b) for a, b in zip(theirs, ours, strict=True))
     assert len(ours) > 20
 
@@ -286,7 +286,7 @@ def test_the_held_out_loss_is_that_of_the_branch_s_own_documents(finished_run: R
     for branch in expert_branches(finished_run):
         manifest = finished_run.manifest(branch.spec.name)
         _, valid = read_sequences(finished_run, branch, end_of_text)
-        documents = read_documents(finished_run.uri("shards"), "valid", branch.cluster)
+        documents = list(read_documents(finished_run.uri("shards"), "valid", branch.cluster))
         assert len(documents) > 3
         assert sorted(valid.tokens) == sorted([*np.concatenate(documents), *[end_of_text] * len(documents)])
         model = load_model(finished_run.uri(branch.spec.name)).eval()

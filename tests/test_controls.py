@@ -102,7 +102,8 @@ def test_the_clusters_of_a_control_are_all_documents_once(controls_run: Run) -> 
         manifest = controls_run.need(partition_folder(control), "partition_corpus")
         assert manifest["n_clusters"] == n_clusters
         uris = controls_run.uri("shards"), "train"
-        documents = [read_documents(*uris, k, controls_run.uri(partition_folder(control))) for k in range(n_clusters)]
+        partition_uri = controls_run.uri(partition_folder(control))
+        documents = [list(read_documents(*uris, k, partition_uri)) for k in range(n_clusters)]
         assert sorted(tokens.tolist() for cluster in documents for tokens in cluster) == every
         counted = [(cluster["documents"], cluster["tokens"]) for cluster in manifest["clusters"]]
         assert counted == [(len(cluster), sum(map(len, cluster))) for cluster in documents]

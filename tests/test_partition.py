@@ -68,7 +68,7 @@ def test_row_groups_hold_one_cluster_each_and_an_expert_reads_its_own(finished_r
             assert statistics.min == statistics.max
     counted = finished_run.need("shards", "partition_corpus")["train"]["clusters"]
     for cluster in counted:
-        documents = read_documents(finished_run.uri("shards"), "train", cluster["cluster"])
+        documents = list(read_documents(finished_run.uri("shards"), "train", cluster["cluster"]))
         assert (len(documents), sum(map(len, documents))) == (cluster["documents"], cluster["tokens"])
 
 

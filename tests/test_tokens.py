@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import mmap
+import weakref
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -159,6 +164,54 @@ def test_a_batch_is_its_sequences_also_across_the_end_of_an_epoch() -> None:
     assert batch.tolist() == [sequences.sequence(first + row).tolist() for row in range(5)]
 
 
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=12),
+    length=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    epoch=st.integers(0, 3),
+)
+def test_sequences_are_cut_from_one_stream_of_the_documents_in_the_epochs_order(
+    lengths: list[int], length: int, seed: int, epoch: int
+) -> None:
+    if sum(lengths) + len(lengths) < length:
+        return
+    documents = numbered(lengths)
+    sequences = packed(documents, length, seed)
+    random = np.random.default_rng([seed, epoch])
+    stream = [0, *(token for d in random.permutation(len(documents)) for token in [*documents[d], 0])]
+    order = random.permutation(sequences.per_epoch)
+    expected = [stream[start * length : start * length + length + 1] for start in order]
+    assert sequences.batch(epoch * sequences.per_epoch, sequences.per_epoch).tolist() == expected
+
+
+def test_tokens_are_read_as_they_come_and_mapped_from_a_file() -> None:
+    given, alive = [], []
+
+    def documents() -> Iterator[np.ndarray]:
+        for n in range(5):
+            alive.append(sum(reference() is not None for reference in given))
+            document = np.array([n + 1] * 4, np.int32)
+            given.append(weakref.ref(document))
+            yield document
+            del document
+
+    sequences = PackedSequences(documents(), sequence_length=5, end_of_text=0, seed=0)
+    assert max(alive) <= 1
+    owner: Any = sequences.tokens
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    assert isinstance(owner, mmap.mmap)
+    assert sequences.tokens.tolist() == [token for n in range(5) for token in [n + 1] * 4 + [0]]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_for_tokens_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", partial(open, "/dev/full", "r+b", buffering=0))
+    with pytest.raises(ValueError, match="has no space left for an expert's tokens, 4 bytes each"):
+        packed([[1, 2, 3]], 2)
+
+
 def test_epochs_and_seeds_differ() -> None:
     documents = numbered([4] * 20)
 
@@ -249,7 +302,7 @@ def test_a_partition_of_other_documents_is_refused(tmp_path: Path, ids: list[str
     two_shards_and_a_partition(tmp_path)
     write_named(tmp_path / "random" / "part-00001.parquet", ids, cluster=[0] * len(ids))
     with pytest.raises(ValueError, match=r"random does not name the documents of .*part-00001\.parquet\. Delete it"):
-        read_documents(str(tmp_path), "train", 0, f"{tmp_path}/random")
+        list(read_documents(str(tmp_path), "train", 0, f"{tmp_path}/random"))
 
 
 def test_files_aside_are_no_shards(tmp_path: Path) -> None:
