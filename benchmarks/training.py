@@ -62,7 +62,8 @@ def make_spec(steps: int, args: argparse.Namespace) -> TrainSpec:
         name="benchmark", steps=steps, batch_size=args.batch, micro_batch_size=None, sequence_length=args.length,
         learning_rate=1e-3, final_lr_fraction=0.0, schedule="linear", warmup_steps=10, betas=(0.9, 0.95),
         weight_decay=0.0, clip_norm=1.0, precision="fp32", activation_checkpointing=False, compile=False,
-        cross_documents=True, log_every=LOG_EVERY, checkpoint_every=200, evaluate_every=None, evaluate_sequences=1,
+        cross_documents=True, log_every=LOG_EVERY, checkpoint_every=200, notice_every=10, evaluate_every=None,
+        evaluate_sequences=1,
     )  # fmt: skip
 
 

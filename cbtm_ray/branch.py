@@ -1,7 +1,7 @@
 """Branch the seed into K experts, and train each as a Ray Train run of its own. Nothing is shared between the runs.
 
-K may exceed what the cluster holds: a bounded number of runs is in flight, the others wait. Ray places them, restarts them
-and keeps their checkpoints; this file decides only which runs there are and which of them are still to do.
+K may exceed what the cluster holds: a bounded number of runs is in flight, the others wait. Ray places and restarts them;
+this file decides only which runs there are and which of them are still to do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from cbtm_ray import files, progress
@@ -152,6 +152,9 @@ def train_branches(
     """
     unfinished = [(group, left) for group in _groups(branches, per_run) if (left := _untrained(run, group))]
     groups, waiting = [group for group, _ in unfinished], [branch for _, left in unfinished for branch in left]
+    for branch in branches:
+        if branch not in waiting:  # a worker may have been killed just before it did this
+            files.delete(run.uri("checkpoints", branch.spec.name))
     if not waiting:
         return
     config = run.config
@@ -223,7 +226,7 @@ def _run_name(group: list[Branch]) -> str:
 def _spec(config: Config, **own: Any) -> TrainSpec:
     shared = ("batch_size", "micro_batch_size", "schedule", "warmup_steps", "betas", "weight_decay", "clip_norm",
               "precision", "cross_documents", "activation_checkpointing", "compile", "log_every", "checkpoint_every",
-              "evaluate_every", "evaluate_sequences")  # fmt: skip
+              "notice_every", "evaluate_every", "evaluate_sequences")  # fmt: skip
     return TrainSpec(
         sequence_length=config.tokens.sequence_length, **{name: getattr(config.train, name) for name in shared}, **own
     )
@@ -237,7 +240,7 @@ def _slots(cpus: float, gpus: float) -> int:
 
 def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) -> dict[str, ValueError]:
     """One Ray Train run; the branches that refused their input, by name."""
-    storage, name = run.uri("checkpoints"), _run_name(group)
+    storage, name = run.uri("checkpoints", "_ray"), _run_name(group)
     resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
     trainer: Any = TorchTrainer(
         train_group,  # type: ignore[arg-type]  # its return value is Result.return_value
@@ -247,7 +250,6 @@ def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) ->
             name=name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=run.config.train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
     refused = {name: ValueError(message) for name, message in trainer.fit().return_value.items()}

@@ -6,19 +6,17 @@ The controllers of the runs import this file too, so what takes seconds to impor
 from __future__ import annotations
 
 import errno
-import os
 import socket
-import tempfile
 import time
+from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint
 
-from cbtm_ray import flops
+from cbtm_ray import files, flops
+from cbtm_ray.checkpoints import Checkpoints
 from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.train import train_model
 
@@ -66,15 +64,18 @@ def _train_branch(run: Run, branch: Branch, board: Any) -> None:
         model = load_model(branch.init)
     torch.nn.Module.to(model, "cuda" if config.train.gpus_per_expert else "cpu")
     sequences, valid = read_sequences(run, branch, tokenizer.eos_token_id)
-    curve = train_model(
-        model,
-        sequences,
-        spec,
-        valid=valid,
-        state=_last_state(spec.name),
-        save=partial(_report_checkpoint, spec.name),
-        log=partial(board.post.remote, spec.name),
-    )
+    with closing(Checkpoints(run.uri("checkpoints", spec.name))) as checkpoints:
+        curve = train_model(
+            model,
+            sequences,
+            spec,
+            valid=valid,
+            state=checkpoints.last(),
+            save=checkpoints.save,
+            log=partial(board.post.remote, spec.name),
+            leaving=_leaving,
+        )
+    files.delete_unfinished(run.uri(spec.name))
     save_model(model.cpu(), tokenizer, run.uri(spec.name))
     per_token = flops.model_flops_per_token(model, spec.sequence_length)
     train_tokens = spec.steps * spec.tokens_per_step
@@ -97,6 +98,7 @@ def _train_branch(run: Run, branch: Branch, board: Any) -> None:
             "curve": curve,
         },
     )
+    checkpoints.delete()
 
 
 def read_sequences(run: Run, branch: Branch, end_of_text: int) -> tuple[PackedSequences, PackedSequences | None]:
@@ -117,17 +119,6 @@ def read_sequences(run: Run, branch: Branch, end_of_text: int) -> tuple[PackedSe
     return sequences, PackedSequences(held_out, sequence_length=length, end_of_text=end_of_text, seed=seed)
 
 
-def _last_state(name: str) -> dict[str, Any] | None:
-    """The state in the run's last checkpoint, if that is of this branch and not of one before it."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        saved = torch.load(os.path.join(folder, "state.pt"), weights_only=True, map_location="cpu")
-    return saved["state"] if saved["name"] == name else None
-
-
-def _report_checkpoint(name: str, state: dict[str, Any]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save({"name": name, "state": state}, Path(folder) / "state.pt")
-        ray.train.report({"step": state["step"]}, checkpoint=Checkpoint.from_directory(folder))
+def _leaving() -> bool:
+    """Whether Ray has been told that a node of this run will be taken away."""
+    return ray.train.get_preemption_info() is not None

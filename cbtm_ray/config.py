@@ -37,8 +37,9 @@ _STRICT = ConfigDict(extra="forbid")
 EXECUTION_FIELDS = frozenset(
     {"run.dir", "embed.batch_documents", "embed.gpus", "cluster.actors", "cluster.gpus_per_actor", "seed_model.cpus",
      "train.slots", "train.experts_per_run", "train.cpus_per_expert", "train.gpus_per_expert", "train.log_every",
-     "train.checkpoint_every", "train.max_failures", "train.micro_batch_size", "train.activation_checkpointing",
-     "train.compile", "train.clusters", "train.evaluate_every", "train.evaluate_sequences", "evaluate.batch_tokens"}
+     "train.checkpoint_every", "train.notice_every", "train.max_failures", "train.micro_batch_size",
+     "train.activation_checkpointing", "train.compile", "train.clusters", "train.evaluate_every",
+     "train.evaluate_sequences", "evaluate.batch_tokens"}
 )  # fmt: skip
 
 
@@ -208,6 +209,8 @@ class TrainConfig:
     """Optimiser steps between two points of the training curve."""
     checkpoint_every: Count = 200
     """Optimiser steps between two checkpoints: what a killed worker loses at most."""
+    notice_every: Count = 10
+    """Optimiser steps between two looks for a notice that the node will be taken away, on which a checkpoint is written."""
     evaluate_every: Count | None = None
     """Optimiser steps between two losses on the branch's own held-out documents. None: only at the end."""
     evaluate_sequences: Count = 32

@@ -126,6 +126,14 @@ def delete(uri: str) -> None:
         filesystem.delete_file(path)
 
 
+def delete_unfinished(uri: str) -> None:
+    """Remove what killed writers left aside in a folder. Only for one that nobody else writes to now."""
+    filesystem, path = resolve(uri)
+    for info in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+        if info.type == fs.FileType.File and info.base_name.startswith("."):
+            filesystem.delete_file(info.path)
+
+
 @contextlib.contextmanager
 def writing(uri: str) -> Iterator[Any]:
     """A binary stream whose content appears at `uri` when the block ends, and never if it raises."""
@@ -156,7 +164,7 @@ def read_bytes(uri: str) -> bytes:
         return stream.read()
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
     with writing(uri) as stream:
         stream.write(data)
 

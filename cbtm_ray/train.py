@@ -61,6 +61,8 @@ class TrainSpec:
     """Steps between points of the curve."""
     checkpoint_every: int
     """Steps between checkpoints."""
+    notice_every: int
+    """Steps between two looks for a notice that the machine will be taken away."""
     evaluate_every: int | None
     """Steps between losses on held-out documents, which the end always has; None: only there."""
     evaluate_sequences: int
@@ -214,6 +216,7 @@ def train_model(
     state: dict[str, Any] | None,
     save: Callable[[dict[str, Any]], None],
     log: Callable[[dict[str, Any]], None],
+    leaving: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """Train `model` in place to `spec.steps`, and return its curve.
 
@@ -221,8 +224,10 @@ def train_model(
         model: float32 weights, on the device to train on.
         valid: held-out documents, for the loss on them at the end and every `evaluate_every` steps.
         state: what `save` was given before, to go on from there to the weights of an uninterrupted run; or None.
-        save: called with the state every `checkpoint_every` steps.
+        save: called with the state every `checkpoint_every` steps, and once when the machine is leaving. The state is of
+            the model's own tensors: what is to outlast the call must be copied in it.
         log: called with every new point of the curve.
+        leaving: asked every `notice_every` steps whether the machine will be taken away.
 
     Returns:
         Points {step, tokens, loss_nats (mean since the point before), learning_rate, tokens_per_s, mfu (None where the
@@ -233,7 +238,7 @@ def train_model(
     trainer = Trainer(model, sequences, spec, valid)
     if state is not None:
         trainer.load_state_dict(state)
-    timed_step, timed_at = trainer.step, time.perf_counter()
+    timed_step, timed_at, noticed = trainer.step, time.perf_counter(), False
     while trainer.step < spec.steps:
         trainer.train_step()
         last = trainer.step == spec.steps
@@ -242,7 +247,11 @@ def train_model(
             speed = (trainer.step - timed_step) * spec.tokens_per_step / (time.perf_counter() - timed_at)
             log(trainer.add_point(speed, evaluate=evaluate))
             timed_step, timed_at = trainer.step, time.perf_counter()
-        if not last and trainer.step % spec.checkpoint_every == 0:
+        due = trainer.step % spec.checkpoint_every == 0
+        if not noticed and trainer.step % spec.notice_every == 0:
+            noticed = leaving()
+            due = due or noticed
+        if due and not last:
             trainer.check_weights()
             save(trainer.state_dict())
     return trainer.curve

@@ -247,8 +247,7 @@ def kill_training_worker(manifest: Path, checkpoints: Path, killed: list[int]) -
     """SIGKILL the training worker of this session's Ray once the second branch of its run has a checkpoint."""
     while not manifest.exists():
         time.sleep(0.01)
-    before = set(checkpoints.glob("checkpoint_*/state.pt"))
-    while not set(checkpoints.glob("checkpoint_*/state.pt")) - before:
+    while not list(checkpoints.glob("step=*.pt")):
         time.sleep(0.01)
     for process in psutil.Process().children(recursive=True):
         if "RayTrainWorker" in " ".join(process.cmdline()):
@@ -266,12 +265,13 @@ def test_a_killed_worker_resumes_to_the_weights_of_undisturbed_training(finished
     ]
     killed: list[int] = []
     first = Path(finished_run.uri("extra/victim-0", "manifest.json"))
-    checkpoints = Path(finished_run.uri("checkpoints", "extra-victim-0-and-1-more"))
+    checkpoints = Path(finished_run.uri("checkpoints", "extra/victim-1"))
     killer = threading.Thread(target=kill_training_worker, args=(first, checkpoints, killed), daemon=True)
     killer.start()
     train_branches(finished_run, branches, title="test", cpus=1, slots=1, per_run=2)
     killer.join(timeout=5)
     assert killed, "the worker was not killed while it trained"
+    assert not list(checkpoints.parent.iterdir())
     for branch in branches:
         model, curve = train_here(finished_run, branch)
         resumed = load_model(finished_run.uri(branch.spec.name)).state_dict()

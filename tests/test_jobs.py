@@ -204,7 +204,7 @@ def test_a_run_killed_in_every_stage_continues_to_the_same_artefacts(tmp_path: P
         "tokenizer",
         "clusterer/_state.npz",
         "shards/train/part-*.parquet",
-        "checkpoints/seed/checkpoint_*",
+        "checkpoints/seed/step=*",
         "experts/cluster=*/manifest.json",
         "evaluation/logprobs/*.npy",
     ):
