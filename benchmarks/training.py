@@ -62,6 +62,7 @@ def make_spec(steps: int, args: argparse.Namespace) -> TrainSpec:
         name="benchmark", steps=steps, batch_size=args.batch, micro_batch_size=None, sequence_length=args.length,
         learning_rate=1e-3, final_lr_fraction=0.0, schedule="linear", warmup_steps=10, betas=(0.9, 0.95),
         weight_decay=0.0, clip_norm=1.0, precision="fp32", activation_checkpointing=False, compile=False,
+    parallel="ddp",
         cross_documents=True, log_every=LOG_EVERY, checkpoint_every=200, notice_every=10, evaluate_every=None,
         evaluate_sequences=1,
     )  # fmt: skip
@@ -155,18 +156,18 @@ def compare_loops(size: str, args: argparse.Namespace, table: Table) -> dict[str
     return {name: max(found) for name, found in speeds.items() if found}
 
 
-def make_run(folder: Path, args: argparse.Namespace) -> Run:
-    """What training an expert needs of a run: a tokenizer, shards of one cluster, a seed model of the first size."""
+def make_run(folder: Path, args: argparse.Namespace, n_clusters: int = 1) -> Run:
+    """What training experts needs of a run: a tokenizer, shards of the clusters, a seed model of the first size."""
     sizes = SIZES[args.sizes[0]]
     (folder / "documents").mkdir()
     tree = {
         "run": {"dir": str(folder / "run"), "seed": args.seed},
         "corpus": {"paths": [str(folder / "documents")]},
         "tokens": {"sequence_length": args.length},
-        "cluster": {"n_clusters": 1},
+        "cluster": {"n_clusters": n_clusters},
         "seed_model": {"train_tokens": 1},
         "train": {
-            "total_tokens": args.ray_steps * args.batch * args.length,
+            "total_tokens": n_clusters * args.ray_steps * args.batch * args.length,
             "batch_size": args.batch,
             "cpus_per_expert": args.threads,
             "slots": 1,
@@ -178,9 +179,13 @@ def make_run(folder: Path, args: argparse.Namespace) -> Run:
     schema = pa.schema({"cluster": pa.int32(), "tokens": pa.list_(pa.int32())})
     n_tokens = args.ray_steps * args.batch * args.length
     for split, count in (("train", n_tokens), ("valid", args.length)):
-        rows = [{"cluster": 0, "tokens": tokens} for tokens in make_documents(count, sizes["vocab_size"], args.seed)]
-        with files.writing(run.uri("shards", split, "part-00000.parquet")) as stream:
-            pq.write_table(pa.Table.from_pylist(rows, schema), stream)
+        with (
+            files.writing(run.uri("shards", split, "part-00000.parquet")) as stream,
+            pq.ParquetWriter(stream, schema) as file,
+        ):
+            for k in range(n_clusters):
+                documents = make_documents(count, sizes["vocab_size"], args.seed + k)
+                file.write_table(pa.table([[k] * len(documents), documents], schema))
     with tempfile.TemporaryDirectory() as seed_folder:
         make_model(sizes, args).save_pretrained(seed_folder)
         files.publish_folder(seed_folder, run.uri("seed"))

@@ -25,6 +25,7 @@ from cbtm_ray.config import Config
 from cbtm_ray.ray_session import capacity
 from cbtm_ray.run import Run, Unfinished
 from cbtm_ray.train import TrainSpec
+from cbtm_ray.warm_start import check_warm_start, start_model
 
 DENSE = "controls/dense"
 POLL_S = 0.5
@@ -85,11 +86,12 @@ def expert_branches(run: Run) -> list[Branch]:
 
 
 def control_branches(run: Run, control: str) -> list[Branch]:
-    """The experts of a control, one for each of its clusters: the same budget, rounded down to whole steps of each."""
+    """The experts of a control, one for each of its clusters: a budget of the same size, shared in the same way."""
     partition = partition_folder(control)
-    n_clusters = run.need(partition, "partition_corpus")["n_clusters"]
-    steps = _steps_each(run.config, n_clusters)
-    return [_branch(run, expert_folder(cluster, control), cluster, steps, partition) for cluster in range(n_clusters)]
+    return [
+        _branch(run, expert_folder(cluster, control), cluster, steps, partition)
+        for cluster, steps in enumerate(expert_steps(run, control))
+    ]
 
 
 def _steps_each(config: Config, n_experts: int) -> int:
@@ -112,19 +114,22 @@ def _branch(run: Run, name: str, cluster: int | None, steps: int, partition: str
         learning_rate=train.learning_rate,
         final_lr_fraction=train.final_lr_fraction,
     )
-    return Branch(cluster=cluster, partition=partition, init=run.uri("seed"), spec=spec)
+    return Branch(cluster=cluster, partition=partition, init=start_model(run, name), spec=spec)
 
 
-def expert_steps(run: Run) -> list[int]:
-    """Optimiser steps (K,) of each expert: total/K tokens (the paper's rule), or in proportion to its cluster's tokens.
+def expert_steps(run: Run, control: str | None = None) -> list[int]:
+    """Optimiser steps (K,) of each expert, of the clusters or of a control's.
 
-    Either way the sum is K times total/K, rounded down to whole steps.
+    They get total/K tokens (the paper's rule), or tokens in proportion to their clusters' own; either way the sum is K times
+    total/K, rounded down to whole steps.
     """
-    config, n_clusters = run.config, run.config.cluster.n_clusters
+    config, folder = run.config, partition_folder(control) if control else "shards"
+    n_clusters = run.need(folder, "partition_corpus")["n_clusters"] if control else config.cluster.n_clusters
     equal = _steps_each(config, n_clusters)
     if config.train.budget == "equal":
         return [equal] * n_clusters
-    clusters = run.need("shards", "partition_corpus")["train"]["clusters"]
+    manifest = run.need(folder, "partition_corpus")
+    clusters = (manifest if control else manifest["train"])["clusters"]
     return in_proportion(n_clusters * equal, [row["tokens"] for row in clusters])
 
 
@@ -225,8 +230,8 @@ def _run_name(group: list[Branch]) -> str:
 
 def _spec(config: Config, **own: Any) -> TrainSpec:
     shared = ("batch_size", "micro_batch_size", "schedule", "warmup_steps", "betas", "weight_decay", "clip_norm",
-              "precision", "cross_documents", "activation_checkpointing", "compile", "log_every", "checkpoint_every",
-              "notice_every", "evaluate_every", "evaluate_sequences")  # fmt: skip
+              "precision", "cross_documents", "activation_checkpointing", "compile", "parallel", "log_every",
+              "checkpoint_every", "notice_every", "evaluate_every", "evaluate_sequences")  # fmt: skip
     return TrainSpec(
         sequence_length=config.tokens.sequence_length, **{name: getattr(config.train, name) for name in shared}, **own
     )
@@ -241,11 +246,12 @@ def _slots(cpus: float, gpus: float) -> int:
 def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) -> dict[str, ValueError]:
     """One Ray Train run; the branches that refused their input, by name."""
     storage, name = run.uri("checkpoints", "_ray"), _run_name(group)
-    resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    workers = run.config.train.workers_per_expert
+    resources = {"CPU": cpus / workers, **({"GPU": gpus / workers} if gpus else {})}
     trainer: Any = TorchTrainer(
         train_group,  # type: ignore[arg-type]  # its return value is Result.return_value
         train_loop_config={"config": run.config, "group": group, "board": board},
-        scaling_config=ScalingConfig(num_workers=1, use_gpu=gpus > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
             storage_path=storage,
@@ -318,6 +324,7 @@ def train_control(run: Run, control: str) -> dict[str, Any]:
 
 
 def _train_beside_each_other(run: Run, branches: list[Branch], title: str) -> None:
+    check_warm_start(run, [branch.spec.name for branch in branches])
     train = run.config.train
     train_branches(
         run, branches, title=title, cpus=train.cpus_per_expert, slots=train.slots, per_run=train.experts_per_run

@@ -8,14 +8,16 @@ from __future__ import annotations
 import errno
 import socket
 import time
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import ray.train
+import ray
+import ray.train.torch
 import torch
 
-from cbtm_ray import files, flops
+from cbtm_ray import files, flops, parallel
 from cbtm_ray.checkpoints import Checkpoints
 from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.train import train_model
@@ -26,34 +28,40 @@ if TYPE_CHECKING:
 
 
 def train_group(task: dict[str, Any]) -> dict[str, str]:
-    """What a Ray Train worker runs: what its branches refused, by name.
+    """What every worker of a Ray Train run does: what its branches refused, by name.
 
     Only what a restart would meet again is returned, a user's mistake or a full disk; all else is raised, and Ray restarts.
+    So is a full disk where several workers train, since it need not be full for all of them.
     """
     config, board, refused = task["config"], task["board"], {}
-    run = Run(config)
+    run, post = Run(config), board.post.remote if parallel.rank() == 0 else _say_nothing
     for branch in task["group"]:
         name = branch.spec.name
         if run.manifest(name) is not None:
             continue
-        board.post.remote(name, {"state": "running", "node": socket.gethostname()})
+        post(name, {"state": "running", "node": socket.gethostname()})
         state = "failed"
         try:
-            _train_branch(run, branch, board)
+            manifest = _train_branch(run, branch, post)
+            if manifest is not None:
+                starts = ray.get(board.starts.remote(name))
+                run.finish(name, {**manifest, "starts": starts, "ended": time.time()})
+                files.delete(run.uri("checkpoints", name))
             state = "done"
         except ValueError as error:
             refused[name] = str(error)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno != errno.ENOSPC or parallel.workers() > 1:
                 raise
             refused[name] = no_space_left(config.run.dir)
         finally:
-            board.post.remote(name, {"state": state})
+            post(name, {"state": state})
     return refused
 
 
-def _train_branch(run: Run, branch: Branch, board: Any) -> None:
-    from cbtm_ray.models import load_model, new_model, save_model
+def _train_branch(run: Run, branch: Branch, post: Callable[[str, dict[str, Any]], Any]) -> dict[str, Any] | None:
+    """Train a branch and write its model's folder; what the manifest is to say of it, of the first worker."""
+    from cbtm_ray.models import check_tokenizer, load_model, new_model, save_model
     from cbtm_ray.tokens import load_tokenizer
 
     config, spec, started = run.config, branch.spec, time.perf_counter()
@@ -62,7 +70,8 @@ def _train_branch(run: Run, branch: Branch, board: Any) -> None:
         model = new_model(config.seed_model, tokenizer, 4 * spec.sequence_length, config.run.seed)
     else:
         model = load_model(branch.init)
-    torch.nn.Module.to(model, "cuda" if config.train.gpus_per_expert else "cpu")
+        check_tokenizer(branch.init, tokenizer)
+    torch.nn.Module.to(model, ray.train.torch.get_device() if config.train.gpus_per_expert else "cpu")
     sequences, valid = read_sequences(run, branch, tokenizer.eos_token_id)
     with closing(Checkpoints(run.uri("checkpoints", spec.name))) as checkpoints:
         curve = train_model(
@@ -71,34 +80,35 @@ def _train_branch(run: Run, branch: Branch, board: Any) -> None:
             spec,
             valid=valid,
             state=checkpoints.last(),
-            save=checkpoints.save,
-            log=partial(board.post.remote, spec.name),
+            save=partial(_save, run, spec.name, checkpoints),
+            log=partial(post, spec.name),
             leaving=_leaving,
         )
+    whole = parallel.whole_model(model)
+    if parallel.rank() > 0:
+        return None
+    _write_events(run, spec.name, curve)
     files.delete_unfinished(run.uri(spec.name))
-    save_model(model.cpu(), tokenizer, run.uri(spec.name))
-    per_token = flops.model_flops_per_token(model, spec.sequence_length)
+    save_model(whole, tokenizer, run.uri(spec.name))
+    per_token = flops.model_flops_per_token(whole, spec.sequence_length)
     train_tokens = spec.steps * spec.tokens_per_step
     last = curve[-1] if curve else {}
-    run.finish(
-        spec.name,
-        {
-            "cluster": branch.cluster,
-            "init": branch.init,
-            "steps": spec.steps,
-            "train_tokens": train_tokens,
-            "epochs": spec.steps * spec.batch_size / sequences.per_epoch,
-            "valid_loss_nats": last.get("valid_loss_nats"),
-            "valid_tokens": 0 if valid is None else spec.valid_sequences(valid) * valid.sequence_length,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "infer_flops_per_token": per_token,
-            "train_flops": flops.train_flops(per_token, train_tokens),
-            "mfu": last.get("mfu"),
-            "seconds": round(time.perf_counter() - started, 1),
-            "curve": curve,
-        },
-    )
-    checkpoints.delete()
+    return {
+        "cluster": branch.cluster,
+        "init": branch.init,
+        "steps": spec.steps,
+        "train_tokens": train_tokens,
+        "epochs": spec.steps * spec.batch_size / sequences.per_epoch,
+        "valid_loss_nats": last.get("valid_loss_nats"),
+        "valid_tokens": 0 if valid is None else spec.valid_sequences(valid) * valid.sequence_length,
+        "parameters": sum(p.numel() for p in whole.parameters()),
+        "infer_flops_per_token": per_token,
+        "train_flops": flops.train_flops(per_token, train_tokens),
+        "mfu": last.get("mfu"),
+        "workers": parallel.workers(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "curve": curve,
+    }
 
 
 def read_sequences(run: Run, branch: Branch, end_of_text: int) -> tuple[PackedSequences, PackedSequences | None]:
@@ -117,6 +127,22 @@ def read_sequences(run: Run, branch: Branch, end_of_text: int) -> tuple[PackedSe
         return sequences, None
     length = min(length, sum(len(tokens) + 1 for tokens in held_out))
     return sequences, PackedSequences(held_out, sequence_length=length, end_of_text=end_of_text, seed=seed)
+
+
+def _save(run: Run, name: str, checkpoints: Checkpoints, state: dict[str, Any]) -> None:
+    checkpoints.save(state)
+    _write_events(run, name, state["curve"])
+
+
+def _write_events(run: Run, name: str, curve: list[dict[str, Any]]) -> None:
+    if run.config.train.tensorboard:
+        from cbtm_ray.curve_events import write_events
+
+        write_events(curve, run.uri("tensorboard", name))
+
+
+def _say_nothing(name: str, news: dict[str, Any]) -> None:
+    """What is posted of a branch comes from its first worker."""
 
 
 def _leaving() -> bool:

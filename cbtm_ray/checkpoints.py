@@ -29,12 +29,11 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def last(self) -> dict[str, Any] | None:
-        """The newest state, on the CPU; None without one. What a killed writer left unfinished is removed.
+        """The newest state, on the CPU; None without one.
 
         Raises:
             ValueError: it is damaged.
         """
-        files.delete_unfinished(self.uri)
         found = files.list_files(self.uri)
         if not found:
             return None
@@ -59,14 +58,12 @@ class Checkpoints:
         self._writer.shutdown()
         self._wait()
 
-    def delete(self) -> None:
-        files.delete(self.uri)
-
     def _wait(self) -> None:
         if self._writing is not None:
             self._writing.result()
 
     def _write(self, step: int, content: io.BytesIO) -> None:
+        files.delete_unfinished(self.uri)
         files.write_bytes(files.join(self.uri, f"step={step:010d}.pt"), content.getbuffer())
         for old in files.list_files(self.uri)[:-KEEP]:
             files.delete(old)

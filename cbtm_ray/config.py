@@ -36,7 +36,8 @@ _STRICT = ConfigDict(extra="forbid")
 
 EXECUTION_FIELDS = frozenset(
     {"run.dir", "embed.batch_documents", "embed.gpus", "cluster.actors", "cluster.gpus_per_actor", "seed_model.cpus",
-     "train.slots", "train.experts_per_run", "train.cpus_per_expert", "train.gpus_per_expert", "train.log_every",
+     "train.slots", "train.experts_per_run", "train.cpus_per_expert", "train.gpus_per_expert",
+     "train.workers_per_expert", "train.parallel", "train.tensorboard", "train.log_every",
      "train.checkpoint_every", "train.notice_every", "train.max_failures", "train.micro_batch_size",
      "train.activation_checkpointing", "train.compile", "train.clusters", "train.evaluate_every",
      "train.evaluate_sequences", "evaluate.batch_tokens"}
@@ -165,6 +166,9 @@ class TrainConfig:
     """Training budget of the whole system, which the K experts share; the dense control gets all of it."""
     budget: Literal["equal", "by_size"] = "equal"
     """How the experts share it: total/K each (the paper's rule), or in proportion to their clusters' training tokens."""
+    warm_start: Annotated[str, Field(min_length=1)] | None = None
+    """Directory of a finished run with the same tokenizer and clusterer: experts and controls go on from its own instead of
+    from the seed, with new optimisers. `total_tokens` are the new tokens."""
     clusters: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None
     """Clusters whose experts to train now, the controls and the other experts later. None: all experts and the controls."""
     controls: tuple[Control, ...] = ()
@@ -173,7 +177,7 @@ class TrainConfig:
     batch_size: Count = 16
     """Sequences in an optimiser step."""
     micro_batch_size: Count | None = None
-    """Sequences that go through the model at once; the step adds up their gradients. None: the whole batch."""
+    """Sequences that go through a worker's model at once; the step adds up their gradients. None: its whole share."""
     learning_rate: Positive = 1e-3
     """Peak learning rate of the experts and the controls."""
     final_lr_fraction: Fraction = 0.0
@@ -205,8 +209,14 @@ class TrainConfig:
     """CPUs of one expert's training."""
     gpus_per_expert: FromZero = 0
     """GPUs of one expert's training, fractions allowed."""
+    workers_per_expert: Count = 1
+    """Workers that share the batch, the CPUs and the GPUs of one expert (and of the seed and each control) equally."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How they do it: every worker holds the whole model, or (FSDP2) its share of weights, gradients and moments."""
     log_every: Count = 10
     """Optimiser steps between two points of the training curve."""
+    tensorboard: bool = False
+    """Write every curve to `run.dir`/tensorboard too, with each checkpoint and at the end."""
     checkpoint_every: Count = 200
     """Optimiser steps between two checkpoints: what a killed worker loses at most."""
     notice_every: Count = 10
@@ -221,8 +231,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if len(set(self.controls)) < len(self.controls):
             raise ValueError(f"train.controls={list(self.controls)} names a control twice. Keep one")
-        if self.controls and self.budget == "by_size":
-            raise ValueError("train.budget='by_size' is not there for train.controls, whose experts get equal shares")
+        if self.batch_size % self.workers_per_expert:
+            raise ValueError(
+                f"train.batch_size={self.batch_size} must be a multiple of "
+                f"train.workers_per_expert={self.workers_per_expert}"
+            )
+        if self.workers_per_expert > 1 and 0 < self.gpus_per_expert < self.workers_per_expert:
+            raise ValueError(
+                f"train.gpus_per_expert={self.gpus_per_expert:g} must be 0 or give each of "
+                f"train.workers_per_expert={self.workers_per_expert} a GPU of its own"
+            )
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
                 f"train.micro_batch_size={self.micro_batch_size} must be at most train.batch_size={self.batch_size}"

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from cbtm_ray import files
 from cbtm_ray.config import SeedModelConfig
+from cbtm_ray.tokens import load_tokenizer
 
 
 def new_model(
@@ -47,6 +48,17 @@ def load_model(uri_or_name: str) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"no causal language model can be loaded from {uri_or_name!r}: {first}") from error
+
+
+def check_tokenizer(uri_or_name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError if the model was trained with another tokenizer, as far as its folder has one."""
+    if files.exists(uri_or_name) and not files.exists(files.join(uri_or_name, "tokenizer_config.json")):
+        return
+    if load_tokenizer(uri_or_name).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"tokens.tokenizer gives other tokens than those that the model of {uri_or_name!r} knows. Set it to that model "
+            "too, in a new run.dir."
+        )
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, uri: str) -> None:

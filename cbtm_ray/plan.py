@@ -81,7 +81,9 @@ class Plan:
     slots: int
     """Runs in training at once."""
     share: float
-    """Devices that one run holds; one worker computes on one of them."""
+    """Devices that one run holds."""
+    workers: int
+    """Workers of one run, each of which computes on one device; what they send to each other is not counted."""
     group_sizes: list[int]
     """Experts that each run trains, one after the other."""
     clusterer_bytes: int
@@ -91,7 +93,7 @@ class Plan:
 
     def run_s(self, n_flops: float) -> float:
         """Seconds of a run; a device that two runs share is half as fast for each."""
-        rate = self.devices.peak_flops * self.devices.utilisation * min(self.share, 1.0)
+        rate = self.devices.peak_flops * self.devices.utilisation * min(self.share, self.workers)
         return n_flops / rate + START_S
 
     @property
@@ -164,6 +166,7 @@ def make_plan(config: Config, devices: Devices) -> Plan:
         infer_flops_per_token=per_token,
         slots=slots,
         share=train.gpus_per_expert or train.cpus_per_expert,
+        workers=train.workers_per_expert,
         group_sizes=_group_sizes(n_clusters, train.experts_per_run),
         devices=devices,
         clusterer_bytes=clusterer_bytes(config),

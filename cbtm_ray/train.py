@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cbtm_ray import flops
+from cbtm_ray import flops, parallel
 from cbtm_ray.loss import loss_function
 
 if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what they take seconds to import
@@ -34,7 +34,7 @@ class TrainSpec:
     steps: int
     """Optimiser steps."""
     batch_size: int
-    """Sequences a step."""
+    """Sequences a step, of all workers together."""
     micro_batch_size: int | None
     """Sequences that go through the model at once; None: all of the step's."""
     sequence_length: int
@@ -55,6 +55,8 @@ class TrainSpec:
     """Compute the layers' activations again in the backward pass, instead of keeping them."""
     compile: bool
     """torch.compile of the training loss."""
+    parallel: str
+    """'ddp' or 'fsdp', where several workers share the model's batches."""
     cross_documents: bool
     """Tokens attend to the documents before their own in a sequence."""
     log_every: int
@@ -99,10 +101,17 @@ class Trainer:
                     f"{spec.name}: token id {largest} is not below the model's vocabulary of {vocabulary}. "
                     "Use the seed model's own tokenizer: tokens.tokenizer."
                 )
+        if spec.batch_size % parallel.workers():
+            raise ValueError(
+                f"train.batch_size={spec.batch_size} must be a multiple of the {parallel.workers()} workers."
+            )
         self.model, self.sequences, self.valid, self.spec = model.train(), sequences, valid, spec
-        self.optimizer = make_optimizer(model, spec)
+        self.share = spec.batch_size // parallel.workers()
         border = None if spec.cross_documents else sequences.end_of_text
         self.token_loss = loss_function(model, self._batch(sequences, 0, 1), border=border)
+        if parallel.workers() > 1:
+            self.token_loss = parallel.shared_loss(model, self.token_loss, spec.parallel)
+        self.optimizer = make_optimizer(model, spec)
         self.train_loss = compiled(self.token_loss, model.device) if spec.compile else self.token_loss
         if spec.activation_checkpointing:
             checkpoint_activations(model)
@@ -113,31 +122,35 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
 
     def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes on any number of workers. All must ask for it; worker 0 gets it."""
+        model, optimizer = parallel.state_of(self.model, self.optimizer)
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "step": self.step,
             "curve": self.curve,
-            "loss_sum": self.loss_sum,
+            "loss_sum": parallel.mean(self.loss_sum),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        parallel.load_state(self.model, self.optimizer, state["model"], state["optimizer"])
         self.step, self.curve, self.loss_sum = state["step"], state["curve"], state["loss_sum"].to(self.model.device)
         self._ahead = None
 
     def train_step(self) -> None:
         """One optimiser step on the batch at the present position, in parts of `micro_batch_size`."""
-        torch.manual_seed(self.sequences.seed * 1_000_003 + self.step)  # dropout is a function of seed and step too
+        # Dropout is a function of seed, step and worker too.
+        torch.manual_seed((self.sequences.seed * 1_000_003 + self.step) * parallel.workers() + parallel.rank())
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.spec, self.step)
         batch = (self._ahead or self._read(self.step)).result()
         self._ahead = self._read(self.step + 1) if self.step + 1 < self.spec.steps else None
-        for part in batch.split(self._part_size):
-            with self._autocast():
-                loss = self.train_loss(part).mean() * (len(part) / self.spec.batch_size)
-            loss.backward()
+        parts = batch.split(self._part_size)
+        for number, part in enumerate(parts, start=1):
+            with parallel.reducing(self.token_loss, number == len(parts)):
+                with self._autocast():
+                    loss = self.train_loss(part).mean() * (len(part) / self.share)
+                loss.backward()
             self.loss_sum += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm)
         self.optimizer.step()
@@ -167,10 +180,12 @@ class Trainer:
         point = {
             "step": self.step,
             "tokens": self.step * self.spec.tokens_per_step,
-            "loss_nats": self.loss_sum.item() / (self.step - first),
+            "loss_nats": parallel.mean(self.loss_sum).item() / (self.step - first),
             "learning_rate": learning_rate(self.spec, self.step - 1),
             "tokens_per_s": round(tokens_per_s, 1),
-            "mfu": flops.utilisation(self.model, self.spec.sequence_length, self.spec.precision, tokens_per_s),
+            "mfu": flops.utilisation(
+                self.model, self.spec.sequence_length, self.spec.precision, tokens_per_s / parallel.workers()
+            ),
             **({"valid_loss_nats": self.evaluate()} if evaluate else {}),
         }
         for name, loss in (("loss", point["loss_nats"]), ("held-out loss", point.get("valid_loss_nats"))):
@@ -182,7 +197,7 @@ class Trainer:
 
     def check_weights(self) -> None:
         """ValueError if a weight is not a finite number: such a state must not replace a sound one."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+        if not parallel.all_finite(self.model):
             raise self._diverged("a weight is not a finite number")
 
     def _diverged(self, what: str) -> ValueError:
@@ -200,8 +215,9 @@ class Trainer:
         return self.spec.micro_batch_size or self.spec.batch_size
 
     def _read(self, step: int) -> Future[torch.Tensor]:
-        """A step's batch, read beside the training."""
-        return self._reader.submit(self._batch, self.sequences, step * self.spec.batch_size, self.spec.batch_size)
+        """This worker's sequences of a step, read beside the training."""
+        first = step * self.spec.batch_size + parallel.rank() * self.share
+        return self._reader.submit(self._batch, self.sequences, first, self.share)
 
     def _batch(self, sequences: PackedSequences, position: int, count: int) -> torch.Tensor:
         return torch.from_numpy(sequences.batch(position, count)).to(self.model.device)
@@ -218,15 +234,15 @@ def train_model(
     log: Callable[[dict[str, Any]], None],
     leaving: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
-    """Train `model` in place to `spec.steps`, and return its curve.
+    """Train `model` in place to `spec.steps`, and return its curve. Called by all workers of a process group, if there is one.
 
     Args:
-        model: float32 weights, on the device to train on.
+        model: float32 weights, on the device to train on; the same on all workers.
         valid: held-out documents, for the loss on them at the end and every `evaluate_every` steps.
         state: what `save` was given before, to go on from there to the weights of an uninterrupted run; or None.
         save: called with the state every `checkpoint_every` steps, and once when the machine is leaving. The state is of
             the model's own tensors: what is to outlast the call must be copied in it.
-        log: called with every new point of the curve.
+        log: called with every new point of the curve; this and `save` by worker 0.
         leaving: asked every `notice_every` steps whether the machine will be taken away.
 
     Returns:
@@ -245,7 +261,9 @@ def train_model(
         evaluate = last or (spec.evaluate_every is not None and trainer.step % spec.evaluate_every == 0)
         if evaluate or trainer.step % spec.log_every == 0:
             speed = (trainer.step - timed_step) * spec.tokens_per_step / (time.perf_counter() - timed_at)
-            log(trainer.add_point(speed, evaluate=evaluate))
+            point = trainer.add_point(speed, evaluate=evaluate)
+            if parallel.rank() == 0:
+                log(point)
             timed_step, timed_at = trainer.step, time.perf_counter()
         due = trainer.step % spec.checkpoint_every == 0
         if not noticed and trainer.step % spec.notice_every == 0:
@@ -253,7 +271,9 @@ def train_model(
             due = due or noticed
         if due and not last:
             trainer.check_weights()
-            save(trainer.state_dict())
+            state = trainer.state_dict()
+            if parallel.rank() == 0:
+                save(state)
     return trainer.curve
 
 

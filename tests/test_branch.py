@@ -35,9 +35,11 @@ from cbtm_ray.branch import (
     _run_name,
     _say_epochs,
     _with_failed_runs,
+    control_branches,
     expert_branches,
     expert_folder,
     in_proportion,
+    partition_folder,
     seed_branch,
     train_branches,
 )
@@ -101,6 +103,8 @@ def test_a_budget_by_size_follows_the_clusters_tokens_and_sums_to_the_same(tiny_
     ]  # fmt: skip
     assert [branch.cluster for branch in branches] == [None, 1, 0]
     assert [len(group) for group in _groups(branches, 2)] == [1, 2]
+    run.finish(partition_folder("metadata"), {"n_clusters": 4, "clusters": [{"tokens": n} for n in (1, 2, 3, 10)]})
+    assert [branch.spec.steps for branch in control_branches(run, "metadata")] == [1, 2, 3, 10]
 
 
 def one_cluster_run(tmp_path: Path) -> Run:
@@ -272,6 +276,8 @@ def test_a_killed_worker_resumes_to_the_weights_of_undisturbed_training(finished
     killer.join(timeout=5)
     assert killed, "the worker was not killed while it trained"
     assert not list(checkpoints.parent.iterdir())
+    manifests = [finished_run.manifest(branch.spec.name) for branch in branches]
+    assert [(len(manifest["starts"]), manifest["workers"]) for manifest in manifests] == [(1, 1), (2, 1)]
     for branch in branches:
         model, curve = train_here(finished_run, branch)
         resumed = load_model(finished_run.uri(branch.spec.name)).state_dict()
@@ -279,6 +285,29 @@ def test_a_killed_worker_resumes_to_the_weights_of_undisturbed_training(finished
         theirs = finished_run.manifest(branch.spec.name)["curve"]
         fields = ("step", "loss_nats", "valid_loss_nats")
         assert [[p.get(f) for f in fields] for p in theirs] == [[p.get(f) for f in fields] for p in curve]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_workers_train_one_expert_in_a_process_group_of_its_own(finished_run: Run, kind: str) -> None:
+    """And another expert beside it at the same time: each group has its own workers and no others."""
+    config = finished_run.config
+    run = Run(
+        dataclasses.replace(
+            config, train=dataclasses.replace(config.train, workers_per_expert=2, parallel=kind, tensorboard=True)
+        )
+    )
+    branches = [branch_of(run, f"extra/{kind}-{cluster}", cluster=cluster) for cluster in (0, 1)]
+    train_branches(run, branches, title="test", cpus=2, slots=2)
+    for branch in branches:
+        manifest = run.manifest(branch.spec.name)
+        assert manifest["workers"] == 2
+        assert files.list_files(run.uri("tensorboard", branch.spec.name))
+        model, curve = train_here(run, branch)
+        for name, weights in load_model(run.uri(branch.spec.name)).state_dict().items():
+            torch.testing.assert_close(weights, model.state_dict()[name], atol=1e-4, rtol=1e-3)
+        losses = [[point["loss_nats"] for point in points] for points in (manifest["curve"], curve)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_the_held_out_loss_is_that_of_the_branch_s_own_documents(finished_run: Run) -> None:

@@ -64,10 +64,6 @@ def test_fields_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
         ),
         ({"train": {"controls": ["random", "random"]}}, r"^train\.controls=.* names a control twice\. Keep one\.$"),
         (
-            {"train": {"controls": ["random"], "budget": "by_size"}},
-            r"^train\.budget='by_size' is not there for train\.con",
-        ),
-        (
             {"train": {"controls": ["metadata"]}},
             r"'metadata', which needs .* set corpus\.domain_column, or leave it out\.$",
         ),
@@ -80,6 +76,24 @@ def test_fields_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
 def test_a_control_that_cannot_be_is_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_config(tree(**sections))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"batch_size": 10, "workers_per_expert": 4},
+            r"^train\.batch_size=10 must be a multiple of train\.workers_per_expert=4\.$",
+        ),
+        (
+            {"batch_size": 16, "workers_per_expert": 4, "gpus_per_expert": 2},
+            r"^train\.gpus_per_expert=2 must be 0 or give each of train\.workers_per_expert=4 a GPU of its own\.$",
+        ),
+    ],
+)
+def test_workers_share_batches_and_gpus_evenly(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config(tree(train=fields))
 
 
 def test_there_are_no_controls_but_those_asked_for() -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from cbtm_ray import flops
 from cbtm_ray.config import SeedModelConfig
-from cbtm_ray.models import load_model, new_model, save_model
+from cbtm_ray.models import check_tokenizer, load_model, new_model, save_model
 from cbtm_ray.tokens import train_tokenizer
 
 SIZES = SeedModelConfig(hidden_size=16, n_layers=2, n_heads=2, intermediate_size=32, train_tokens=1)
@@ -119,3 +119,15 @@ def test_a_model_in_half_precision_is_loaded_in_float32(tokenizer: PreTrainedTok
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no causal language model can be loaded from '.*nowhere'"):
         load_model(str(tmp_path / "nowhere"))
+
+
+def test_a_model_of_another_tokenizer_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    save_model(new_model(SIZES, tokenizer, 64, 0), tokenizer, str(tmp_path))
+    check_tokenizer(f"file://{tmp_path}", tokenizer)
+    other = train_tokenizer(["quite other words, and other merges"], len(tokenizer))
+    with pytest.raises(
+        ValueError, match=r"^tokens\.tokenizer gives other tokens than those that the model of '.*' knows"
+    ):
+        check_tokenizer(str(tmp_path), other)
+    (tmp_path / "tokenizer_config.json").unlink()
+    check_tokenizer(str(tmp_path), other)

@@ -39,6 +39,7 @@ SPEC = TrainSpec(
     name="test", steps=20, batch_size=4, sequence_length=16, learning_rate=1e-2, final_lr_fraction=0.1,
     schedule="linear", warmup_steps=4, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=1.0, precision="fp32",
     log_every=3, checkpoint_every=5, notice_every=4, micro_batch_size=None, activation_checkpointing=False, compile=False,
+    parallel="ddp",
     cross_documents=True, evaluate_every=None, evaluate_sequences=8,
 )  # fmt: skip
 

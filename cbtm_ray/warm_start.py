@@ -1,0 +1,54 @@
+"""Warm start: the experts, and the dense control, go on from those of another run instead of from the seed.
+
+They are paired by the number of the cluster, which means the same in both runs only if their clusterers are the same.
+"""
+
+from __future__ import annotations
+
+from cbtm_ray import files
+from cbtm_ray.run import Run
+from cbtm_ray.tokens import load_tokenizer
+
+
+def start_model(run: Run, name: str) -> str:
+    """Folder of the model that an expert or control begins with."""
+    other = run.config.train.warm_start
+    return run.uri("seed") if other is None else files.join(files.absolute(other), name)
+
+
+def check_warm_start(run: Run, names: list[str]) -> None:
+    """Refuse `train.warm_start` if it is not a run with the same clusterer and with all of these experts and controls.
+
+    Raises:
+        ValueError: one line that says what is missing or different.
+    """
+    other = run.config.train.warm_start
+    if other is None:
+        return
+    missing = [name for name in names if not files.exists(files.join(start_model(run, name), "manifest.json"))]
+    if missing:
+        raise ValueError(
+            f"train.warm_start={other!r} must be the directory of a finished run; it has no finished {', '.join(missing)}."
+        )
+    if different := _different(run, files.absolute(other)):
+        raise ValueError(
+            f"train.warm_start={other!r} must have this run's tokenizer and clusterer, but {different} is not the same: its "
+            f"experts are of other clusters. Copy {files.join(other, '{tokenizer,clusterer}')} into a new run.dir before its "
+            "first job."
+        )
+
+
+def _different(run: Run, other: str) -> str | None:
+    """What the runs do not agree on, so that clusters of one number have other documents or tokens other numbers."""
+    ours, theirs = (load_tokenizer(files.join(directory, "tokenizer")) for directory in (run.dir, other))
+    if ours.get_vocab() != theirs.get_vocab():
+        return "tokenizer"
+    for part in ("centers.npy", *(f"embedder/{name}" for name in _names(run.uri("clusterer", "embedder")))):
+        ours_uri, theirs_uri = (files.join(directory, "clusterer", part) for directory in (run.dir, other))
+        if not files.exists(theirs_uri) or files.read_bytes(ours_uri) != files.read_bytes(theirs_uri):
+            return f"clusterer/{part}"
+    return None
+
+
+def _names(folder: str) -> list[str]:
+    return [uri.removeprefix(folder + "/") for uri in files.list_files(folder)]
