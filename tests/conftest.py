@@ -20,6 +20,7 @@ hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)  # toy tensors; more threads only wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests on Ray go to one worker of pytest-xdist, which has the session's cluster; the others run beside it."""
     for item in items:
