@@ -15,10 +15,10 @@ validate-cluster: .venv/runtime
 	$(BIN)/python -m jobs.validate_cluster cluster.yaml cluster-gcp.yaml $(wildcard kuberay/*.yaml)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow"
 
 test-all: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 check: .venv/dev
 	$(BIN)/ruff check

@@ -20,14 +20,6 @@ hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)  # toy tensors; more threads only wait for each other
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests on Ray go to one worker of pytest-xdist, which has the session's cluster; the others run beside it."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """A Ray of this session's own with 2 logical CPUs; its address."""
