@@ -5,7 +5,7 @@ T tokens, K experts, V vocabulary. Position 0 is the end-of-text token that ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ class Request:
     `evaluate.py` measures as prefix routing; more is a model of its own, which every strategy samples exactly."""
     top_logprobs: int | None = None
     """Log-probabilities wanted: of the token (0) and of so many most probable ones. None leaves the choice to the strategy."""
+    answer: list[int] = field(default_factory=list)
+    """Tokens given before, by an engine that is gone: they count as generated, and the text goes on after them. With lockstep
+    and refresh_tokens of 1 it is the text that would have come."""
     echo_logprobs: bool = False
     """The prompt's tokens are given as steps too, with their log-probabilities."""
 
@@ -99,10 +102,11 @@ class Sequence:
 
     def __init__(self, ensemble: Ensemble, request: Request, slots: Tensor, active: set[int]) -> None:
         self.ensemble, self.request, self.slots = ensemble, request, slots
-        self.text = [ensemble.end_of_text, *request.prompt]
+        self.text = [ensemble.end_of_text, *request.prompt, *request.answer]
         self.drafts: list[int] = []
         """Tokens proposed to follow the text, which some experts have read already."""
         self.random = np.random.default_rng(request.sampling.seed)
+        self.random.random(len(request.answer))  # lockstep draws once a token
         self.readings = {expert: Reading() for expert in range(len(ensemble.experts))}
         self._echoed = 0 if request.echo_logprobs else len(request.prompt)  # prompt tokens given as steps
         self.reroute(active)

@@ -33,6 +33,11 @@ class TextAssembler:
         self._context, self._shown_tokens = self._shown_tokens, len(self._tokens)
         return self._release(new, last=False)
 
+    @property
+    def held(self) -> int:
+        """Characters that have come and are not sure yet."""
+        return len(self._held)
+
     def finish(self) -> str:
         """The rest of the text; no token follows."""
         return self._release(self._new_text(), last=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,18 @@ def test_sequences_wait_for_room_and_leave_it_behind() -> None:
         large.add(request)
     large.step()
     assert (large.running, large.waiting) == (2, 1)  # a third has no slots
+
+
+def test_an_interrupted_text_goes_on_as_it_would_have() -> None:
+    """Penalties count what was given, draws go on where they were, and the prefix may end before or after the break."""
+    ensemble = make_ensemble()
+    sampling = Sampling(seed=5, temperature=0.8, presence_penalty=0.3)
+    request = make_request(PROMPTS[0], strategy="lockstep", refresh_tokens=1, sampling=sampling, max_tokens=20)
+    whole = [step.token for step in run(ensemble, request)]
+    assert len(whole) > 6
+    for given in range(len(whole)):
+        rest = [step.token for step in run(ensemble, replace(request, answer=whole[:given]))]
+        assert rest == whole[given:]
 
 
 def test_cancelled_sequences_leave_at_once() -> None:

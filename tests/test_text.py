@@ -38,6 +38,7 @@ def test_what_may_begin_a_stop_string_is_held_back_until_it_is_sure() -> None:
     assembler = TextAssembler(TOKENIZER, ["xyz"])
     x, y, z, q = TOKENIZER("xyzq", add_special_tokens=False)["input_ids"]
     assert [assembler.push(token) for token in (q, x, x, y, q, x, y)] == ["q", "", "x", "", "xyq", "", ""]
+    assert assembler.held == 2
     assert assembler.finish() == "xy"
     assert not assembler.stopped
     assembler = TextAssembler(TOKENIZER, ["xyz"])
