@@ -121,7 +121,7 @@ def _check_serve_config(text: str) -> None:
     """What Ray Serve would be given: its own schemas, which pass over unknown keys, then the keys, then our arguments."""
     from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
-    from serve.app import AppArguments
+    from serve.arguments import AppArguments
 
     tree = yaml.safe_load(text) or {}
     keys = _fields(ServeDeploySchema)

@@ -1,58 +1,208 @@
-"""The wire format of /v1/completions, in OpenAI's names and order; unknown fields are errors."""
+"""The wire format: OpenAI's completions and chat completions, in its names and order; unknown fields are errors."""
 
 from __future__ import annotations
 
-import json
-import time
-import uuid
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+MAX_STOPS, MAX_STOP_LENGTH = 4, 200
+MAX_TOP_LOGPROBS = 20
 
 
-class CompletionRequest(BaseModel):
-    """What this server understands of OpenAI's completion request; top_k is how many experts are mixed."""
+class Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    model_config = ConfigDict(extra="forbid")
+
+class RoutingOptions(Wire):
+    """Ours: how the experts are mixed for this request."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    """Experts mixed for a token; None: what the server was started with."""
+    strategy: Literal["auto", "lockstep", "ancestral", "speculative"] = "auto"
+    """How tokens are drawn; auto: ancestral at temperature 1 without more, else lockstep (see cbtm_ray/strategies.py)."""
+    return_routing: bool = False
+    """Whether the answer says, for every token, which experts it came from and with what weights."""
+
+
+class StreamOptions(Wire):
+    include_usage: bool = False
+
+
+def _prompts(value: Any) -> Any:
+    """A list of prompts, each text or token ids, from the four forms that OpenAI knows."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(part, str) for part in value) or all(_token_ids(part) for part in value):
+            return value
+        if _token_ids(value):
+            return [value]
+    raise ValueError("must be a string, a list of strings, token ids or a list of token ids, not empty")
+
+
+def _token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(part) is int and part >= 0 for part in value)
+
+
+def _stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+        raise ValueError(f"must be a string or a list of at most {MAX_STOPS}")
+    if not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        raise ValueError(f"must be of strings of 1 to {MAX_STOP_LENGTH} characters")
+    return stops
+
+
+class DecodingOptions(Wire):
+    """What completions and chat completions share."""
 
     model: str
-    prompt: str | list[int]
-    max_tokens: int = Field(default=16, ge=1)
-    seed: int = Field(default=0, ge=0)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    n: int = Field(default=1, ge=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Choice i of a prompt is drawn with seed + i; None: with one of the server's choice."""
+    stop: Annotated[list[str], BeforeValidator(_stops)] = []
     stream: bool = False
+    stream_options: StreamOptions | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=1)
+    cbtm: RoutingOptions = RoutingOptions()
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
 
-def completion(request: CompletionRequest, text: str, finish_reason: str, usage: dict[str, int]) -> dict[str, Any]:
-    """A completion object."""
-    body = chunk(request, f"cmpl-{uuid.uuid4().hex}", text, finish_reason)
-    return {**body, "usage": usage}
+class CompletionRequest(DecodingOptions):
+    """The body of POST /v1/completions."""
+
+    KIND: ClassVar = ("text_completion", "text_completion", "cmpl")
+    """The answer's `object`, whole and in part, and what its id begins with."""
+
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    max_tokens: int = Field(default=16, ge=0)
+    """0 generates nothing: with `echo` and `logprobs` it scores the prompt."""
 
 
-def chunk(request: CompletionRequest, completion_id: str, text: str, finish_reason: str | None) -> dict[str, Any]:
-    """A piece of a streamed completion; all pieces of one have its id."""
+class Message(Wire):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class ChatRequest(DecodingOptions):
+    """The body of POST /v1/chat/completions."""
+
+    KIND: ClassVar = ("chat.completion", "chat.completion.chunk", "chatcmpl")
+
+    messages: list[Message] = Field(min_length=1)
+    logprobs: bool = False
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    """The older name of the field before it."""
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
+
+
+class ExpertState(Wire):
+    """The body of PUT /v1/experts/{cluster}."""
+
+    active: bool
+
+
+@dataclass
+class TokenPiece:
+    """One token of an answer."""
+
+    text: str
+    """What it reads alone."""
+    offset: int
+    """Characters of the choice's text before it."""
+    logprob: float | None
+    """Under the mixture, nats, before temperature and penalties; None where it was not asked for."""
+    top: list[tuple[str, float]]
+    """The most probable tokens instead of it, most probable first."""
+    expert: int
+    weights: dict[int, float]
+    """By cluster; those of weight 0 are left out."""
+
+
+@dataclass
+class Piece:
+    """Part of one choice of an answer, or all of it: pieces of a choice add up."""
+
+    index: int
+    text: str = ""
+    tokens: list[TokenPiece] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def __add__(self, later: Piece) -> Piece:
+        reason = later.finish_reason or self.finish_reason
+        return Piece(self.index, self.text + later.text, self.tokens + later.tokens, reason)
+
+
+def choice_of(piece: Piece, request: CompletionRequest | ChatRequest, *, whole: bool) -> dict[str, Any]:
+    """A choice of an answer, whole or a part that is streamed."""
+    if isinstance(request, ChatRequest):
+        return _chat_choice(piece, request, "message" if whole else "delta")
     return {
-        "id": completion_id,
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": request.model,
-        "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}],
+        "index": piece.index,
+        "text": piece.text,
+        "logprobs": None if request.logprobs is None else _completion_logprobs(piece.tokens),
+        "finish_reason": piece.finish_reason,
+        **_routing(piece, request),
     }
 
 
-def error(message: str, param: str | None, code: str, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """An error in OpenAI's shape."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def _chat_choice(piece: Piece, request: ChatRequest, key: str) -> dict[str, Any]:
+    return {
+        "index": piece.index,
+        key: {"role": "assistant", "content": piece.text},
+        "logprobs": {"content": [_chat_logprob(token) for token in piece.tokens]} if request.logprobs else None,
+        "finish_reason": piece.finish_reason,
+        **_routing(piece, request),
+    }
 
 
-async def events(request: CompletionRequest, pieces: AsyncIterator[tuple[str, str]]) -> AsyncIterator[str]:
-    """Server-sent events: a chunk for each (text, finish reason so far), one that says why it ended, and [DONE]."""
-    completion_id, reason = f"cmpl-{uuid.uuid4().hex}", "length"
-    async for text, reason_so_far in pieces:
-        reason = reason_so_far
-        yield f"data: {json.dumps(chunk(request, completion_id, text, None))}\n\n"
-    yield f"data: {json.dumps(chunk(request, completion_id, '', reason))}\n\n"
-    yield "data: [DONE]\n\n"
+def _completion_logprobs(tokens: Sequence[TokenPiece]) -> dict[str, Any]:
+    return {
+        "text_offset": [token.offset for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "tokens": [token.text for token in tokens],
+        "top_logprobs": [_by_text([*token.top, (token.text, token.logprob or 0.0)]) for token in tokens],
+    }
+
+
+def _by_text(alternatives: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """The form has one number for a text: of tokens that read alike, such as halves of a character, the likeliest."""
+    best: dict[str, float] = {}
+    for text, logprob in alternatives:
+        best[text] = max(logprob, best.get(text, logprob))
+    return best
+
+
+def _chat_logprob(token: TokenPiece) -> dict[str, Any]:
+    return {
+        **_chat_token(token.text, token.logprob),
+        "top_logprobs": [_chat_token(text, logprob) for text, logprob in token.top],
+    }
+
+
+def _chat_token(text: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _routing(piece: Piece, request: DecodingOptions) -> dict[str, Any]:
+    if not request.cbtm.return_routing:
+        return {}
+    return {
+        "cbtm": {
+            "tokens": [token.text for token in piece.tokens],
+            "experts": [token.expert for token in piece.tokens],
+            "weights": [{str(cluster): weight for cluster, weight in token.weights.items()} for token in piece.tokens],
+        }
+    }

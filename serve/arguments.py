@@ -1,0 +1,39 @@
+"""What the endpoint is started with."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class AppArguments(BaseModel):
+    """What `serve run serve.app:build name=value` and the `args` of a Serve configuration take."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run_dir: str
+    """A finished run directory, path or URI."""
+    top_k: int = Field(default=2, ge=1)
+    """Experts mixed for a token, where the request does not say; all, if there are fewer."""
+    dense: bool = True
+    """Whether the dense control is loaded too, as the model "dense"."""
+    max_sequences: int = Field(default=32, ge=1)
+    """Sequences that an expert group decodes at once; more wait."""
+    cache_tokens: int = Field(default=32768, ge=1)
+    """Tokens of all sequences that each expert has memory for: 2 x layers x hidden size x 4 bytes a token."""
+    max_in_flight: int = Field(default=128, ge=1)
+    """Sequences that a gateway has taken on, decoding or waiting; requests beyond are answered with 503."""
+    max_choices: int = Field(default=64, ge=1)
+    """Sequences of one request: its prompts times n."""
+    max_prompt_tokens: int = Field(default=8192, ge=1)
+    """Tokens of a prompt. With the answer it must fit the experts' positions too."""
+    max_tokens: int = Field(default=2048, ge=1)
+    """Tokens that a request may ask for."""
+    max_body_bytes: int = Field(default=2**20, ge=1)
+    """Bytes of a request's body."""
+    client_tokens: str | None = None
+    """Where the bearer tokens of clients are: file:PATH_OR_URI, one a line, or env:NAME, in the gateway's environment.
+    None: whoever reaches the port may ask."""
+    admin_tokens: str | None = None
+    """The same for the calls that change the ensemble. None: nobody may."""
+    drain_s: float = Field(default=300.0, gt=0)
+    """How long a replica that is to go may work on at what it has begun. Set it above the longest answer."""

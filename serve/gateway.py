@@ -1,0 +1,259 @@
+"""The HTTP side: who may ask what, which sequences that is, and the answer in OpenAI's format."""
+
+import asyncio
+import copy
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.util import metrics
+from starlette.exceptions import HTTPException
+
+from cbtm_ray import files, sequence
+from cbtm_ray.route import check_top_k
+from cbtm_ray.tokens import encode, load_tokenizer
+
+from .answer import chat_prompt, choice_pieces, events, merged, sequence_request, total
+from .arguments import AppArguments
+from .group import ENSEMBLE
+from .limits import FAILED, Refused, among, bearer_of, out_of_bounds, read_body, read_tokens
+from .protocol import ChatRequest, CompletionRequest, ExpertState, Piece, choice_of
+
+web = FastAPI(title="cbtm-ray", docs_url=None, redoc_url=None, openapi_url=None)
+
+PLAYGROUND = Path(__file__).with_name("playground.html")
+PLAYGROUND_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+
+@web.exception_handler(Refused)
+async def refuse(_: Request, refused: Refused) -> Response:
+    return refused.response()
+
+
+@web.exception_handler(HTTPException)
+async def no_such_route(_: Request, problem: HTTPException) -> Response:
+    return Refused(problem.status_code, str(problem.detail), code="invalid_request").response()
+
+
+@web.exception_handler(Exception)
+async def fail(_: Request, __: Exception) -> Response:
+    """Starlette raises the exception again when this is sent, so that it stands in the log."""
+    return FAILED.response()
+
+
+def _clusters(run_dir: str) -> list[dict[str, Any]]:
+    """What the run says of each expert's cluster."""
+    found = files.read_json(files.join(run_dir, "clusterer", "manifest.json"))["clusters"]
+    train = files.read_json(files.join(run_dir, "shards", "manifest.json"))["train"]["clusters"]
+    documents = {row["cluster"]: row["documents"] for row in train}
+    return [
+        {"cluster": row["cluster"], "top_terms": row["top_terms"], "documents": documents[row["cluster"]]}
+        for row in sorted(found, key=lambda row: row["cluster"])
+    ]
+
+
+def _metrics() -> dict[str, Any]:
+    """What Prometheus finds on the node's metrics port, beside Serve's own counts and latencies of requests."""
+    bounds = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
+    return {
+        "ttft": metrics.Histogram("cbtm_ttft_s", "Seconds from a request to its first piece.", bounds),
+        "in_flight": metrics.Gauge("cbtm_in_flight_sequences", "Sequences that the gateway has taken on."),
+    }
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+@serve.ingress(web)
+class Gateway:
+    """Validates requests, sends their sequences to the expert group, and makes answers of what comes back."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, arguments: AppArguments, group: DeploymentHandle, roster: DeploymentHandle
+    ) -> None:
+        self.arguments, self.roster = arguments, roster
+        self.client_tokens = read_tokens(arguments.client_tokens, "client_tokens")
+        self.admin_tokens = read_tokens(arguments.admin_tokens, "admin_tokens")
+        # By gRPC: a streamed token costs a sixth of what it does through the object store.
+        self.group = group.options(stream=True, _by_reference=False)
+        described = await group.describe.remote()
+        self.experts, self.max_length = described["experts"], described["max_length"]
+        self.tokenizer = load_tokenizer(files.join(arguments.run_dir, "tokenizer"))
+        # A long prompt must not hold up the streams, and a tokenizer is not for several threads: one more for a thread.
+        self.encoder, self.encoding = copy.deepcopy(self.tokenizer), ThreadPoolExecutor(1)
+        self.longest_token = max(len(token) for token in self.tokenizer.get_vocab())
+        self.clusters = _clusters(arguments.run_dir)
+        self.started, self.in_flight, self.measured = int(time.time()), 0, _metrics()
+
+    @web.get("/healthz")
+    async def healthz(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    @web.get("/")
+    async def playground(self) -> HTMLResponse:
+        page = PLAYGROUND.read_text(encoding="utf-8")
+        return HTMLResponse(page, headers={"Content-Security-Policy": PLAYGROUND_POLICY})
+
+    @web.get("/v1/models")
+    async def models(self, http: Request) -> dict[str, Any]:
+        self._admit(http)
+        about = {"object": "model", "created": self.started, "owned_by": "cbtm-ray"}
+        return {"object": "list", "data": [{"id": name, **about} for name in self.experts]}
+
+    @web.get("/v1/experts")
+    async def list_experts(self, http: Request) -> dict[str, Any]:
+        """Every expert: its cluster, and what it has served since the endpoint was started."""
+        self._admit(http)
+        return {"object": "list", "data": await self._experts()}
+
+    @web.put("/v1/experts/{cluster}")
+    async def set_expert(self, http: Request, cluster: str) -> dict[str, Any]:
+        """Take an expert out of the ensemble, or back into it; the group follows within a second."""
+        self._admit_admin(http)
+        state = await read_body(http, ExpertState, self.arguments.max_body_bytes)
+        n_experts = self.experts[ENSEMBLE]
+        if not cluster.isdecimal() or int(cluster[:9]) >= n_experts:
+            raise Refused(404, f"There is no expert {cluster[:20]!r}; they are 0 to {n_experts - 1}.", code="not_found")
+        if not await self.roster.set_active.remote(int(cluster), state.active, n_experts):
+            raise Refused(409, "The last expert cannot be taken out.", param="active", code="last_expert")
+        return (await self._experts())[int(cluster)]
+
+    @web.post("/v1/completions")
+    async def completions(self, http: Request) -> Response:
+        self._admit(http)
+        request = await read_body(http, CompletionRequest, self.arguments.max_body_bytes)
+        self._check(request, len(request.prompt))
+        prompts = [await self._tokens(prompt) for prompt in request.prompt]
+        return await self._answer(request, prompts, request.max_tokens)
+
+    @web.post("/v1/chat/completions")
+    async def chat_completions(self, http: Request) -> Response:
+        self._admit(http)
+        request = await read_body(http, ChatRequest, self.arguments.max_body_bytes)
+        self._check(request, 1)
+        prompt = self._checked(await self._encode(chat_prompt, self.encoder, request))
+        room = max(min(self.arguments.max_tokens, self.max_length - len(prompt)), 1)
+        return await self._answer(request, [prompt], request.max_completion_tokens or request.max_tokens or room)
+
+    def _admit(self, http: Request) -> None:
+        allowed = None if self.client_tokens is None else self.client_tokens + (self.admin_tokens or [])
+        if allowed is not None and not among(bearer_of(http), allowed):
+            raise Refused(401, "A valid bearer token is needed: Authorization: Bearer TOKEN.", code="invalid_api_key")
+
+    def _admit_admin(self, http: Request) -> None:
+        if self.admin_tokens is None:
+            raise Refused(403, "This server was started without admin_tokens.", code="forbidden")
+        if not among(bearer_of(http), self.admin_tokens):
+            raise Refused(401, "An administrator's bearer token is needed.", code="invalid_api_key")
+
+    def _check(self, request: CompletionRequest | ChatRequest, n_prompts: int) -> None:
+        if request.model not in self.experts:
+            message = f"model={request.model[:80]!r} does not exist here. Use one of {', '.join(self.experts)}."
+            raise Refused(404, message, param="model", code="model_not_found")
+        if n_prompts * request.n > self.arguments.max_choices:
+            most = self.arguments.max_choices
+            raise out_of_bounds("n", f"n={request.n} for {n_prompts} prompts must be at most {most} choices together.")
+        asked = [request.max_tokens, request.max_completion_tokens if isinstance(request, ChatRequest) else None]
+        if max(tokens or 0 for tokens in asked) > self.arguments.max_tokens:
+            raise out_of_bounds("max_tokens", f"max_tokens must be at most {self.arguments.max_tokens}.")
+
+    async def _tokens(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if len(prompt) > self.arguments.max_prompt_tokens * self.longest_token:  # sure without reading it
+                raise self._too_long()
+            return self._checked((await self._encode(encode, self.encoder, [prompt]))[0].tolist())
+        return self._checked(prompt)
+
+    async def _encode(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.encoding, function, *arguments)
+
+    def _checked(self, prompt: list[int]) -> list[int]:
+        if len(prompt) > self.arguments.max_prompt_tokens:
+            raise self._too_long()
+        if prompt and max(prompt) >= len(self.tokenizer):
+            raise out_of_bounds("prompt", f"prompt: token ids must be from 0 to {len(self.tokenizer) - 1}.")
+        return prompt
+
+    def _too_long(self) -> Refused:
+        return out_of_bounds("prompt", f"prompt: must have at most {self.arguments.max_prompt_tokens} tokens.")
+
+    async def _answer(
+        self, request: CompletionRequest | ChatRequest, prompts: list[list[int]], max_tokens: int
+    ) -> Response:
+        """All choices, streamed or whole. Nothing is sent before the first piece, so that a refusal has its status."""
+        arrived = time.perf_counter()
+        sequences = self._sequences(request, prompts, max_tokens)
+        usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 0}
+        parts = self._pieces(request, sequences, usage)
+        first = await anext(parts)
+        self.measured["ttft"].observe(time.perf_counter() - arrived)
+        whole, part, prefix = request.KIND
+        head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
+        if request.stream:
+            stream = events(request, first, parts, {**head, "object": part}, usage)
+            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        choices = {first.index: first}
+        async with aclosing(parts):
+            async for piece in parts:
+                choices[piece.index] = choices[piece.index] + piece if piece.index in choices else piece
+        listed = [choice_of(choices[index], request, whole=True) for index in sorted(choices)]
+        return JSONResponse({**head, "object": whole, "choices": listed, "usage": total(usage)})
+
+    def _sequences(
+        self, request: CompletionRequest | ChatRequest, prompts: list[list[int]], max_tokens: int
+    ) -> list[sequence.Request]:
+        """What the expert group is to decode: n sequences for each prompt."""
+        n_experts = self.experts[request.model]
+        top_k = request.cbtm.top_k or min(self.arguments.top_k, n_experts)
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        try:
+            check_top_k(top_k, n_experts)
+            found = [
+                sequence_request(request, prompt, max_tokens=max_tokens, top_k=top_k, seed=seed + index)
+                for prompt in prompts
+                for index in range(request.n)
+            ]
+        except ValueError as problem:
+            raise out_of_bounds(str(problem).partition("=")[0], str(problem)) from None
+        longest = max(map(len, prompts))
+        if longest + max_tokens > self.max_length:
+            message = (
+                f"max_tokens={max_tokens} with a prompt of {longest} tokens must be at most {self.max_length} together. "
+                "Shorten the prompt or ask for less."
+            )
+            raise out_of_bounds("max_tokens", message)
+        return found
+
+    async def _pieces(
+        self, request: CompletionRequest | ChatRequest, sequences: list[sequence.Request], usage: dict[str, int]
+    ) -> AsyncGenerator[Piece]:
+        """The pieces of all choices, while they have their places among those in flight."""
+        if self.in_flight + len(sequences) > self.arguments.max_in_flight:
+            raise Refused(503, "The server is busy. Try again later.", code="overloaded")
+        self.in_flight += len(sequences)
+        self.measured["in_flight"].set(self.in_flight)
+        try:
+            streams = [
+                choice_pieces(index, one, request, self.tokenizer, self.group, usage)
+                for index, one in enumerate(sequences)
+            ]
+            async with aclosing(merged(streams)) as parts:
+                async for piece in parts:
+                    yield piece
+        finally:
+            self.in_flight -= len(sequences)
+            self.measured["in_flight"].set(self.in_flight)
+
+    async def _experts(self) -> list[dict[str, Any]]:
+        requests, tokens, resting = await self.roster.served.remote()
+        return [
+            {**about, "requests": requests[k], "tokens": tokens[k], "state": "out" if k in resting else "active"}
+            for k, about in enumerate(self.clusters)
+        ]

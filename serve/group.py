@@ -1,0 +1,182 @@
+"""The experts behind the endpoint: one replica holds all of them and decodes many sequences at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import Counter
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.util import metrics
+
+from cbtm_ray import files
+from cbtm_ray.branch import DENSE as DENSE_FOLDER
+from cbtm_ray.engine import Engine
+from cbtm_ray.ensemble import load_ensemble
+from cbtm_ray.models import load_model
+from cbtm_ray.sequence import Request, Step
+
+logger = logging.getLogger("ray.serve")
+
+REPLICA_LOST = (RayActorError, ReplicaUnavailableError)
+"""What a call raises whose replica dies under it."""
+ENSEMBLE, DENSE = "cbtm", "dense"
+REPORT_EVERY_S = 1.0
+
+
+@serve.deployment(health_check_period_s=2)
+class ExpertGroup:
+    """Engines for the ensemble and, if asked for, the dense control, which one thread steps in turn."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, run_dir: str, *, dense: bool, max_sequences: int, cache_tokens: int, roster: DeploymentHandle
+    ) -> None:
+        ensemble, _ = load_ensemble(run_dir)
+        ensembles = {ENSEMBLE: ensemble}
+        if dense:  # an ensemble of one
+            model = load_model(files.join(run_dir, DENSE_FOLDER)).eval()
+            ensembles[DENSE] = replace(ensemble, experts=[model], centers_KD=ensemble.centers_KD[:1])
+        self.engines = {
+            name: Engine(ensemble, max_sequences=max_sequences, cache_tokens=cache_tokens)
+            for name, ensemble in ensembles.items()
+        }
+        self.n_experts, self.resting = len(ensemble.experts), set[int]()
+        self.max_length, self.n_tokens = min(ensemble.max_length, cache_tokens), 0
+        self.roster = roster
+        self._requests, self._tokens = Counter[int](), Counter[int]()
+        self._streams: dict[tuple[str, int], asyncio.Queue[Step | None]] = {}
+        self._left: list[tuple[str, int]] = []
+        self._between_steps, self._work = asyncio.Lock(), asyncio.Event()
+        # One thread for good: PyTorch keeps a team of threads for each thread that calls it.
+        self._thread = ThreadPoolExecutor(1)
+        self._measured = _metrics()
+        await self.refresh()
+        self._tasks = [asyncio.create_task(self._decode()), asyncio.create_task(self._report())]
+
+    async def check_health(self) -> None:
+        """Serve's health check: a loop that failed is not mended by waiting."""
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError("a loop of the expert group has failed") from task.exception()
+
+    async def describe(self) -> dict[str, Any]:
+        """What a gateway must know to check requests, and what the replica is at.
+
+        experts (of each model), max_length (tokens that prompt and answer may have together), pid, running and waiting
+        (sequences), tokens (decoded since it started).
+        """
+        engines = self.engines.values()
+        return {
+            "experts": {name: len(engine.ensemble.experts) for name, engine in self.engines.items()},
+            "max_length": self.max_length,
+            "pid": os.getpid(),
+            "running": sum(engine.running for engine in engines),
+            "waiting": sum(engine.waiting for engine in engines),
+            "tokens": self.n_tokens,
+        }
+
+    async def generate(self, model: str, request: Request) -> AsyncIterator[list[Step]]:
+        """Decode one sequence: its steps, together those that were made while the one before was on its way.
+
+        Raises:
+            ValueError: it can never run.
+        """
+        await self.check_health()
+        async with self._between_steps:
+            sequence = model, self.engines[model].add(request)
+            steps = self._streams[sequence] = asyncio.Queue()
+        self._work.set()
+        experts, ended = set[int](), False
+        try:
+            while not ended:
+                made = [await steps.get()]
+                while not steps.empty():
+                    made.append(steps.get_nowait())
+                batch = [step for step in made if step is not None]
+                if len(batch) < len(made):
+                    raise RuntimeError("decoding has failed")
+                ended = batch[-1].finish_reason is not None
+                experts.update(step.expert for step in batch)
+                yield batch
+        finally:
+            del self._streams[sequence]
+            if not ended:
+                self._left.append(sequence)
+                self._work.set()
+            if model == ENSEMBLE:
+                self._requests.update(experts)
+
+    async def refresh(self) -> None:
+        """Report to the roster, and let those experts take part that it names."""
+        requests, tokens = self._requests.copy(), self._tokens.copy()
+        self._requests.clear()
+        self._tokens.clear()
+        try:
+            resting = await self.roster.report.remote(requests, tokens, self.resting)
+        except REPLICA_LOST as lost:  # another one comes, and is told next time
+            logger.warning("The roster died under a report: %s", lost)
+            self._requests.update(requests)
+            self._tokens.update(tokens)
+            return
+        if resting != self.resting:
+            async with self._between_steps:
+                self.engines[ENSEMBLE].set_active(set(range(self.n_experts)) - resting)
+                self.resting = resting
+
+    async def _decode(self) -> None:
+        """Step the engines while there is work, and hand every token to its stream."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                await self._work.wait()
+                async with self._between_steps:
+                    for model, sequence in self._left:
+                        self.engines[model].cancel(sequence)
+                    self._left.clear()
+                    for model, engine in self.engines.items():
+                        if engine.running or engine.waiting:
+                            self._hand_out(model, await loop.run_in_executor(self._thread, engine.step))
+                if not any(engine.running or engine.waiting for engine in self.engines.values()) and not self._left:
+                    self._work.clear()
+        finally:
+            for steps in self._streams.values():
+                steps.put_nowait(None)
+
+    def _hand_out(self, model: str, made: list[tuple[int, Step]]) -> None:
+        for sequence, step in made:
+            if (steps := self._streams.get((model, sequence))) is not None:
+                steps.put_nowait(step)
+        experts = Counter(step.expert for _, step in made)
+        self.n_tokens += len(made)
+        if made:  # a step of a long prompt makes none, and counters refuse to add nothing
+            self._measured["tokens"].inc(len(made), {"model": model})
+        if model == ENSEMBLE:
+            self._tokens.update(experts)
+            for expert, count in experts.items():
+                self._measured["expert_tokens"].inc(count, {"expert": str(expert)})
+        engine = self.engines[model]
+        self._measured["running"].set(engine.running, {"model": model})
+        self._measured["waiting"].set(engine.waiting, {"model": model})
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_EVERY_S)
+            await self.refresh()
+
+
+def _metrics() -> dict[str, Any]:
+    """What Prometheus finds on the node's metrics port, beside Serve's own."""
+    return {
+        "tokens": metrics.Counter("cbtm_tokens", "Tokens generated, or scored for echo.", ("model",)),
+        "expert_tokens": metrics.Counter("cbtm_expert_tokens", "Tokens by the expert behind them.", ("expert",)),
+        "running": metrics.Gauge("cbtm_running_sequences", "Sequences being decoded.", ("model",)),
+        "waiting": metrics.Gauge("cbtm_waiting_sequences", "Sequences waiting for room.", ("model",)),
+    }

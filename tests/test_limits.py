@@ -1,0 +1,68 @@
+"""Who may ask, and what the endpoint refuses to start with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from serve.app import build
+from serve.arguments import AppArguments
+from serve.limits import Refused, among, read_tokens
+
+
+def test_tokens_come_from_a_file_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.joinpath("tokens").write_text("one\n  two\n\n")
+    monkeypatch.setenv("SOME_TOKENS", "three four")
+    assert read_tokens(f"file:{tmp_path / 'tokens'}", "client_tokens") == [b"one", b"two"]
+    assert read_tokens("env:SOME_TOKENS", "client_tokens") == [b"three", b"four"]
+    assert read_tokens(None, "client_tokens") is None
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("secret", r"client_tokens='secret' must be file:PATH or env:NAME"),
+        ("env:", r"client_tokens='env:' must be file:PATH or env:NAME"),
+        ("file:/no/such/file", "there is no such file"),
+        ("env:NO_SUCH_VARIABLE", "holds no token"),
+    ],
+)
+def test_tokens_that_are_not_there_are_refused(source: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_tokens(source, "client_tokens")
+
+
+def test_a_token_must_be_one_of_them() -> None:
+    assert among(b"two", [b"one", b"two"])
+    assert not among(b"tw", [b"one", b"two"])
+    assert not among(b"", [b"one"])
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "header"),
+    [
+        (401, "invalid_request_error", "WWW-Authenticate"),
+        (503, "server_error", "Retry-After"),
+        (400, "invalid_request_error", None),
+    ],
+)
+def test_a_refusal_has_openais_shape(status: int, kind: str, header: str | None) -> None:
+    refused = Refused(status, "why", param="field", code="x")
+    assert refused.body() == {"error": {"message": "why", "type": kind, "param": "field", "code": "x"}}
+    response = refused.response()
+    assert response.status_code == status
+    assert header is None or header in response.headers
+
+
+def test_an_unfinished_run_is_not_served(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run_dir=\S+ is not a finished run\. Run: python -m jobs\.run_all"):
+        build(AppArguments(run_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("change", [{"top_k": 0}, {"max_sequences": 0}, {"drain_s": 0}, {"topk": 2}])
+def test_wrong_arguments_are_named(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        AppArguments(run_dir="runs/a", **change)
