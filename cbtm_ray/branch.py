@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from typing import Any, NoReturn
@@ -27,7 +27,7 @@ from cbtm_ray.run import Run, Unfinished
 from cbtm_ray.train import TrainSpec
 from cbtm_ray.warm_start import check_warm_start, start_model
 
-DENSE = "controls/dense"
+DENSE, MOE = "controls/dense", "controls/moe"
 POLL_S = 0.5
 
 
@@ -41,6 +41,8 @@ class Branch:
     """Folder of the run that says which cluster a document is of: a control's. None: the shards themselves say."""
     init: str | None
     """Model to start from, a folder URI or a Hugging Face name; None is a new model."""
+    upcycled_experts: int | None = None
+    """Experts that the model is upcycled to before training. None: it stays as it is."""
     spec: TrainSpec
 
 
@@ -86,12 +88,33 @@ def expert_branches(run: Run) -> list[Branch]:
 
 
 def control_branches(run: Run, control: str) -> list[Branch]:
-    """The experts of a control, one for each of its clusters: a budget of the same size, shared in the same way."""
+    """The experts of a control, one for each of its clusters: a budget of the same size, shared in the same way.
+
+    That of 'moe' is one model, which reads all documents.
+    """
+    if control == "moe":
+        return [_moe_branch(run)]
     partition = partition_folder(control)
     return [
         _branch(run, expert_folder(cluster, control), cluster, steps, partition)
         for cluster, steps in enumerate(expert_steps(run, control))
     ]
+
+
+def _moe_branch(run: Run) -> Branch:
+    """The seed upcycled, with the steps of the dense control. ValueError if it cannot be."""
+    branch = _branch(run, MOE, None, sum(expert_steps(run)))
+    if run.config.train.warm_start:  # from a mixture of experts
+        return branch
+    _check_upcyclable(run.uri("seed"))
+    return replace(branch, upcycled_experts=run.config.cluster.n_clusters)
+
+
+def _check_upcyclable(uri_or_name: str) -> None:
+    """Before anything is trained for it."""
+    from cbtm_ray.upcycle import check_upcyclable  # seconds, which a run's controller has no use for
+
+    check_upcyclable(uri_or_name)
 
 
 def _steps_each(config: Config, n_experts: int) -> int:
@@ -284,6 +307,8 @@ def train_seed(run: Run) -> dict[str, Any]:
     """Stage `seed/`: the model that all experts start from."""
     run.need("shards", "partition_corpus")
     branch = seed_branch(run)
+    if branch.init and "moe" in run.config.train.controls:
+        _check_upcyclable(branch.init)
     train_branches(run, [branch], title="train_seed", cpus=seed_cpus(run.config), slots=1)
     return run.need("seed", "train_seed")
 
@@ -312,14 +337,19 @@ def train_experts(run: Run) -> dict[str, Any]:
 
 
 def train_control(run: Run, control: str) -> dict[str, Any]:
-    """Stage `controls/CONTROL/`: the experts of a control.
+    """Stage `controls/CONTROL/`: the experts of a control, or the one model that is a mixture of experts.
 
     The first one trains those of all controls, so that no slot is idle while one of them ends.
     """
     run.need("seed", "train_seed")
     branches = [branch for each in run.config.train.controls for branch in control_branches(run, each)]
+    for each in run.config.train.controls:
+        if run.manifest("controls", each) is None:
+            run.start(f"controls/{each}")
     _train_beside_each_other(run, sorted(branches, key=lambda branch: -branch.spec.steps), "train_controls")
     manifests = [run.need(branch.spec.name, "train_experts") for branch in control_branches(run, control)]
+    if control == "moe":
+        return manifests[0]
     return {"experts": len(manifests), "train_tokens": sum(manifest["train_tokens"] for manifest in manifests)}
 
 

@@ -63,6 +63,7 @@ def _train_branch(run: Run, branch: Branch, post: Callable[[str, dict[str, Any]]
     """Train a branch and write its model's folder; what the manifest is to say of it, of the first worker."""
     from cbtm_ray.models import check_tokenizer, load_model, new_model, save_model
     from cbtm_ray.tokens import load_tokenizer
+    from cbtm_ray.upcycle import upcycle
 
     config, spec, started = run.config, branch.spec, time.perf_counter()
     tokenizer = load_tokenizer(run.uri("tokenizer"))
@@ -71,6 +72,8 @@ def _train_branch(run: Run, branch: Branch, post: Callable[[str, dict[str, Any]]
     else:
         model = load_model(branch.init)
         check_tokenizer(branch.init, tokenizer)
+    if branch.upcycled_experts:
+        model = upcycle(model, branch.upcycled_experts, config.run.seed)
     torch.nn.Module.to(model, ray.train.torch.get_device() if config.train.gpus_per_expert else "cpu")
     sequences, valid = read_sequences(run, branch, tokenizer.eos_token_id)
     with closing(Checkpoints(run.uri("checkpoints", spec.name))) as checkpoints:
@@ -96,6 +99,7 @@ def _train_branch(run: Run, branch: Branch, post: Callable[[str, dict[str, Any]]
     return {
         "cluster": branch.cluster,
         "init": branch.init,
+        "experts": getattr(whole.config, "num_local_experts", 1),
         "steps": spec.steps,
         "train_tokens": train_tokens,
         "epochs": spec.steps * spec.batch_size / sequences.per_epoch,

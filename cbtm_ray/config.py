@@ -29,7 +29,9 @@ FromZero = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
 BelowOne = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
 
-Control = Literal["random", "unbalanced", "metadata"]
+Split = Literal["random", "unbalanced", "metadata"]
+Control = Literal[Split, "moe"]
+SPLIT_CONTROLS: tuple[Split, ...] = get_args(Split)
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
 _STRICT = ConfigDict(extra="forbid")
@@ -172,8 +174,9 @@ class TrainConfig:
     clusters: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None
     """Clusters whose experts to train now, the controls and the other experts later. None: all experts and the controls."""
     controls: tuple[Control, ...] = ()
-    """Other ways to split the documents, each trained like the experts on a budget of its own: by chance, by k-means without
-    balance, by `corpus.domain_column`. They may be added to a finished run, whose evaluation is then to be redone."""
+    """What else to train on the same budget each: experts of documents split by chance, by k-means without balance, or by
+    `corpus.domain_column`; and one mixture of experts, the seed upcycled to `cluster.n_clusters` experts of which two run.
+    They may be added to a finished run, whose evaluation is then to be redone."""
     batch_size: Count = 16
     """Sequences in an optimiser step."""
     micro_batch_size: Count | None = None
@@ -295,6 +298,11 @@ class Config:
             raise ValueError(
                 "train.controls has 'unbalanced', which is what cluster.balanced=False makes of the experts already: leave "
                 "it out"
+            )
+        if "moe" in self.train.controls and self.cluster.n_clusters < 2:
+            raise ValueError(
+                f"train.controls has 'moe', which runs 2 of cluster.n_clusters={self.cluster.n_clusters} experts for every "
+                "token: raise that to 2, or leave it out"
             )
         if (clusters := self.train.clusters) is not None and max(clusters) >= self.cluster.n_clusters:
             raise ValueError(

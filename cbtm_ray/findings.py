@@ -9,17 +9,18 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from cbtm_ray import files, progress
-from cbtm_ray.branch import DENSE, control_branches, expert_folder
+from cbtm_ray.branch import DENSE, MOE, control_branches, expert_folder
+from cbtm_ray.config import SPLIT_CONTROLS
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.report import ReportData, render_report
 from cbtm_ray.run import Run
 
-SYSTEM_NAMES = {"seed": "seed, before branching", "dense": "dense control"}
+SYSTEM_NAMES = {"seed": "seed, before branching", "dense": "dense control", "moe": "mixture of experts"}
 
 
 def curves(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Training curves by model: seed, dense, expert NNNN."""
-    folders = {"seed": "seed", "dense": DENSE}
+    """Training curves by model: seed, dense, moe where there is one, expert NNNN."""
+    folders = {"seed": "seed", "dense": DENSE} | ({"moe": MOE} if "moe" in run.config.train.controls else {})
     folders |= {f"expert {cluster:04d}": expert_folder(cluster) for cluster in range(run.config.cluster.n_clusters)}
     return {name: run.need(folder, "train_experts")["curve"] for name, folder in folders.items()}
 
@@ -29,6 +30,7 @@ def control_curves(run: Run) -> dict[str, list[dict[str, Any]]]:
     return {
         f"{control} {branch.cluster:04d}": run.need(branch.spec.name, "train_experts")["curve"]
         for control in run.config.train.controls
+        if control in SPLIT_CONTROLS
         for branch in control_branches(run, control)
     }
 

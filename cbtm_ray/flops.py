@@ -11,8 +11,15 @@ if TYPE_CHECKING:
 
 
 def parameters(model: PreTrainedModel) -> int:
-    """Parameters that take part in a matrix product for every token: all but the input table, unless it is the output too."""
-    total = sum(p.numel() for p in model.parameters())
+    """Parameters that take part in a matrix product for every token: all but the input table, unless it is the output too.
+
+    Of a mixture of experts those of as many experts as a token is sent to.
+    """
+    config: Any = model.config
+    n_experts = getattr(config, "num_local_experts", 1)
+    in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    idle = in_experts - in_experts * getattr(config, "num_experts_per_tok", 1) // n_experts
+    total = sum(p.numel() for p in model.parameters()) - idle
     table: Any = model.get_input_embeddings().weight
     head: Any = model.get_output_embeddings().weight
     return total if table is head else total - table.numel()

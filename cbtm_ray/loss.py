@@ -27,7 +27,8 @@ def loss_function(
     """A function of a batch (B, T + 1) to the loss of each target in nats, (B * T,).
 
     Chunked over the vocabulary projection where that gives the model's own logits on the example; models that scale or
-    cap their logits get the plain path.
+    cap their logits get the plain path. Mixtral's load-balancing loss, weighted by its configuration's
+    `router_aux_loss_coef`, adds its gradient and not its value: losses are those of tokens whatever the model.
 
     Args:
         border: token that begins a document; tokens then attend within their own only. None: to all before them.
@@ -41,17 +42,20 @@ def loss_function(
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
 
     def chunked(batch: torch.Tensor) -> torch.Tensor:
-        hidden_BTD = model.base_model(**model_inputs(model, batch[:, :-1], border)).last_hidden_state
+        outputs = model.base_model(**model_inputs(model, batch[:, :-1], border), **routers)
         head = model.get_output_embeddings()
-        return F.linear_cross_entropy(
-            hidden_BTD.flatten(0, 1),
+        losses = F.linear_cross_entropy(
+            outputs.last_hidden_state.flatten(0, 1),
             head.weight,
             batch[:, 1:].flatten(),
             linear_bias=head.bias,
             reduction="none",
             options=_LOSS_CHUNK,
         )
+        return losses + _balance(model, outputs.router_logits) if routers else losses
 
+    balanced = model.config.model_type == "mixtral" and model.config.router_aux_loss_coef > 0
+    routers = {"output_router_logits": True} if balanced else {}
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -61,7 +65,17 @@ def loss_function(
             getattr(model.config, name, None) not in (None, 1) for name in _LOGIT_CHANGES
         ) and torch.allclose(plain(example), chunked(example), atol=1e-3, rtol=1e-3)
     model.train(was_training)
+    assert same or not balanced, "Mixtral neither scales nor caps its logits"
     return chunked if same else plain
+
+
+def _balance(model: PreTrainedModel, router_logits: Any) -> torch.Tensor:
+    """Zero, with the gradient of Mixtral's load-balancing loss of a batch from its layers' router logits."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # seconds, and only here
+
+    config: Any = model.config
+    balance: Any = load_balancing_loss_func(router_logits, config.num_local_experts, config.num_experts_per_tok)
+    return config.router_aux_loss_coef * (balance - balance.detach())
 
 
 def model_inputs(model: PreTrainedModel, tokens_BT: torch.Tensor, border: int | None) -> dict[str, Any]:

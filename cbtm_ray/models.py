@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cbtm_ray import files
 from cbtm_ray.config import SeedModelConfig
@@ -59,6 +67,15 @@ def check_tokenizer(uri_or_name: str, tokenizer: PreTrainedTokenizerBase) -> Non
             f"tokens.tokenizer gives other tokens than those that the model of {uri_or_name!r} knows. Set it to that model "
             "too, in a new run.dir."
         )
+
+
+def load_model_config(uri_or_name: str, *, local_files_only: bool = False) -> PretrainedConfig:
+    """The configuration of a model that `load_model` loads, without its weights. OSError or ValueError if there is none."""
+    if not files.exists(config_json := files.join(uri_or_name, "config.json")):
+        return AutoConfig.from_pretrained(uri_or_name, local_files_only=local_files_only)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(files.read_bytes(config_json))
+        return AutoConfig.from_pretrained(folder)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, uri: str) -> None:

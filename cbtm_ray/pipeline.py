@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import average, branch, controls, corpus, discover, findings, partition, progress, results
+from cbtm_ray.config import CONTROLS, SPLIT_CONTROLS, Control
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 
@@ -58,15 +59,16 @@ JOBS: dict[str, list[Stage]] = {
 }
 """Job -> stages (folder, work, summary of its manifest), in the order of `run_all`."""
 
-CONTROL_STAGES: dict[str, tuple[str, Callable[..., dict[str, Any]], str]] = {
+CONTROL_STAGES: dict[str, tuple[str, Callable[..., dict[str, Any]], str, tuple[Control, ...]]] = {
     "partition_corpus": (
         "shards/controls/{}",
         controls.partition_control,
         "{n_clusters} clusters; largest {size_skew:.2f} x mean",
+        SPLIT_CONTROLS,
     ),
-    "train_experts": ("controls/{}", branch.train_control, "{experts} experts, {train_tokens:,} tokens"),
+    "train_experts": ("controls/{}", branch.train_control, "{experts} experts, {train_tokens:,} tokens", CONTROLS),
 }
-"""Job -> what it does for each of `train.controls`, after its stages."""
+"""Job -> what it does for each of `train.controls` that it has something to do for, after its stages."""
 
 EXTRA_JOBS: dict[str, list[Stage]] = {
     "average_experts": [("average", average.average_experts, "uniform and by routing weights")],
@@ -79,9 +81,11 @@ def stages(run: Run, job: str) -> list[Stage]:
     listed = (JOBS | EXTRA_JOBS)[job]
     if job not in CONTROL_STAGES:
         return listed
-    folder, work, template = CONTROL_STAGES[job]
+    folder, work, template, having = CONTROL_STAGES[job]
     return listed + [
-        (folder.format(control), partial(work, control=control), template) for control in run.config.train.controls
+        (folder.format(control), partial(work, control=control), template)
+        for control in run.config.train.controls
+        if control in having
     ]
 
 

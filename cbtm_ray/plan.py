@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import heapq
 import math
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from cbtm_ray import files, flops
+from cbtm_ray import flops
 from cbtm_ray.config import Config, SeedModelConfig
 from cbtm_ray.discover import SHARD_ROWS
+from cbtm_ray.models import load_model_config
 from cbtm_ray.shard_steps import GROUPS
 from cbtm_ray.tokens import load_tokenizer
 
@@ -237,11 +236,7 @@ def model_of(config: Config) -> Model:
 def _read_config(name: str, field: str) -> PretrainedConfig:
     """The config.json of a Hugging Face folder, URI of one, or name in the local cache. Weights are not looked at."""
     try:
-        if not files.exists(files.join(name, "config.json")):
-            return AutoConfig.from_pretrained(name, local_files_only=True)
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_bytes(files.read_bytes(files.join(name, "config.json")))
-            return AutoConfig.from_pretrained(folder)
+        return load_model_config(name, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{field}={name!r} must be the folder of a model, or in the local cache of Hugging Face: a plan downloads "

@@ -12,13 +12,14 @@ import numpy as np
 from torch import Tensor
 
 from cbtm_ray import evaluate, files
-from cbtm_ray.branch import DENSE, expert_folder, partition_folder
-from cbtm_ray.config import EvaluateConfig
+from cbtm_ray.branch import DENSE, MOE, expert_folder, partition_folder
+from cbtm_ray.config import SPLIT_CONTROLS, EvaluateConfig
 from cbtm_ray.controls import control_centers
 from cbtm_ray.embed import load_centers, load_embedder
 from cbtm_ray.run import Run
 from cbtm_ray.scoring import HeldOutDocuments, context_distances, held_out_documents, score_models
 from cbtm_ray.tokens import load_tokenizer
+from cbtm_ray.upcycle import TOP_K
 
 CONTROL_ROUTINGS = {
     "random": ("uniform", "bayes"),
@@ -57,9 +58,11 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
     Routing settings are tuned on one half of the held-out documents and all numbers reported on the other; halves are a
     hash of the document's id.
     """
-    systems = [ensemble_system(run), *(control_system(run, control) for control in run.config.train.controls)]
+    wanted = run.config.train.controls
+    systems = [ensemble_system(run), *(control_system(run, control) for control in wanted if control in SPLIT_CONTROLS)]
     experts = [name for system in systems for name in system.experts]
-    models = {name: run.need(name, "train_experts") for name in ["seed", DENSE, *experts]}
+    singles = {"seed": "seed", "dense": DENSE, **({"moe": MOE} if "moe" in wanted else {})}
+    models = {name: run.need(name, "train_experts") for name in [*singles.values(), *experts]}
     documents = held_out_documents(run)
     logprobs = score_models(run, list(models))
     ensemble, *others = measure(run, documents, logprobs, systems)
@@ -67,7 +70,7 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
     dense_R = logprobs[DENSE][reported_T]
     rows = [
         {**_single_row(system, models[name]), **documents.summarise(logprobs[name][reported_T], dense_R)}
-        for system, name in (("seed", "seed"), ("dense", DENSE))
+        for system, name in singles.items()
     ]
     routes = _routes(ensemble, run.config.evaluate)
     mixtures = [_mixture_row(ensemble, route, models, documents, dense_R) for route in routes]
@@ -125,8 +128,8 @@ def measure(
 def _single_row(system: str, manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "system": system,
-        "n_clusters": 1,
-        "top_k": 1,
+        "n_clusters": manifest.get("experts", 1),
+        "top_k": TOP_K if system == "moe" else 1,
         "routing": None,
         "train_tokens": manifest["train_tokens"],
         "train_flops": manifest["train_flops"],

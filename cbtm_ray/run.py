@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from cbtm_ray import files
-from cbtm_ray.config import CONTROLS, EXECUTION_FIELDS, Config
+from cbtm_ray.config import CONTROLS, EXECUTION_FIELDS, SPLIT_CONTROLS, Config
 from cbtm_ray.load_config import config_tree, dump_config
 
 _TRAINING = ("train", "-train.controls", "tokens.sequence_length")
@@ -31,7 +31,7 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "seed": ("seed_model", "tokens.sequence_length", "train.batch_size", "train.betas", "train.weight_decay",
              "train.clip_norm", "train.precision", "train.schedule", "train.warmup_steps", "train.cross_documents"),
     "experts": _TRAINING,
-    **{f"shards/controls/{control}": () for control in CONTROLS},
+    **{f"shards/controls/{split}": () for split in SPLIT_CONTROLS},
     **{f"controls/{control}": _TRAINING for control in CONTROLS},
     "evaluation": ("evaluate", "tokens.sequence_length", "train.controls"),
     "average": (),

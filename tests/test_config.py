@@ -60,7 +60,7 @@ def test_fields_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
     [
         (
             {"train": {"controls": ["rnd"]}},
-            r"^train\.controls\.0='rnd': must be 'random', 'unbalanced' or 'metadata'\.$",
+            r"^train\.controls\.0='rnd': must be 'random', 'unbalanced', 'metadata' or 'moe'\.$",
         ),
         ({"train": {"controls": ["random", "random"]}}, r"^train\.controls=.* names a control twice\. Keep one\.$"),
         (
@@ -70,6 +70,10 @@ def test_fields_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
         (
             {"train": {"controls": ["unbalanced"]}, "cluster": {"balanced": False}},
             r"^train\.controls has 'unbalanced', which is what cluster\.balanced=False makes .*: leave it out\.$",
+        ),
+        (
+            {"train": {"controls": ["moe"]}, "cluster": {"n_clusters": 1}},
+            r"^train\.controls has 'moe', which runs 2 of cluster\.n_clusters=1 experts .* raise that to 2",
         ),
     ],
 )

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from cbtm_ray import files, findings
-from cbtm_ray.branch import DENSE, control_branches, expert_folder, partition_folder
-from cbtm_ray.config import CONTROLS
+from cbtm_ray.branch import DENSE, MOE, control_branches, expert_folder, partition_folder
+from cbtm_ray.branch_worker import read_sequences
+from cbtm_ray.config import CONTROLS, SPLIT_CONTROLS
 from cbtm_ray.controls import control_centers, partition_control, random_clusters
 from cbtm_ray.embed import load_clusterer
 from cbtm_ray.models import load_model
@@ -25,6 +26,7 @@ from cbtm_ray.results import held_out_documents
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import PackedSequences, load_tokenizer, read_documents
 from cbtm_ray.train import train_model
+from cbtm_ray.upcycle import upcycle
 from tests.tiny import DOMAINS
 
 SPLITS = {"random": 2, "unbalanced": 2, "metadata": 4}
@@ -81,7 +83,7 @@ def test_what_was_finished_is_left_as_it_was(controls_run: Run) -> None:
 def test_every_training_document_has_its_cluster_of_every_control(controls_run: Run) -> None:
     rows = shard_rows(controls_run)
     ids = [row["id"] for row in rows]
-    found = {control: partition_rows(controls_run, control) for control in CONTROLS}
+    found = {control: partition_rows(controls_run, control) for control in SPLIT_CONTROLS}
     assert all([row["id"] for row in named] == ids for named in found.values())
     clusters = {control: [row["cluster"] for row in named] for control, named in found.items()}
     assert clusters["random"] == random_clusters(ids, 2, controls_run.config.run.seed).tolist()
@@ -143,6 +145,25 @@ def test_every_control_has_the_budget_of_the_dense_one(controls_run: Run) -> Non
 
 
 @pytest.mark.ray
+def test_the_mixture_of_experts_is_the_upcycled_seed_trained_like_the_dense_control(controls_run: Run) -> None:
+    """Without Ray, on all documents; its cost is that of the two experts that run."""
+    [branch] = control_branches(controls_run, "moe")
+    sequences, _ = read_sequences(controls_run, branch, load_tokenizer(controls_run.uri("tokenizer")).eos_token_id)
+    model = upcycle(load_model(controls_run.uri("seed")), 2, controls_run.config.run.seed)
+    train_model(model, sequences, branch.spec, state=None, save=lambda _: None, log=lambda _: None)
+    trained = load_model(controls_run.uri(MOE)).state_dict()
+    for name, weights in model.state_dict().items():
+        torch.testing.assert_close(weights, trained[name], atol=1e-6, rtol=1e-5)
+    dense, moe = (controls_run.manifest(name) for name in (DENSE, MOE))
+    assert [moe[key] == dense[key] for key in ("steps", "train_tokens", "epochs")] == [True] * 3
+    mlp, router = 3 * 16 * 32, 2 * 16
+    assert moe["infer_flops_per_token"] == dense["infer_flops_per_token"] + 2 * (mlp + router)
+    rows = files.read_json(controls_run.uri("evaluation", "results.json"))["rows"]
+    row = next(row for row in rows if row["system"] == "moe")
+    assert (row["n_clusters"], row["train_flops"]) == (2, 3 * moe["infer_flops_per_token"] * moe["train_tokens"])
+
+
+@pytest.mark.ray
 def test_more_domains_than_steps_are_refused(controls_run: Run) -> None:
     train = dataclasses.replace(controls_run.config.train, total_tokens=3 * 128)
     run = Run(dataclasses.replace(controls_run.config, train=train))
@@ -156,6 +177,7 @@ def test_results_have_the_controls_after_the_ensemble(controls_run: Run) -> None
     systems = [row["system"] for row in rows]
     assert systems == sorted(systems, key=["seed", "dense", "cbtm", *CONTROLS].index)
     found = {control: {(r["routing"], r["top_k"]) for r in rows if r["system"] == control} for control in CONTROLS}
+    assert found.pop("moe") == {(None, 2)}
     assert found == {
         "random": {("uniform", 2), ("bayes", 1), ("bayes", 2)},
         "unbalanced": {(routing, k) for routing in ("embedding", "posterior") for k in (1, 2)},
@@ -190,8 +212,10 @@ def test_controls_are_in_the_table_the_report_and_the_metrics(controls_run: Run,
         assert f'value="{row["ppl"]}"' in report
     assert "random, all 2 experts" in table
     assert "metadata, bayes, top-1" in report
+    assert "mixture of experts" in table
+    assert "mixture of experts" in report
     models = {json.loads(line)["model"] for line in files.read_bytes(controls_run.uri("metrics.jsonl")).splitlines()}
-    assert {f"{control} {k:04d}" for control, n in SPLITS.items() for k in range(n)} < models
+    assert {f"{control} {k:04d}" for control, n in SPLITS.items() for k in range(n)} | {"moe"} < models
 
 
 @pytest.mark.ray
