@@ -46,6 +46,11 @@ EXECUTION_FIELDS = frozenset(
 )  # fmt: skip
 
 
+def task_name(uri: str) -> str:
+    """The name of a few-shot task: its file's, without the endings."""
+    return uri.rpartition("/")[2].removesuffix(".gz").removesuffix(".jsonl")
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
     dir: Annotated[str, Field(min_length=1)]
@@ -266,8 +271,23 @@ class EvaluateConfig:
     """Candidates for posterior routing's forgetting, per token."""
     prefix_tokens: Count = 32
     """Tokens of a document that all experts read in prefix routing, before the best top-k stay for good."""
+    prefix_experts: Count | None = None
+    """Experts nearest to the context that alone read the prefix in nearest_prefix routing, reported beside prefix routing.
+    None: not reported."""
+    fewshot: tuple[str, ...] = ()
+    """Few-shot tasks to report accuracy on: JSONL files of examples, see `fewshot.py`."""
+    fewshot_shots: Count = 8
+    """Labelled examples shown in a prompt."""
+    fewshot_seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = (13, 21, 42, 87, 100)
+    """Seeds of the draws of these examples; accuracy is the mean over them."""
+    fewshot_examples: Count = 200
+    """Test examples of a task at most, the same for all seeds."""
     batch_tokens: Count = 8192
     """Tokens in a scoring batch."""
+
+    def __post_init__(self) -> None:
+        if len({task_name(uri) for uri in self.fewshot}) < len(self.fewshot):
+            raise ValueError(f"evaluate.fewshot={list(self.fewshot)} names a task twice. Rename a file, or keep one")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -307,6 +327,11 @@ class Config:
         if (clusters := self.train.clusters) is not None and max(clusters) >= self.cluster.n_clusters:
             raise ValueError(
                 f"train.clusters={list(clusters)} must be below cluster.n_clusters={self.cluster.n_clusters}"
+            )
+        if (readers := self.evaluate.prefix_experts) is not None and readers >= self.cluster.n_clusters:
+            raise ValueError(
+                f"evaluate.prefix_experts={readers} must be below cluster.n_clusters={self.cluster.n_clusters}; all experts "
+                "read the prefix in prefix routing"
             )
         per_step = self.train.batch_size * self.tokens.sequence_length
         if self.train.total_tokens < self.cluster.n_clusters * per_step:

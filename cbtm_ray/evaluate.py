@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.merge import mix_logprobs
-from cbtm_ray.route import embedding_scores, evidence, hold_after_prefix, posterior_scores, sparse_weights
+from cbtm_ray.route import embedding_scores, evidence, hold_after_prefix, nearest, posterior_scores, sparse_weights
 from cbtm_ray.train import loss_function
 
 BOOTSTRAP = 1000
+PREFIX_ROUTINGS = ("prefix", "nearest_prefix")
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class Route:
     """One way of routing, with its settings."""
 
     routing: str
-    """'embedding', 'posterior', or 'prefix' (posterior, then held); without centres 'uniform', or 'bayes' (the posterior of
-    the experts' likelihoods of the whole past under a uniform prior, as in BTM)."""
+    """'embedding', 'posterior', 'prefix' (posterior, then held) or 'nearest_prefix' (the same, but only the experts nearest to
+    the context read the prefix); without centres 'uniform', or 'bayes' (the posterior of the experts' likelihoods of the whole
+    past under a uniform prior, as in BTM)."""
     top_k: int
     """Experts mixed for a token."""
     settings: dict[str, float]
-    """embedding: temperature and legacy_d4; posterior and prefix: temperature, beta and gamma; the others have none."""
+    """embedding: temperature and legacy_d4; posterior and prefix: temperature, beta and gamma; nearest_prefix: these and
+    prefix_experts; the others have none."""
     prefix_tokens: int
     """Tokens of a document after which prefix routing holds its experts."""
 
@@ -118,8 +121,9 @@ def candidates(routing: str, config: EvaluateConfig) -> list[dict[str, float]]:
     if routing == "embedding":
         legacy = {"legacy_d4": True} if config.legacy_d4 else {}
         return [{"temperature": temperature, **legacy} for temperature in config.temperatures]
+    fixed = {"prefix_experts": float(config.prefix_experts or 0)} if routing == "nearest_prefix" else {}
     return [
-        {"gamma": gamma, "temperature": temperature, "beta": beta}
+        {"gamma": gamma, "temperature": temperature, "beta": beta, **fixed}
         for gamma in config.gammas
         for temperature in config.temperatures
         for beta in config.betas
@@ -133,14 +137,14 @@ def mixture_logprobs(held_out: HeldOut, route: Route) -> np.ndarray:
 
 def routing_weights(held_out: HeldOut, route: Route) -> np.ndarray:
     """Weights of the experts for every token, (T, K)."""
-    scores_TK = _scores(held_out, route.routing, route.settings)
-    if route.routing == "prefix":
+    scores_TK = _scores(held_out, route.routing, route.settings, route.prefix_tokens)
+    if route.routing in PREFIX_ROUTINGS:
         held = [hold_after_prefix(scores_TK[rows], route.top_k, route.prefix_tokens) for rows in held_out.documents()]
         scores_TK = np.concatenate(held)
     return sparse_weights(scores_TK, route.top_k)
 
 
-def _scores(held_out: HeldOut, routing: str, settings: dict[str, float]) -> np.ndarray:
+def _scores(held_out: HeldOut, routing: str, settings: dict[str, float], prefix_tokens: int) -> np.ndarray:
     distances_TK = held_out.squared_distances_TK
     if routing == "uniform":
         return np.zeros_like(held_out.logprobs_TK)
@@ -149,16 +153,21 @@ def _scores(held_out: HeldOut, routing: str, settings: dict[str, float]) -> np.n
     if routing == "embedding":
         return embedding_scores(distances_TK, settings["temperature"], legacy_d4=bool(settings.get("legacy_d4")))
     evidence_TK = held_out.evidence(settings["gamma"])
-    return posterior_scores(distances_TK, evidence_TK, settings["temperature"], settings["beta"])
+    scores_TK = posterior_scores(distances_TK, evidence_TK, settings["temperature"], settings["beta"])
+    if routing == "nearest_prefix":
+        for rows in held_out.documents():
+            prefix = slice(rows.start, min(rows.start + prefix_tokens + 1, rows.stop))  # and the row that chooses
+            scores_TK[prefix][~nearest(distances_TK[prefix], int(settings["prefix_experts"]))] = -np.inf
+    return scores_TK
 
 
 def tune(held_out: HeldOut, config: EvaluateConfig, *, routing: str, sizes: list[int]) -> list[Route]:
     """For each top-k of `sizes` the route of least loss on these documents, which must not be those reported on."""
     best = {top_k: (math.inf, dict[str, float]()) for top_k in sizes}
     for settings in candidates(routing, config):
-        scores_TK = _scores(held_out, routing, settings)
+        scores_TK = _scores(held_out, routing, settings, config.prefix_tokens)
         order_TK = np.argsort(-scores_TK, axis=1, kind="stable")
-        if routing == "prefix":
+        if routing in PREFIX_ROUTINGS:
             for rows in held_out.documents():
                 order_TK[rows][config.prefix_tokens :] = order_TK[rows][config.prefix_tokens : config.prefix_tokens + 1]
         losses_K = -nested_mixtures(held_out.logprobs_TK, scores_TK, order_TK).mean(axis=0)
@@ -209,11 +218,30 @@ def _document_sums(values_T: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return totals[ends] - totals[ends - lengths]
 
 
-def experts_run(routing: str, top_k: int, n_experts: int, lengths: np.ndarray, prefix_tokens: int) -> float:
-    """Experts that run for a token, on average: evidence needs all of them, prefix routing only for the prefix."""
+def prefix_readers(held_out: HeldOut, n_nearest: int, prefix_tokens: int) -> float:
+    """Experts that read a token of a prefix, on average, where only those nearest to its contexts read it.
+
+    Nearest before which token changes with the token, and an expert that comes late reads what it missed.
+    """
+    reads = 0
+    for rows in held_out.documents():
+        near_TK = nearest(held_out.squared_distances_TK[rows][: prefix_tokens + 1], n_nearest)
+        until_K = np.where(near_TK.any(axis=0), len(near_TK) - near_TK[::-1].argmax(axis=0), 0)
+        reads += int(np.minimum(until_K, prefix_tokens).sum())
+    return reads / int(np.minimum(held_out.lengths, prefix_tokens).sum())
+
+
+def experts_run(
+    routing: str, top_k: int, n_experts: int, lengths: np.ndarray, prefix_tokens: int, readers: float | None = None
+) -> float:
+    """Experts that run for a token, on average: evidence needs all of them, prefix routing only for the prefix.
+
+    Args:
+        readers: experts that read the prefix, on average. None: all.
+    """
     if routing == "embedding" or top_k == n_experts:
         return float(top_k)
     if routing in ("posterior", "bayes"):
         return float(n_experts)
     prefixes = np.minimum(lengths, prefix_tokens).sum() / lengths.sum()
-    return float(prefixes * n_experts + (1 - prefixes) * top_k)
+    return float(prefixes * (n_experts if readers is None else readers) + (1 - prefixes) * top_k)

@@ -12,10 +12,12 @@ from cbtm_ray import files, progress
 from cbtm_ray.branch import DENSE, MOE, control_branches, expert_folder
 from cbtm_ray.config import SPLIT_CONTROLS
 from cbtm_ray.load_config import dump_config
-from cbtm_ray.report import ReportData, render_report
+from cbtm_ray.report import ReportData, fewshot_by_system, render_report
 from cbtm_ray.run import Run
 
-SYSTEM_NAMES = {"seed": "seed, before branching", "dense": "dense control", "moe": "mixture of experts"}
+PERPLEXITY = "Held-out perplexity, with 95 % intervals over documents"
+SYSTEM_NAMES = {"seed": "seed, before branching", "dense": "dense control", "moe": "mixture of experts",
+                "majority": "most frequent label"}  # fmt: skip
 
 
 def curves(run: Run) -> dict[str, list[dict[str, Any]]]:
@@ -78,13 +80,14 @@ def collect(run: Run, summaries: dict[str, str]) -> ReportData:
         },
         map2d=found["map2d"],
         sample_text=evaluation["sample"],
+        fewshot=evaluation["fewshot"],
     )
 
 
 def print_results(run: Run) -> None:
     """The perplexity table, one sentence that says who won, and what to do next."""
     evaluation = files.read_json(run.uri("evaluation", "results.json"))
-    table = _table(("system", "routing"), ("compute", "perplexity", "ratio to dense"))
+    table = _table(PERPLEXITY, ("system", "routing"), ("compute", "perplexity", "ratio to dense"))
     per_token = next(r for r in evaluation["rows"] if r["system"] == "dense")["infer_flops_per_token"]
     for row in evaluation["rows"]:
         name = system_name(row)
@@ -93,13 +96,30 @@ def print_results(run: Run) -> None:
     progress.console.print(table)
     progress.console.print("compute: of inference, dense control = 1; posterior routing runs all experts for evidence")
     progress.console.print(f"* best on the tuning documents. {verdict(evaluation)}", soft_wrap=True)
+    if evaluation["fewshot"]:
+        progress.console.print(_fewshot_table(evaluation["fewshot"]))
     progress.console.print(f"Report: {run.uri('report.html')}", soft_wrap=True)
     progress.console.print(f"Next, serve it: serve run serve.app:build run_dir={run.dir}", soft_wrap=True)
 
 
+def _fewshot_table(rows: list[dict[str, Any]]) -> Table:
+    """Accuracy in %, a column a task; of the mixtures with the weights of the prompt held, the others are in the report."""
+    by_system = fewshot_by_system([row for row in rows if row["weights"] != "running"])
+    tasks = tuple(dict.fromkeys(row["task"] for row in rows))
+    table = _table(
+        f"Few-shot accuracy in %, mean and deviation of {len(rows[0]['accuracies'])} draws",
+        ("system", "routing"),
+        tasks,
+    )
+    for found in by_system.values():
+        cells = [f"{100 * row['accuracy']:.1f} +- {100 * row['accuracy_std']:.1f}" for row in found]
+        table.add_row(system_name(found[0]), found[0]["routing"] or "-", *cells)
+    return table
+
+
 def print_average(run: Run) -> None:
     """The averages' perplexity beside the dense control's, a model of the same size and cost."""
-    table = _table(("model", "weights of the experts"), ("perplexity", "ratio to dense"))
+    table = _table(PERPLEXITY, ("model", "weights of the experts"), ("perplexity", "ratio to dense"))
     for row in run.need("average", "average_experts")["rows"]:
         weights = f"{min(row['weights']):.3f} to {max(row['weights']):.3f}" if row["weights"] else "-"
         table.add_row(row["folder"], weights, *_measures(row))
@@ -107,8 +127,8 @@ def print_average(run: Run) -> None:
     progress.console.print(f"Hugging Face folders: {run.uri('average')}", soft_wrap=True)
 
 
-def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(title="Held-out perplexity, with 95 % intervals over documents", title_justify="left", box=SIMPLE)
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     for name in (*left, *right):
         table.add_column(name, justify="left" if name in left else "right")
     return table

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cbtm_ray import average, branch, controls, corpus, discover, findings, partition, progress, results
+from cbtm_ray import average, branch, controls, corpus, discover, domain_task, findings, partition, progress, results
 from cbtm_ray.config import CONTROLS, SPLIT_CONTROLS, Control
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import load_tokenizer, save_tokenizer, train_tokenizer
@@ -72,6 +72,9 @@ CONTROL_STAGES: dict[str, tuple[str, Callable[..., dict[str, Any]], str, tuple[C
 
 EXTRA_JOBS: dict[str, list[Stage]] = {
     "average_experts": [("average", average.average_experts, "uniform and by routing weights")],
+    "make_fewshot_task": [
+        ("fewshot", domain_task.make_task, "{examples} examples of {labels}: evaluate.fewshot=[{task}]")
+    ],
 }
 """What a finished run can be asked for beyond `run_all`."""
 

@@ -30,8 +30,9 @@ _KEYS = {
         "system", "n_clusters", "top_k", "routing", "ppl", "ppl_low", "ppl_high", "ratio_to_dense", "ratio_low",
         "ratio_high", "loss_nats", "bpb", "train_tokens", "train_flops", "infer_flops_per_token",
     ),
-    "domain_rows": ("domain", "tokens", "dense_ppl", "cbtm_ppl"),
+    "domain_rows": ("domain", "tokens", "dense_ppl", "cbtm_ppl", "weights"),
     "sample_text": ("token", "expert", "weight"),
+    "fewshot": ("task", "system", "n_clusters", "top_k", "routing", "weights", "examples", "accuracy", "accuracy_std"),
 }  # fmt: skip
 
 
@@ -55,13 +56,17 @@ class ReportData:
     """Rows of evaluation/results.json; one has system "dense", at least one "cbtm", one of these `chosen`: the best on the
     tuning half. Intervals are 95 % bootstrap."""
     domain_rows: list[Row] = field(default_factory=list)
-    """domain, tokens, dense_ppl, cbtm_ppl (of the cbtm row of lowest perplexity), on held-out text. May be empty."""
+    """domain, tokens, dense_ppl, cbtm_ppl (of the chosen cbtm row), weights (of its experts, the mean over the tokens), on
+    held-out text; rows of results have `domain_ppl` then. May be empty."""
     routing: Row
     """temperature, beta, gamma: the chosen values; tuned_on_documents, reported_on_documents: two disjoint sets."""
     map2d: dict[str, list[Any]] = field(default_factory=dict)
     """x, y, cluster: a sample of documents in two dimensions (2,000 are plenty). May be empty."""
     sample_text: list[Row] = field(default_factory=list)
     """token (its text), expert (the one of most weight), weight (0..1): one held-out text. May be empty."""
+
+    fewshot: list[Row] = field(default_factory=list)
+    """Rows of `fewshot` in evaluation/results.json: accuracy of every system on every task. May be empty."""
 
     def __post_init__(self) -> None:
         for name, keys in _KEYS.items():
@@ -108,6 +113,7 @@ def render_report(data: ReportData) -> str:
     return environment.get_template("report.html.j2").render(
         data=data, dense=dense, best=best, ensembles=ensembles, plots=figures, speeds=speeds, domain_ratios=ratios,
         heat_map=heat_map(data.clusters), max_domains=MAX_HEAT_MAP_DOMAINS, palette=plots.PALETTE,
+        fewshot=fewshot_by_system(data.fewshot),
     )  # fmt: skip
 
 
@@ -121,6 +127,14 @@ def heat_map(clusters: list[Row]) -> list[Row]:
         counts = [cluster["domains"].get(domain, 0) for cluster in clusters]
         rows.append({"domain": domain, "counts": counts, "shares": [count / total for count in counts]})
     return sorted(rows, key=lambda row: (row["counts"].index(max(row["counts"])), -max(row["shares"]), row["domain"]))
+
+
+def fewshot_by_system(rows: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """A system's rows on all tasks together, by (system, routing, top_k, weights), in the order they stand."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in ("system", "routing", "top_k", "weights")), []).append(row)
+    return found
 
 
 def _number(value: float, text: str | Markup) -> Markup:

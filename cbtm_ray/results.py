@@ -13,11 +13,11 @@ from torch import Tensor
 
 from cbtm_ray import evaluate, files
 from cbtm_ray.branch import DENSE, MOE, expert_folder, partition_folder
-from cbtm_ray.config import SPLIT_CONTROLS, EvaluateConfig
+from cbtm_ray.config import SPLIT_CONTROLS, EvaluateConfig, task_name
 from cbtm_ray.controls import control_centers
 from cbtm_ray.embed import load_centers, load_embedder
 from cbtm_ray.run import Run
-from cbtm_ray.scoring import HeldOutDocuments, context_distances, held_out_documents, score_models
+from cbtm_ray.scoring import HeldOutDocuments, context_distances, fewshot_prompts, held_out_documents, score_models
 from cbtm_ray.tokens import load_tokenizer
 from cbtm_ray.upcycle import TOP_K
 
@@ -72,24 +72,30 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
         {**_single_row(system, models[name]), **documents.summarise(logprobs[name][reported_T], dense_R)}
         for system, name in singles.items()
     ]
-    routes = _routes(ensemble, run.config.evaluate)
-    mixtures = [_mixture_row(ensemble, route, models, documents, dense_R) for route in routes]
+    routes = {measured.system.name: _routes(measured, run.config.evaluate) for measured in (ensemble, *others)}
+    mixtures = [_mixture_row(ensemble, route, models, documents, dense_R) for route in routes["cbtm"]]
     best = min(range(len(mixtures)), key=lambda index: mixtures[index]["tuning_loss_nats"])
     mixtures[best]["chosen"] = True
-    mixture_R = evaluate.mixture_logprobs(ensemble.reported, routes[best])
+    chosen = routes["cbtm"][best]
+    weights_RK = evaluate.routing_weights(ensemble.reported, chosen)
     controls = [
         _mixture_row(control, route, models, documents, dense_R)
         for control in others
-        for route in _routes(control, run.config.evaluate)
+        for route in routes[control.system.name]
     ]
     results = {
         "rows": [*rows, *mixtures, *controls],
-        "domains": _domain_rows(documents, ensemble.reported, dense_R, mixture_R),
+        "domains": _domain_rows(documents, rows[1], mixtures[best], weights_RK),
         "tuned_on_documents": len(ensemble.tuning.lengths),
         "reported_on_documents": len(ensemble.reported.lengths),
         "reported_tokens": len(dense_R),
         "prefix_tokens": run.config.evaluate.prefix_tokens,
-        "sample": _sample(run, documents, ensemble.reported, routes[best]),
+        "sample": _sample(run, documents, ensemble.reported, chosen),
+        "fewshot": [
+            row
+            for task in map(files.absolute, run.config.evaluate.fewshot)
+            for row in _fewshot_rows(run, task, singles, systems, routes)
+        ],
     }
     files.write_json(run.uri("evaluation", "results.json"), results)
     return {key: results[key] for key in ("tuned_on_documents", "reported_on_documents", "reported_tokens")}
@@ -98,7 +104,13 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
 def ensemble_system(run: Run) -> System:
     """The method's own experts and centres."""
     experts = [expert_folder(cluster) for cluster in range(run.config.cluster.n_clusters)]
-    return System("cbtm", experts, load_centers(run.uri("clusterer")), ("embedding", "posterior", "prefix"))
+    routings = (
+        "embedding",
+        "posterior",
+        "prefix",
+        *(("nearest_prefix",) if run.config.evaluate.prefix_experts else ()),
+    )
+    return System("cbtm", experts, load_centers(run.uri("clusterer")), routings)
 
 
 def control_system(run: Run, control: str) -> System:
@@ -113,16 +125,21 @@ def measure(
     run: Run, documents: HeldOutDocuments, logprobs: dict[str, np.ndarray], systems: list[System]
 ) -> list[Measured]:
     """What the mixtures of every system are computed from, out of the models' log-probabilities by folder."""
-    embedder = load_embedder(run.uri("clusterer", "embedder"), load_tokenizer(run.uri("tokenizer")))
-    centers = {system.name: system.centers_KD for system in systems if system.centers_KD is not None}
-    distances = context_distances(embedder, documents.tokens, centers)
     found = []
-    for system in systems:
+    for system, distances_TK in zip(systems, _distances(run, systems, documents.tokens), strict=True):
         experts_TK = np.stack([logprobs[name] for name in system.experts], axis=1)
-        distances_TK = distances.get(system.name, np.zeros((len(experts_TK), 0), np.float32))
         halves = [documents.half(experts_TK, distances_TK, tuning=tuning) for tuning in (True, False)]
         found.append(Measured(system, *halves))
     return found
+
+
+def _distances(run: Run, systems: list[System], documents: list[np.ndarray]) -> list[np.ndarray]:
+    """Squared distances of every token's context to the centres of each system, (T, K); (T, 0) without centres."""
+    embedder = load_embedder(run.uri("clusterer", "embedder"), load_tokenizer(run.uri("tokenizer")))
+    centers = {system.name: system.centers_KD for system in systems if system.centers_KD is not None}
+    distances = context_distances(embedder, documents, centers)
+    without = np.zeros((sum(len(document) for document in documents), 0), np.float32)
+    return [distances.get(system.name, without) for system in systems]
 
 
 def _single_row(system: str, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -141,12 +158,18 @@ def _routes(measured: Measured, config: EvaluateConfig) -> list[evaluate.Route]:
     """Every way of routing to report, tuned."""
     n_experts = len(measured.system.experts)
     sizes = sorted({*(k for k in config.top_k if k < n_experts), n_experts})
+    readers = config.prefix_experts or 0
     return [
         route
         for routing in measured.system.routings
         for route in evaluate.tune(measured.tuning, config, routing=routing, sizes=sizes)
-        # Holding all leaves nothing out: posterior routing. Of experts that weigh alike none is better than another.
-        if {"prefix": route.top_k < n_experts, "uniform": route.top_k == n_experts}.get(routing, True)
+        # Holding all leaves nothing out: posterior routing. Only those that read the prefix can be held. Of experts that weigh
+        # alike none is better than another.
+        if {
+            "prefix": route.top_k < n_experts,
+            "nearest_prefix": route.top_k <= readers,
+            "uniform": route.top_k == n_experts,
+        }.get(routing, True)
     ]
 
 
@@ -158,8 +181,11 @@ def _mixture_row(
     dense_R: np.ndarray,
 ) -> dict[str, Any]:
     manifests = [models[name] for name in measured.system.experts]
-    lengths, n_experts = measured.reported.lengths, len(manifests)
-    running = evaluate.experts_run(route.routing, route.top_k, n_experts, lengths, route.prefix_tokens)
+    lengths, n_experts, readers = measured.reported.lengths, len(manifests), None
+    if route.routing == "nearest_prefix":
+        nearest = int(route.settings["prefix_experts"])
+        readers = evaluate.prefix_readers(measured.reported, nearest, route.prefix_tokens)
+    running = evaluate.experts_run(route.routing, route.top_k, n_experts, lengths, route.prefix_tokens, readers)
     return {
         "system": measured.system.name,
         "n_clusters": n_experts,
@@ -174,20 +200,54 @@ def _mixture_row(
     }
 
 
-def _domain_rows(
-    documents: HeldOutDocuments, reported: evaluate.HeldOut, dense_R: np.ndarray, mixture_R: np.ndarray
+def _fewshot_rows(
+    run: Run, task: str, singles: dict[str, str], systems: list[System], routes: dict[str, list[evaluate.Route]]
 ) -> list[dict[str, Any]]:
-    """Perplexity of the dense control and the chosen ensemble on each gold domain."""
-    domains = [d for d, tuning in zip(documents.domains, documents.for_tuning, strict=True) if not tuning]
-    domain_R = np.repeat(np.array([domain or "" for domain in domains]), reported.lengths)
+    """Accuracy of every model and mixture on a task, mixtures with the routing that perplexity was tuned for.
+
+    `weights` says whether a mixture holds the weights of the whole prompt for the label's tokens, or they run on.
+    """
+    prompts = fewshot_prompts(run, task)
+    logprobs = score_models(run, [*singles.values(), *(name for system in systems for name in system.experts)], task)
+    label_rows, _ = prompts.label_rows()
+    most = np.bincount(prompts.answers).max() / len(prompts.answers)
+    found: list[tuple[dict[str, Any], np.ndarray]] = [({"system": "majority"}, np.full(prompts.n_seeds, most))]
+    found += [({"system": s}, prompts.accuracies(logprobs[name][label_rows])) for s, name in singles.items()]
+    for system, measured in zip(systems, _distances(run, systems, prompts.tokens), strict=True):
+        experts_TK = np.stack([logprobs[name] for name in system.experts], axis=1)
+        held_out = evaluate.HeldOut(prompts.lengths, experts_TK, measured)
+        for route in routes[system.name]:
+            about = {"n_clusters": len(system.experts), "routing": route.routing, "top_k": route.top_k}
+            for weights, accuracies in prompts.mixture_accuracies(held_out, route).items():
+                found.append(({"system": system.name, **about, "weights": weights}, accuracies))
+    empty = {"n_clusters": 1, "routing": None, "top_k": 1, "weights": None}
     return [
         {
-            "domain": domain,
-            "tokens": int((domain_R == domain).sum()),
-            "dense_ppl": float(np.exp(-dense_R[domain_R == domain].mean())),
-            "cbtm_ppl": float(np.exp(-mixture_R[domain_R == domain].mean())),
+            "task": task_name(task),
+            **empty,
+            **about,
+            "examples": len(prompts.answers),
+            "accuracy": float(accuracies.mean()),
+            "accuracy_std": float(accuracies.std()),
+            "accuracies": accuracies.tolist(),
         }
-        for domain in sorted({domain for domain in domains if domain})
+        for about, accuracies in found
+    ]
+
+
+def _domain_rows(
+    documents: HeldOutDocuments, dense: dict[str, Any], chosen: dict[str, Any], weights_RK: np.ndarray
+) -> list[dict[str, Any]]:
+    """Perplexity of the dense control and the chosen ensemble on each gold domain, and the ensemble's mean weights there."""
+    return [
+        {
+            "domain": name,
+            "tokens": int(mask_R.sum()),
+            "dense_ppl": dense["domain_ppl"][name],
+            "cbtm_ppl": chosen["domain_ppl"][name],
+            "weights": weights_RK[mask_R].mean(axis=0).tolist(),
+        }
+        for name, mask_R in documents.domain_masks()
     ]
 
 

@@ -48,6 +48,14 @@ def hold_after_prefix(scores_TK: np.ndarray, top_k: int, prefix_tokens: int) -> 
     return held_TK
 
 
+def nearest(squared_distances_TK: np.ndarray, n_nearest: int) -> np.ndarray:
+    """Which experts are among the nearest `n_nearest` of each row, bool (T, K); ties go to the lower expert."""
+    found_TK = np.zeros(squared_distances_TK.shape, bool)
+    order_TK = np.argsort(squared_distances_TK, axis=1, kind="stable")
+    np.put_along_axis(found_TK, order_TK[:, :n_nearest], True, axis=1)
+    return found_TK
+
+
 def check_top_k(top_k: int, n_experts: int) -> None:
     if not 1 <= top_k <= n_experts:
         raise ValueError(f"top_k={top_k} must be between 1 and the number of experts, {n_experts}. Change it.")

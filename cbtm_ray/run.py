@@ -4,7 +4,7 @@
       config.yaml  metrics.jsonl
       corpus/      tokenizer/      clusterer/      shards/{train,valid}/           shards/controls/random/
       seed/        experts/cluster=0003/           controls/dense/                 controls/random/cluster=0003/
-      checkpoints/ evaluation/     average/{uniform,routing}/      report.html
+      checkpoints/ evaluation/     average/{uniform,routing}/      fewshot/      report.html
 
 A stage writes `settings.json` when it starts and `manifest.json` when it ends. A folder with a manifest is skipped when
 the stage runs again; one without is continued. Either is refused when its settings are not those of the configuration.
@@ -35,6 +35,7 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     **{f"controls/{control}": _TRAINING for control in CONTROLS},
     "evaluation": ("evaluate", "tokens.sequence_length", "train.controls"),
     "average": (),
+    "fewshot": ("evaluate.max_documents",),
 }  # fmt: skip
 """What each stage depends on in the configuration, beyond what the stages before it do: fields, or sections less -fields.
 

@@ -1,10 +1,12 @@
-"""The held-out documents of a run, and what every model made of them: each scored once, by Ray, where there is room.
+"""Held-out documents and few-shot prompts, and what every model made of them: each scored once, by Ray, where there is room.
 
 T tokens (of one document after the other), R those of the documents that are reported on, K experts.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +17,11 @@ import torch
 from torch import Tensor
 
 from cbtm_ray import evaluate, files, progress
-from cbtm_ray.config import Config
+from cbtm_ray.config import Config, task_name
 from cbtm_ray.distances import squared_distances
 from cbtm_ray.documents import unit_hash
 from cbtm_ray.embed import Embedder
+from cbtm_ray.fewshot import Prompts, make_prompts, read_task
 from cbtm_ray.models import load_model
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import load_tokenizer
@@ -43,9 +46,17 @@ class HeldOutDocuments:
         return evaluate.HeldOut(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T])
 
     def summarise(self, logprobs_R: np.ndarray, dense_R: np.ndarray) -> dict[str, Any]:
-        """Perplexity and its like, from the log-probabilities of the reported tokens alone, and the dense control's."""
+        """Perplexity and its like, over all and for each gold domain, from the log-probabilities of the reported tokens alone,
+        and the dense control's."""
         text_bytes = int(self.text_bytes[~self.for_tuning].sum())
-        return evaluate.summarise(logprobs_R, self._lengths(False), text_bytes, dense_R)
+        found = evaluate.summarise(logprobs_R, self._lengths(False), text_bytes, dense_R)
+        return {**found, "domain_ppl": {name: math.exp(-logprobs_R[mask].mean()) for name, mask in self.domain_masks()}}
+
+    def domain_masks(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every gold domain of the reported documents, and which of their tokens are of it, bool (R,)."""
+        domains = [domain for domain, tuning in zip(self.domains, self.for_tuning, strict=True) if not tuning]
+        domain_R = np.repeat(np.array([domain or "" for domain in domains]), self._lengths(False))
+        return ((name, domain_R == name) for name in sorted(set(domain_R.tolist()) - {""}))
 
     def _lengths(self, tuning: bool) -> np.ndarray:
         return np.array([len(t) for t, kept in zip(self.tokens, self.for_tuning == tuning, strict=True) if kept])
@@ -67,17 +78,32 @@ def held_out_documents(run: Run) -> HeldOutDocuments:
     )
 
 
+def fewshot_prompts(run: Run, task: str) -> Prompts:
+    """The prompts of one of `evaluate.fewshot`."""
+    config = run.config.evaluate
+    return make_prompts(
+        read_task(task),
+        load_tokenizer(run.uri("tokenizer")),
+        shots=config.fewshot_shots,
+        seeds=config.fewshot_seeds,
+        examples=config.fewshot_examples,
+        sequence_length=run.config.tokens.sequence_length,
+        random_state=run.config.run.seed,
+    )
+
+
 @ray.remote
-def _score(config: Config, name: str) -> str:
+def _score(config: Config, name: str, task: str | None) -> str:
     run = Run(config)
-    uri = run.uri("evaluation", "logprobs", f"{name.replace('/', '-')}.npy")
+    folder = ("evaluation", "logprobs", *([f"fewshot-{task_name(task)}"] if task else []))
+    uri = run.uri(*folder, f"{name.replace('/', '-')}.npy")
     if not files.exists(uri):
         model = load_model(run.uri(name))
         if config.train.gpus_per_expert:
             torch.nn.Module.to(model, "cuda")
         logprobs_T = evaluate.score_documents(
             model,
-            held_out_documents(run).tokens,
+            fewshot_prompts(run, task).tokens if task else held_out_documents(run).tokens,
             sequence_length=config.tokens.sequence_length,
             end_of_text=load_tokenizer(run.uri("tokenizer")).eos_token_id,
             batch_tokens=config.evaluate.batch_tokens,
@@ -86,16 +112,19 @@ def _score(config: Config, name: str) -> str:
     return uri
 
 
-def score_models(run: Run, names: list[str]) -> dict[str, np.ndarray]:
+def score_models(run: Run, names: list[str], task: str | None = None) -> dict[str, np.ndarray]:
     """Every model's log-probability of every held-out token, float32 (T,), by its folder in the run.
 
     Each is loaded and run once, on a worker, and what it gave is kept in `evaluation/logprobs/`.
+
+    Args:
+        task: one of `evaluate.fewshot`, whose prompts are scored in the place of the held-out documents.
     """
     train = run.config.train
-    task = _score.options(num_cpus=train.cpus_per_expert, num_gpus=train.gpus_per_expert)
-    waiting = {task.remote(run.config, name): name for name in names}
+    score = _score.options(num_cpus=train.cpus_per_expert, num_gpus=train.gpus_per_expert)
+    waiting = {score.remote(run.config, name, task): name for name in names}
     uris = {}
-    with progress.bar("score models", len(names), "models") as done:
+    with progress.bar(f"score models: {task_name(task)}" if task else "score models", len(names), "models") as done:
         while waiting:
             ready, _ = ray.wait(list(waiting))
             uris.update({waiting.pop(ref): uri for ref, uri in zip(ready, ray.get(ready), strict=True)})

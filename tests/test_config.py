@@ -72,6 +72,10 @@ def test_fields_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
             r"^train\.controls has 'unbalanced', which is what cluster\.balanced=False makes .*: leave it out\.$",
         ),
         (
+            {"evaluate": {"prefix_experts": 4}, "cluster": {"n_clusters": 4}},
+            r"^evaluate\.prefix_experts=4 must be below cluster\.n_clusters=4; all experts read the pre",
+        ),
+        (
             {"train": {"controls": ["moe"]}, "cluster": {"n_clusters": 1}},
             r"^train\.controls has 'moe', which runs 2 of cluster\.n_clusters=1 experts .* raise that to 2",
         ),

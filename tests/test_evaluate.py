@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -18,6 +19,7 @@ from cbtm_ray.evaluate import (
     experts_run,
     mixture_logprobs,
     nested_mixtures,
+    prefix_readers,
     routing_weights,
     score_documents,
     summarise,
@@ -295,3 +297,49 @@ def test_all_experts_run_where_all_are_mixed() -> None:
     assert experts_run("prefix", 8, 8, np.array([10, 30]), 16) == 8
     assert experts_run("prefix", 1, 8, np.array([10, 30]), 100) == 8
     assert experts_run("prefix", 1, 8, np.array([10, 30]), 0) == 1
+
+
+def nearest_prefix(readers: int, top_k: int, prefix_tokens: int) -> Route:
+    settings = {"temperature": 5.0, "beta": 1.0, "gamma": 0.9, "prefix_experts": float(readers)}
+    return Route(routing="nearest_prefix", top_k=top_k, settings=settings, prefix_tokens=prefix_tokens)
+
+
+def test_a_prefix_that_all_experts_read_is_prefix_routing() -> None:
+    random = np.random.default_rng(0)
+    held_out = HeldOut(np.array([9, 3, 6]), -random.random((18, 4)), random.random((18, 4)))
+    route = nearest_prefix(4, 2, 5)
+    prefix = Route(routing="prefix", top_k=2, settings=route.settings, prefix_tokens=5)
+    assert np.array_equal(routing_weights(held_out, route), routing_weights(held_out, prefix))
+
+
+def test_only_the_nearest_experts_read_the_prefix_and_one_of_them_stays() -> None:
+    """Expert 2 explains the text best and is far from the prefix's contexts; it is near only when the choice is made."""
+    near_TK = np.array([[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2], [2, 1, 0]], np.float32)
+    logprobs_TK = np.tile(np.log([0.1, 0.2, 0.9]), (5, 1))
+    held_out = HeldOut(np.array([5]), logprobs_TK, near_TK)
+    assert routing_weights(held_out, nearest_prefix(2, 1, 2)).argmax(axis=1).tolist() == [0, 1, 1, 1, 1]
+    assert (routing_weights(held_out, nearest_prefix(2, 2, 2))[:, 2] == 0).all()
+    assert routing_weights(held_out, nearest_prefix(2, 1, 4)).argmax(axis=1).tolist()[-1] == 2
+    found = routing_weights(held_out, nearest_prefix(1, 1, 2))
+    assert found.tolist() == [[1, 0, 0]] * 5
+
+
+def test_experts_that_come_near_late_read_what_they_missed() -> None:
+    """Expert 0 is near for the first token, 1 for the second and third, 2 where the choice is made; 3 never."""
+    near_TK = np.array([[0, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]], np.float32)
+    held_out = HeldOut(np.array([5, 2]), np.zeros((7, 4)), np.concatenate([near_TK, near_TK[:2]]))
+    assert prefix_readers(held_out, 1, 3) == pytest.approx((1 + 3 + 3 + 1 + 2) / (3 + 2))
+    assert prefix_readers(held_out, 4, 3) == 4
+    assert experts_run("nearest_prefix", 1, 4, held_out.lengths, 3, 2.0) == pytest.approx((5 * 2 + 2 * 1) / 7)
+
+
+def test_tuning_agrees_with_the_mixture_for_the_nearest_prefix() -> None:
+    random = np.random.default_rng(1)
+    held_out = HeldOut(np.array([9, 3, 6]), -random.random((18, 4)), random.random((18, 4)).astype(np.float32))
+    config = EvaluateConfig(temperatures=(0.1, 1.0), betas=(1.0,), gammas=(0.5, 0.9), prefix_experts=2, prefix_tokens=4)
+    for route in tune(held_out, config, routing="nearest_prefix", sizes=[1, 2]):
+        losses = [
+            -mixture_logprobs(held_out, dataclasses.replace(route, settings=settings)).mean()
+            for settings in candidates("nearest_prefix", config)
+        ]
+        assert -mixture_logprobs(held_out, route).mean() == pytest.approx(min(losses))

@@ -65,7 +65,7 @@ def result(
         "ppl_high": ppl * 1.03, "ratio_to_dense": ratio, "ratio_low": ratio * 0.98, "ratio_high": ratio * 1.02,
         "loss_nats": math.log(ppl), "bpb": math.log(ppl) / 2.1, "train_tokens": 20_000_000, "train_flops": 2.763e13,
         "infer_flops_per_token": 460_000 * (top_k or 1), "tuning_loss_nats": math.log(ppl),
-        "chosen": (routing, top_k) == ("posterior", 2),
+        "chosen": (routing, top_k) == ("posterior", 2), "domain_ppl": {"law": ppl - 5, HOSTILE: ppl + 5},
     }  # fmt: skip
 
 
@@ -113,8 +113,14 @@ def make_data(**changes: Any) -> ReportData:
         },
         results=results(),
         domain_rows=[
-            {"domain": HOSTILE, "tokens": 84_341, "dense_ppl": 50.0, "cbtm_ppl": 60.0},
-            {"domain": "law", "tokens": 73_231, "dense_ppl": 50.0, "cbtm_ppl": 31.7},
+            {
+                "domain": HOSTILE,
+                "tokens": 84_341,
+                "dense_ppl": 50.0,
+                "cbtm_ppl": 60.0,
+                "weights": [0.001, 0.25, 0.25, 0.499],
+            },
+            {"domain": "law", "tokens": 73_231, "dense_ppl": 50.0, "cbtm_ppl": 31.7, "weights": [0.7, 0.3, 0.0, 0.0]},
         ],
         routing={
             "temperature": 0.3,
@@ -161,6 +167,31 @@ def test_controls_are_rows_with_their_meaning_and_never_the_headline() -> None:
     assert all(word in page.text("dt") for word in ("uniform", "bayes", "random", "metadata"))
     assert "unbalanced" not in page.text("dt")
     assert not {"uniform", "random"} & set(Page(render_report(make_data())).text("dt").split())
+
+
+def test_domains_have_the_perplexity_of_every_system_and_the_weights_of_the_experts() -> None:
+    page = Page(render_report(make_data()))
+    seed_rows = [row for row in page.rows if row[0] == "seed model"]
+    assert ["62.0", "52.0"] in [row[1:] for row in seed_rows]
+    assert [row for row in page.rows if row[0] == "law"][-1][1:] == ["70", "30", "0", "0"]
+    assert [row for row in page.rows if row[0] == HOSTILE][-1][1:] == ["0", "25", "25", "50"]
+
+
+def accuracy(task: str, value: float, weights: str | None = None, **system: Any) -> dict[str, Any]:
+    about = {"system": "dense", "n_clusters": 1, "routing": None, "top_k": 1, **system}
+    return {"task": task, **about, "weights": weights, "examples": 200, "accuracy": value, "accuracy_std": value / 10}
+
+
+def test_few_shot_accuracies_are_a_row_a_system_and_a_column_a_task() -> None:
+    best = {"system": "cbtm", "n_clusters": 4, "routing": "posterior", "top_k": 2}
+    systems = [(0.25, None, {"system": "majority"}), (0.5, None, {}), (0.625, "held", best), (0.75, "running", best)]
+    rows = [accuracy(task, v + more, w, **s) for task, more in ((HOSTILE, 0), ("mood", 0.1)) for v, w, s in systems]
+    page = Page(render_report(make_data(fewshot=rows)))
+    assert ["System", HOSTILE, "mood", "Mean"] in page.rows
+    assert page.row("the most frequent label")[1:] == ["25.0 \u00b1 2.5", "35.0 \u00b1 3.5", "30.0"]
+    assert page.row("posterior, top-2, held")[1:] == ["62.5 \u00b1 6.2", "72.5 \u00b1 7.2", "67.5"]
+    assert page.row("posterior, top-2, running")[1] == "75.0 \u00b1 7.5"
+    assert "Few-shot" not in render_report(make_data())
 
 
 def test_numbers_of_the_other_tables_appear() -> None:

@@ -1,0 +1,160 @@
+"""Few-shot classification, as the paper evaluates it downstream: labelled examples, a text, and which label follows it best.
+
+A task is a JSONL file (also .gz) of examples, those of 'train' to be shown and those of 'test' to be answered:
+
+    {"text": "A film with a heart.", "label": "positive", "split": "train"}
+
+A label is its own wording: what is scored is the probability of its tokens after the prompt, which shows every example as
+text, new line, label, empty line. All models get the same prompts.
+
+S sequences (a prompt and one of the labels), T tokens (of one sequence after the other), K experts, N examples, C labels.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from cbtm_ray import evaluate, files
+from cbtm_ray.config import task_name
+from cbtm_ray.merge import mix_logprobs
+from cbtm_ray.tokens import encode
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples as (text, index of its label), by split."""
+
+    name: str
+    labels: list[str]
+    examples: dict[str, list[tuple[str, int]]]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The same test examples behind the shots of every seed; each prompt stands once for every label."""
+
+    tokens: list[np.ndarray]
+    """S = seeds x N x C sequences, the labels of a prompt beside each other."""
+    label_lengths: np.ndarray
+    """Tokens of the label that ends each sequence, int64 (S,)."""
+    answers: np.ndarray
+    """Index of the right label of each test example, int64 (N,)."""
+    n_seeds: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(sequence) for sequence in self.tokens])
+
+    def label_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every label token's row among all tokens, and the row of the first token of its label."""
+        first_S = np.cumsum(self.lengths) - self.label_lengths
+        within = np.concatenate([np.arange(length) for length in self.label_lengths])
+        first = np.repeat(first_S, self.label_lengths)
+        return first + within, first
+
+    def accuracies(self, label_logprobs: np.ndarray) -> np.ndarray:
+        """Share of test examples whose right label is the most probable, for every seed, from its tokens' logprobs."""
+        totals_S = np.add.reduceat(label_logprobs, np.cumsum(self.label_lengths) - self.label_lengths)
+        chosen = totals_S.reshape(self.n_seeds, len(self.answers), -1).argmax(axis=2)
+        return (chosen == self.answers).mean(axis=1)
+
+    def mixture_accuracies(self, held_out: evaluate.HeldOut, route: evaluate.Route) -> dict[str, np.ndarray]:
+        """Those of a mixture: with the weights of the whole prompt held for the label, and running on from token to token."""
+        weights_TK = evaluate.routing_weights(held_out, route)
+        rows, first = self.label_rows()
+        return {
+            weights: self.accuracies(mix_logprobs(held_out.logprobs_TK[rows], weights_TK[chosen]))
+            for weights, chosen in (("held", first), ("running", rows))
+        }
+
+
+def read_task(uri: str) -> Task:
+    """Read a task's file.
+
+    Raises:
+        ValueError: it is missing, a row is not an example, or there are less than two labels.
+    """
+    if not files.exists(uri):
+        raise ValueError(f"evaluate.fewshot={uri!r} is not a file. Give a JSONL file of examples.")
+    data = files.read_bytes(uri)
+    lines = (gzip.decompress(data) if uri.endswith(".gz") else data).splitlines()
+    rows = [_example(uri, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    labels = sorted({label for _, label, _ in rows})
+    if len(labels) < 2:
+        raise ValueError(f"evaluate.fewshot={uri!r} has the labels {labels}, at least 2 are needed. Add examples.")
+    examples = {
+        wanted: [(text, labels.index(label)) for text, label, split in rows if split == wanted] for wanted in SPLITS
+    }
+    return Task(task_name(uri), labels, examples)
+
+
+def _example(uri: str, number: int, line: bytes) -> tuple[str, str, str]:
+    where = f"evaluate.fewshot={uri!r}, line {number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}. Correct it.") from error
+    found: list[Any] = [row.get(key) if isinstance(row, dict) else None for key in ("text", "label", "split")]
+    if not all(isinstance(value, str) and value.strip() for value in found) or found[2] not in SPLITS:
+        raise ValueError(f"{where} must have a text, a label and a split ('train' or 'test'), all strings. Correct it.")
+    return found[0], found[1], found[2]
+
+
+def make_prompts(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shots: int,
+    seeds: tuple[int, ...],
+    examples: int,
+    sequence_length: int,
+    random_state: int,
+) -> Prompts:
+    """The prompts of a task.
+
+    Args:
+        shots: training examples shown in a prompt, drawn anew for each of `seeds` and the same for all test examples.
+        examples: test examples at most, drawn once by `random_state`.
+        sequence_length: tokens that a sequence may have; every text is cut to an equal share of what the labels leave.
+
+    Raises:
+        ValueError: too few examples, or the sequence is too short for the labels.
+    """
+    train, test = (task.examples[split] for split in SPLITS)
+    if len(train) < shots or not test:
+        raise ValueError(
+            f"evaluate.fewshot: {task.name} has {len(train)} examples of 'train' and {len(test)} of 'test'; "
+            f"evaluate.fewshot_shots={shots} and one are needed. Add examples or lower the shots."
+        )
+    asked = [test[i] for i in np.random.default_rng(random_state).permutation(len(test))[:examples]]
+    labels, [new_line, empty_line] = encode(tokenizer, task.labels), encode(tokenizer, ["\n", "\n\n"])
+    longest = max(len(label) for label in labels)
+    around = (shots + 1) * (len(new_line) + longest + len(empty_line))
+    if (room := (sequence_length - around) // (shots + 1)) < 1:
+        raise ValueError(
+            f"tokens.sequence_length={sequence_length} is too short for {shots} examples of {task.name}, whose labels "
+            f"have up to {longest} tokens. Lower evaluate.fewshot_shots to at most "
+            f"{sequence_length // (around // (shots + 1) + 1) - 1}."
+        )
+    questions = [np.append(text[:room], new_line) for text in encode(tokenizer, [text for text, _ in asked])]
+    sequences = []
+    for seed in seeds:
+        shown = [train[i] for i in np.random.default_rng(seed).permutation(len(train))[:shots]]
+        texts = encode(tokenizer, [text for text, _ in shown])
+        parts = [[text[:room], new_line, labels[c], empty_line] for text, (_, c) in zip(texts, shown, strict=True)]
+        prefix = np.concatenate([piece for part in parts for piece in part])
+        sequences += [np.concatenate([prefix, question, label]) for question in questions for label in labels]
+    return Prompts(
+        tokens=sequences,
+        label_lengths=np.tile([len(label) for label in labels], len(seeds) * len(asked)),
+        answers=np.array([c for _, c in asked]),
+        n_seeds=len(seeds),
+    )
