@@ -28,9 +28,10 @@ def main(description: str, job: str, arguments: list[str] | None = None) -> int:
         run.begin()
         with ray_session():
             # Imported only now: it takes seconds, which a mistyped key need not wait for.
-            from cbtm_ray import pipeline
+            from cbtm_ray import pipeline, sweep
 
-            pipeline.run_all(run) if job == "run_all" else pipeline.run_job(run, job)
+            whole = {"run_all": pipeline.run_all, "sweep_clusters": sweep.sweep_clusters}
+            whole[job](run) if job in whole else pipeline.run_job(run, job)
     except Unfinished as part:
         progress.note(str(part))
     except ValueError as error:

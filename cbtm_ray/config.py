@@ -37,12 +37,12 @@ CONTROLS: tuple[Control, ...] = get_args(Control)
 _STRICT = ConfigDict(extra="forbid")
 
 EXECUTION_FIELDS = frozenset(
-    {"run.dir", "embed.batch_documents", "embed.gpus", "cluster.actors", "cluster.gpus_per_actor", "seed_model.cpus",
-     "train.slots", "train.experts_per_run", "train.cpus_per_expert", "train.gpus_per_expert",
+    {"run.dir", "run.shared", "embed.batch_documents", "embed.gpus", "cluster.actors", "cluster.gpus_per_actor",
+     "seed_model.cpus", "train.slots", "train.experts_per_run", "train.cpus_per_expert", "train.gpus_per_expert",
      "train.workers_per_expert", "train.parallel", "train.tensorboard", "train.log_every",
      "train.checkpoint_every", "train.notice_every", "train.max_failures", "train.micro_batch_size",
      "train.activation_checkpointing", "train.compile", "train.clusters", "train.evaluate_every",
-     "train.evaluate_sequences", "evaluate.batch_tokens"}
+     "train.evaluate_sequences", "evaluate.batch_tokens", "sweep.clusters", "sweep.total_tokens", "sweep.dense_runs"}
 )  # fmt: skip
 
 
@@ -55,6 +55,9 @@ def task_name(uri: str) -> str:
 class RunConfig:
     dir: Annotated[str, Field(min_length=1)]
     """Where everything goes: a local path or a URI (s3://, gs://)."""
+    shared: tuple[str, ...] = ()
+    """Run directories whose corpus, tokenizer, clusters, shards and seed this run takes where they are finished and its own
+    are not, the first that has one, instead of making its own. They must be of the same settings."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     """Seed of every random choice: splits, samples, starts, initial weights, data order."""
 
@@ -291,6 +294,16 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SweepConfig:
+    clusters: tuple[Count, ...] = ()
+    """Numbers of clusters of `jobs.sweep_clusters`. Empty: that of cluster.n_clusters alone."""
+    total_tokens: tuple[Count, ...] = ()
+    """Training budgets. Empty: that of train.total_tokens alone."""
+    dense_runs: tuple[str, ...] = ()
+    """Finished runs on the same corpus whose dense control, of a larger model say, stands in the sweep's table of costs."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Config:
     """Everything one run needs to know."""
 
@@ -302,6 +315,7 @@ class Config:
     seed_model: SeedModelConfig
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         if self.corpus.sample_documents < self.cluster.n_clusters:

@@ -72,9 +72,7 @@ CONTROL_STAGES: dict[str, tuple[str, Callable[..., dict[str, Any]], str, tuple[C
 
 EXTRA_JOBS: dict[str, list[Stage]] = {
     "average_experts": [("average", average.average_experts, "uniform and by routing weights")],
-    "make_fewshot_task": [
-        ("fewshot", domain_task.make_task, "{examples} examples of {labels}: evaluate.fewshot=[{task}]")
-    ],
+    "make_fewshot_task": [("fewshot", domain_task.make_task, "{examples} examples; for evaluate.fewshot: {task}")],
 }
 """What a finished run can be asked for beyond `run_all`."""
 

@@ -91,6 +91,24 @@ def draw_results(axes: Axes, results: list[Row]) -> None:
     _label_ends(axes, labels)
 
 
+def draw_sweep(axes: Axes, series: dict[str, list[tuple[int, float]]]) -> None:
+    """Perplexity against the number of clusters: a line for each top-k, and the dense controls in the page's ink."""
+    labels, ticks = [], sorted({k for points in series.values() for k, _ in points})
+    for i, (name, points) in enumerate(series.items()):
+        k, ppl = zip(*points, strict=True)
+        look = _look(i) if name != "dense" else {"color": _INK, "ls": "-", "marker": "|"}
+        axes.plot(k, ppl, **look)
+        labels.append((ppl[-1], name, str(look["color"])))
+    axes.set(xscale="log", yscale="log", xlabel="clusters = experts", ylabel="perplexity")
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.grid(axis="y")
+    _label_ends(axes, labels)
+
+
 def draw_curves(axes: Axes, curves: dict[str, list[Row]]) -> None:
     """Loss over each model's own budget, so that experts (total/K tokens) and the dense control end together."""
     labels, few = [], len(curves) <= MAX_CURVE_LABELS

@@ -42,6 +42,10 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
 Each control is a stage of its own, so that a finished run can be given another one."""
 
 
+SHAREABLE = ("corpus", "tokenizer", "clusterer", "shards", "seed")
+"""Stages that a run may take from another; a control's partition is kept beside the shards that it is one of."""
+
+
 class Unfinished(Exception):
     """What was asked for is done, but not the whole stage; the message says what is missing."""
 
@@ -51,11 +55,19 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.dir = files.absolute(config.run.dir)
-        self.config = replace(config, run=replace(config.run, dir=self.dir))
+        shared = tuple(map(files.absolute, config.run.shared))
+        self.config = replace(config, run=replace(config.run, dir=self.dir, shared=shared))
+        self._owners = {stage: self._owner(stage) for stage in SHAREABLE} if shared else {}
         self._fields = _flatten(config_tree(self.config))
 
     def uri(self, *parts: str) -> str:
-        return files.join(self.dir, *parts)
+        stage = parts[0].partition("/")[0] if parts else ""
+        return files.join(self._owners.get(stage, self.dir), *parts)
+
+    def _owner(self, stage: str) -> str:
+        """The directory that has the stage finished, or this run's."""
+        folders = (self.dir, *self.config.run.shared)
+        return next((d for d in folders if files.exists(files.join(d, stage, "manifest.json"))), self.dir)
 
     def settings(self, stage: str) -> dict[str, Any]:
         """The dotted configuration fields that the stage's own output depends on."""

@@ -40,11 +40,11 @@ def check_warm_start(run: Run, names: list[str]) -> None:
 
 def _different(run: Run, other: str) -> str | None:
     """What the runs do not agree on, so that clusters of one number have other documents or tokens other numbers."""
-    ours, theirs = (load_tokenizer(files.join(directory, "tokenizer")) for directory in (run.dir, other))
+    ours, theirs = (load_tokenizer(uri) for uri in (run.uri("tokenizer"), files.join(other, "tokenizer")))
     if ours.get_vocab() != theirs.get_vocab():
         return "tokenizer"
     for part in ("centers.npy", *(f"embedder/{name}" for name in _names(run.uri("clusterer", "embedder")))):
-        ours_uri, theirs_uri = (files.join(directory, "clusterer", part) for directory in (run.dir, other))
+        ours_uri, theirs_uri = run.uri("clusterer", part), files.join(other, "clusterer", part)
         if not files.exists(theirs_uri) or files.read_bytes(ours_uri) != files.read_bytes(theirs_uri):
             return f"clusterer/{part}"
     return None

@@ -169,9 +169,39 @@ def test_where_and_how_fast_it_runs_may_change(tmp_path: Path) -> None:
         "train__evaluate_every": 6,
         "train__evaluate_sequences": 8,
         "evaluate__batch_tokens": 99,
+        "run__shared": [str(tmp_path / "none")],
+        "sweep__clusters": [2, 4],
+        "sweep__total_tokens": [1_600_000],
+        "sweep__dense_runs": ["runs/large"],
     }
     assert {name.replace("__", ".") for name in changed} | {"run.dir"} == EXECUTION_FIELDS
     run_with(tmp_path, **changed).check()
+
+
+def test_finished_stages_of_a_shared_run_are_taken_and_all_else_is_its_own(tmp_path: Path) -> None:
+    finish(tmp_path / "base", "corpus")
+    finish(tmp_path / "base", "experts")
+    finish(tmp_path / "other", "corpus")
+    finish(tmp_path / "other", "shards")
+    run_with(tmp_path / "other").start("seed")
+    shared = [str(tmp_path / "base"), str(tmp_path / "other")]
+    run = run_with(tmp_path / "point", run__shared=shared)
+    run.begin()
+    assert run.stage("corpus", never)[1] is False
+    owners = {stage: Path(run.uri(stage, "x")).parent.parent.name for stage in ("corpus", "shards", "seed", "experts")}
+    assert owners == {"corpus": "base", "shards": "other", "seed": "point", "experts": "point"}
+    assert run.uri("shards/controls/random") == str(tmp_path / "other" / "shards" / "controls" / "random")
+    assert run.uri() == str(tmp_path / "point")
+    run.stage("seed", dict)
+    finish(tmp_path / "base", "seed")
+    assert run_with(tmp_path / "point", run__shared=shared).uri("seed") == str(tmp_path / "point" / "seed")
+
+
+def test_a_shared_stage_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    finish(tmp_path / "base", "clusterer", cluster__n_clusters=2)
+    point = run_with(tmp_path / "point", run__shared=[str(tmp_path / "base")], cluster__n_clusters=4)
+    with pytest.raises(ValueError, match=r"cluster\.n_clusters=4 \(the run has 2\)"):
+        point.begin()
 
 
 def test_a_moved_run_is_the_same_run(tmp_path: Path) -> None:
