@@ -5,7 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +30,7 @@ from cbtm_ray.config import CorpusConfig
 from cbtm_ray.documents import list_shards, read_shard
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
-from tests.tiny import tiny_tree
+from tests.tiny import tiny_tree, write_corpus
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -206,3 +211,33 @@ def test_a_corpus_that_cannot_be_reached_is_named(bucket: str) -> None:
 def test_a_disk_s_own_error_is_no_store_s() -> None:
     assert files.refusal(FileNotFoundError(2, "No such file or directory", "/data/bucket/x")) is None
     assert files.refusal(RuntimeError("AWS Error")) is None
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_run_in_a_bucket_killed_among_its_experts_ends_as_one_on_the_disk(
+    bucket: str, finished_run: Run, tmp_path: Path
+) -> None:
+    files.publish_folder(str(write_corpus(tmp_path / "corpus")), files.join(bucket, "corpus"))
+    run_dir = files.join(bucket, "runs", "mine")
+    job = [sys.executable, "-m", "jobs.run_all", *config_file(tmp_path, run_dir), f"corpus.paths=[{bucket}/corpus]"]
+    process = subprocess.Popen(job, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        while not any(key.startswith("runs/mine/experts/cluster=") and "manifest" in key for key in keys(bucket)):
+            assert process.poll() is None, "the run ended before an expert was finished"
+            time.sleep(0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not files.exists(files.join(run_dir, "experts", "manifest.json"))
+    subprocess.run(job, check=True, stdout=subprocess.DEVNULL)
+    names = [uri.removeprefix(f"{run_dir}/") for uri in files.list_files(run_dir)]
+    assert sorted(names) == [uri.removeprefix(f"{finished_run.dir}/") for uri in files.list_files(finished_run.dir)]
+    for name in names:
+        if name.endswith((".safetensors", ".npy", ".parquet", "tokenizer.json")):
+            assert files.read_bytes(files.join(run_dir, name)) == files.read_bytes(finished_run.uri(name)), name
+    ours, theirs = (
+        files.read_json(files.join(place, "evaluation", "results.json")) for place in (run_dir, finished_run.dir)
+    )
+    assert ours["rows"] == theirs["rows"]
