@@ -32,11 +32,14 @@ def ray_session(local_cpus: int | None = None) -> Iterator[None]:
     # Threads that spin while they wait starve each other once anything else runs on the machine: on 2 cores beside one
     # busy process, training fell from 36,000 tokens/s to 450, and to 20,000 with this.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # One machine cannot outlive its own preemption, and the watcher is a process for every expert.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Ray then listens on localhost alone, as it does on desktops, where the variable has its name from. Read on import.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:  # one machine cannot outlive its own preemption, and the watcher is a process for every expert
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     local: dict[str, Any] = {} if address else {"num_cpus": local_cpus, "include_dashboard": False}
     ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     data_context = ray.data.DataContext.get_current()

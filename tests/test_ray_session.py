@@ -1,0 +1,31 @@
+"""The Ray that a job starts on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+LISTENING = """
+import json, psutil
+from cbtm_ray.ray_session import ray_session
+with ray_session(local_cpus=1):
+    import ray
+    ray.get(ray.remote(lambda: 1).remote())
+    connections = [c for p in psutil.Process().children(recursive=True) for c in p.net_connections("tcp")]
+    print(json.dumps([c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]))
+"""
+
+
+@pytest.mark.ray
+def test_a_local_ray_listens_on_this_machine_alone() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    found = subprocess.run(
+        [sys.executable, "-c", LISTENING], env=environment, capture_output=True, text=True, check=True
+    )
+    addresses = json.loads(found.stdout)
+    assert len(addresses) > 5
+    assert {address.removeprefix("::ffff:") for address in addresses} == {"127.0.0.1"}
