@@ -1,7 +1,6 @@
 """`serve run serve.app:build run_dir=runs/quickstart`: the arguments, and how the deployments hang together."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `serve run` makes the arguments of the class that it finds in the annotation.
 from typing import Any
 
 from ray.serve import Application

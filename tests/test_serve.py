@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import shutil
 import time
@@ -93,6 +94,11 @@ def group() -> dict[str, Any]:
 
 
 # What a completion is
+
+
+def test_serve_run_finds_the_class_of_the_arguments() -> None:
+    """It reads the annotation as it stands, where a postponed one would be text, and `build` would be given a dict."""
+    assert inspect.signature(build).parameters["arguments"].annotation is AppArguments
 
 
 def test_greedy_text_is_that_of_the_library(endpoint: openai.OpenAI, ensemble: Ensemble, tokenizer: Any) -> None:
