@@ -175,7 +175,7 @@ def test_more_domains_than_steps_are_refused(controls_run: Run) -> None:
 def test_results_have_the_controls_after_the_ensemble(controls_run: Run) -> None:
     rows = files.read_json(controls_run.uri("evaluation", "results.json"))["rows"]
     systems = [row["system"] for row in rows]
-    assert systems == sorted(systems, key=["seed", "dense", "cbtm", *CONTROLS].index)
+    assert systems == sorted(systems, key=["seed", "dense", "moe", "cbtm", *SPLITS].index)
     found = {control: {(r["routing"], r["top_k"]) for r in rows if r["system"] == control} for control in CONTROLS}
     assert found.pop("moe") == {(None, 2)}
     assert found == {

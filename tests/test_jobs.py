@@ -124,7 +124,7 @@ def write_config(tmp_path: Path, **changes: dict) -> Path:
         (["train.total_token=5"], "train.total_token is not a key. Did you mean train.total_tokens?"),
         (
             ["corpus.text_column=body"],
-            "corpus.text_column='body' is not in part-0.jsonl:1, which has id, text, domain.",
+            ":1, which has id, text, domain. Set corpus.text_column to one of these.",  # of the shard read first
         ),
     ],
 )
