@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import struct
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from cbtm_ray.cli import refuse
 from cbtm_ray.models import save_model
@@ -17,17 +18,28 @@ def convert(gguf_file: Path, uri: str) -> int:
     """Write model (float32, whatever it was quantised to) and tokenizer to a folder; how many parameters it has.
 
     Raises:
-        ValueError: it is not such a file, or the package gguf is not installed.
+        ValueError: it is not such a file, or the packages gguf and accelerate are not installed.
     """
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        whole = GgufConfig(dequantize=True)  # else weights may stay in blocks, which cannot be trained
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=whole)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError, ImportError, struct.error) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{gguf_file} cannot be read as a model: {first}") from error
-    save_model(model, tokenizer, uri)
+    save_model(_plain(model), tokenizer, uri)
     return model.num_parameters()
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model without the word that it came from quantised weights, for which transformers would not save it."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    return plain
 
 
 def main(description: str | None) -> int:

@@ -1,4 +1,4 @@
-"""Make a Hugging Face folder of a GGUF file, which holds a model and its tokenizer. Needs the package gguf."""
+"""Make a Hugging Face folder of a GGUF file, which holds a model and its tokenizer. Needs gguf and accelerate."""
 
 import sys
 
