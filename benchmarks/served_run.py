@@ -1,0 +1,54 @@
+"""A finished run of random experts, as the endpoint reads it, for benchmarks that train nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.decoding import SIZES, make_experts
+from cbtm_ray import files
+from cbtm_ray.branch import DENSE, expert_folder
+from cbtm_ray.config import EmbedConfig
+from cbtm_ray.embed import TokenTfidf, save_embedder, silent_tokens
+from cbtm_ray.installed_docs import package_documents
+from cbtm_ray.models import save_model
+from cbtm_ray.tokens import encode, save_tokenizer, train_tokenizer
+
+PACKAGE, PACKAGE_BYTES = "numpy", 1_500_000
+DIMENSIONS = 100
+SETTINGS = {"temperature": 0.5, "beta": 0.1, "gamma": 0.9}
+PREFIX_TOKENS = 16
+
+
+def read_texts() -> list[str]:
+    """Documents that every installation has."""
+    return [document.text for document in package_documents(PACKAGE, PACKAGE_BYTES)]
+
+
+def make_run(folder: Path, size: str, seed: int) -> str:
+    """Write experts of a size of benchmarks/decoding.py, one model beside them as the dense control, and what routes.
+
+    Tokenizer and embedder are fitted on documents; the centres are those of a document each.
+    """
+    texts = read_texts()
+    tokenizer = train_tokenizer(texts, SIZES[size]["vocab_size"])
+    if len(tokenizer) != SIZES[size]["vocab_size"]:
+        raise ValueError(f"size={size} needs more text than {PACKAGE} has for its vocabulary. Choose a smaller one.")
+    documents = encode(tokenizer, texts)
+    experts = make_experts(size, seed)
+    for cluster, model in enumerate(experts):
+        save_model(model, tokenizer, files.join(str(folder), expert_folder(cluster)))
+    save_model(experts[0], tokenizer, str(folder / DENSE))
+    save_tokenizer(tokenizer, str(folder / "tokenizer"))
+    embedder = TokenTfidf.fit(documents, silent_tokens(tokenizer), dimensions=DIMENSIONS, random_state=seed)
+    save_embedder(embedder, EmbedConfig(dimensions=DIMENSIONS), str(folder / "clusterer" / "embedder"))
+    chosen = np.random.default_rng(seed).permutation(len(documents))[: len(experts)]
+    files.write_array(str(folder / "clusterer" / "centers.npy"), embedder.transform([documents[i] for i in chosen]))
+    clusters = [{"cluster": k, "top_terms": [], "documents": 0} for k in range(len(experts))]
+    row = {"system": "cbtm", "routing": "posterior", "top_k": 2, "n_clusters": len(experts), "settings": SETTINGS}
+    files.write_json(str(folder / "clusterer" / "manifest.json"), {"clusters": clusters})
+    files.write_json(str(folder / "shards" / "manifest.json"), {"train": {"clusters": clusters}})
+    files.write_json(str(folder / "evaluation" / "results.json"), {"rows": [row], "prefix_tokens": PREFIX_TOKENS})
+    files.write_json(str(folder / "evaluation" / "manifest.json"), {})
+    return str(folder)
