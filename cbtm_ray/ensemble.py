@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbtm_ray import files
-from cbtm_ray.distances import squared_distances
 from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.models import load_model
 from cbtm_ray.route import posterior_scores, sparse_weights
@@ -55,11 +54,13 @@ class PrefixRouter:
         self.observed = 0
         """Tokens whose evidence has been taken in, at most `length`."""
         self._evidence_K = np.zeros(len(ensemble.experts))
-        self._context = ensemble.embedder.context()
+        self._context, self._centers_KD = ensemble.embedder.context(), ensemble.centers_KD.numpy()
 
     def weights(self) -> np.ndarray:
         """Weights for the next token, (K,): 0 for all but `top_k` of the experts that run."""
-        return sparse_weights(self._scores(), self.top_k)[0]
+        scores_1K = self._scores()
+        ranked = len(self.running) > self.top_k  # else the others have no weight already, and ranking takes longest
+        return sparse_weights(scores_1K, self.top_k if ranked else scores_1K.size)[0]
 
     def read(self, token: int) -> None:
         """Take in the next token, O(D)."""
@@ -81,13 +82,13 @@ class PrefixRouter:
             self.running = sorted(int(expert) for expert in best)
 
     def _scores(self) -> np.ndarray:
-        h_1D = torch.from_numpy(self._context.embedding()[None])
-        distances_1K = squared_distances(h_1D, self.ensemble.centers_KD).numpy()
         settings = self.ensemble.settings
-        scores_1K = np.full(distances_1K.shape, -np.inf)
-        scores_1K[:, self.running] = posterior_scores(
-            distances_1K, self._evidence_K[None], settings["temperature"], settings["beta"]
-        )[:, self.running]
+        # Of one context, and in numpy: PyTorch takes longer to begin than this takes.
+        offsets_KD = self._context.embedding() - self._centers_KD
+        distances_K = np.einsum("kd,kd->k", offsets_KD, offsets_KD)
+        found_K = posterior_scores(distances_K, self._evidence_K, settings["temperature"], settings["beta"])
+        scores_1K = np.full((1, len(found_K)), -np.inf)
+        scores_1K[0, self.running] = found_K[self.running]
         return scores_1K
 
 

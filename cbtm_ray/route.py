@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.signal import lfilter
-from scipy.special import softmax
 
 
 def embedding_scores(squared_distances_TK: np.ndarray, temperature: float, *, legacy_d4: bool = False) -> np.ndarray:
@@ -69,4 +68,5 @@ def sparse_weights(scores_TK: np.ndarray, top_k: int) -> np.ndarray:
         order_TK = np.argsort(-scores_TK, axis=1, kind="stable")
         scores_TK = scores_TK.copy()
         np.put_along_axis(scores_TK, order_TK[:, top_k:], -np.inf, axis=1)
-    return softmax(scores_TK, axis=1)
+    weights_TK = np.exp(scores_TK - scores_TK.max(axis=1, keepdims=True))
+    return weights_TK / weights_TK.sum(axis=1, keepdims=True)
