@@ -2,6 +2,7 @@
 # The virtual environment is made once and installed into only when a requirements file changes.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all check fix serve validate-cluster clean
 
@@ -15,10 +16,10 @@ validate-cluster: .venv/runtime
 	$(BIN)/python -m jobs.validate_cluster cluster.yaml cluster-gcp.yaml $(wildcard kuberay/*.yaml)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: .venv/dev
 	$(BIN)/ruff check

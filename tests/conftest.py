@@ -1,13 +1,15 @@
-"""One Ray for the whole session, and one small finished run that many tests look at."""
+"""One Ray for each of the two processes that share the tests out file by file, and one small finished run for both."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 
 from cbtm_ray.config import Config
 from cbtm_ray.load_config import build_config
@@ -18,6 +20,15 @@ from tests.tiny import tiny_tree, write_corpus
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)  # toy tensors; more threads only wait for each other
+
+# One process begins with the finished run, the other with what takes long without it; files of seconds come last.
+LONGEST_FIRST = ("branch", "distributed", "object_store", "sweep", "partition", "parallel", "ray_session", "controls",
+                 "jobs", "serve", "embed_workers", "corpus", "generate", "fewshot", "average")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -33,17 +44,25 @@ def ray_cluster() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("tiny")
-    return build_config(tiny_tree(folder / "run", write_corpus(folder / "corpus")))
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all processes of this test run have."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
 
 
 @pytest.fixture(scope="session")
-def finished_run(tiny_config: Config, ray_cluster: str) -> Run:
-    """Every stage of the tiny configuration, done."""
+def tiny_config(shared_folder: Path) -> Config:
+    with FileLock(shared_folder / "tiny.lock"):
+        return build_config(tiny_tree(shared_folder / "tiny" / "run", write_corpus(shared_folder / "tiny" / "corpus")))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_config: Config, ray_cluster: str, shared_folder: Path) -> Run:
+    """Every stage of the tiny configuration, done by the process that asks first: the other finds it finished."""
     from cbtm_ray.pipeline import run_all
 
     run = Run(tiny_config)
-    run.begin()
-    run_all(run)
+    with FileLock(shared_folder / "finished.lock"):
+        run.begin()
+        run_all(run)
     return run

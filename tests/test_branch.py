@@ -45,13 +45,12 @@ from cbtm_ray.branch import (
 )
 from cbtm_ray.branch_worker import read_sequences
 from cbtm_ray.config import Config
-from cbtm_ray.load_config import build_config, dump_config
+from cbtm_ray.load_config import dump_config
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import Run, Unfinished
 from cbtm_ray.tokens import load_tokenizer, read_documents
 from cbtm_ray.train import train_model
-from tests.tiny import tiny_tree, write_corpus
 
 pytestmark = pytest.mark.ray
 
@@ -107,17 +106,25 @@ def test_a_budget_by_size_follows_the_clusters_tokens_and_sums_to_the_same(tiny_
     assert [branch.spec.steps for branch in control_branches(run, "metadata")] == [1, 2, 3, 10]
 
 
-def one_cluster_run(tmp_path: Path) -> Run:
-    tree = tiny_tree(tmp_path / "run", write_corpus(tmp_path / "corpus", documents=60))
-    tree["cluster"]["n_clusters"] = 1
-    run = Run(build_config(tree))
-    for job in ("build_corpus", "fit_clusters", "partition_corpus"):
+def one_cluster_run(finished_run: Run, folder: Path) -> Run:
+    """The corpus and tokenizer of the finished run, and one cluster of all its documents."""
+    config = finished_run.config
+    run = Run(
+        dataclasses.replace(
+            config,
+            run=dataclasses.replace(config.run, dir=str(folder)),
+            cluster=dataclasses.replace(config.cluster, n_clusters=1),
+        )
+    )
+    for name in ("corpus", "tokenizer"):
+        shutil.copytree(finished_run.uri(name), run.uri(name))
+    for job in ("fit_clusters", "partition_corpus"):
         run_job(run, job)
     return run
 
 
-def test_one_expert_is_given_what_the_dense_control_is_given(tmp_path: Path, ray_cluster: str) -> None:
-    run = one_cluster_run(tmp_path)
+def test_one_expert_is_given_what_the_dense_control_is_given(finished_run: Run, tmp_path: Path) -> None:
+    run = one_cluster_run(finished_run, tmp_path)
     dense, expert = expert_branches(run)
     assert expert == dataclasses.replace(dense, cluster=0, spec=dataclasses.replace(dense.spec, name=expert_folder(0)))
     theirs, ours = (list(read_documents(run.uri("shards"), "train", branch.cluster)) for branch in (dense, expert))
@@ -126,8 +133,8 @@ def test_one_expert_is_given_what_the_dense_control_is_given(tmp_path: Path, ray
 
 
 @pytest.mark.slow
-def test_one_cluster_is_the_dense_control(tmp_path: Path, ray_cluster: str) -> None:
-    run = one_cluster_run(tmp_path)
+def test_one_cluster_is_the_dense_control(finished_run: Run, tmp_path: Path) -> None:
+    run = one_cluster_run(finished_run, tmp_path)
     for job in ("train_seed", "train_experts"):
         run_job(run, job)
     expert, dense = (files.read_bytes(run.uri(name, "model.safetensors")) for name in (expert_folder(0), DENSE))
@@ -262,7 +269,7 @@ def kill_training_worker(manifest: Path, checkpoints: Path, killed: list[int]) -
 @pytest.mark.timeout(200)
 def test_a_killed_worker_resumes_to_the_weights_of_undisturbed_training(finished_run: Run) -> None:
     template = branch_of(finished_run, "extra/victim")
-    spec = dataclasses.replace(template.spec, steps=1200, checkpoint_every=300)
+    spec = dataclasses.replace(template.spec, steps=400, checkpoint_every=100)
     branches = [
         dataclasses.replace(template, cluster=cluster, spec=dataclasses.replace(spec, name=f"extra/victim-{cluster}"))
         for cluster in (0, 1)

@@ -21,7 +21,7 @@ from cbtm_ray.config import CONTROLS, SPLIT_CONTROLS
 from cbtm_ray.controls import control_centers, partition_control, random_clusters
 from cbtm_ray.embed import load_clusterer
 from cbtm_ray.models import load_model
-from cbtm_ray.pipeline import run_all
+from cbtm_ray.pipeline import run_all, run_job
 from cbtm_ray.results import held_out_documents
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import PackedSequences, load_tokenizer, read_documents
@@ -41,8 +41,11 @@ def test_a_random_cluster_depends_on_the_seed_and_the_id_alone() -> None:
 
 
 @pytest.fixture(scope="module")
-def controls_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A copy of the finished run without its evaluation, continued with all controls; `before.json` has its files' times."""
+def parted_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A copy of the finished run without its evaluation, whose documents have their clusters of every control.
+
+    `before.json` has its files' times.
+    """
     folder = tmp_path_factory.mktemp("controls") / "run"
     shutil.copytree(
         finished_run.dir, folder, ignore=shutil.ignore_patterns("evaluation", "checkpoints", "extra", "average")
@@ -57,9 +60,16 @@ def controls_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) ->
         )
     )
     run.begin()
-    run_all(run)
+    run_job(run, "partition_corpus")
     (folder / "before.json").write_text(json.dumps(times))
     return run
+
+
+@pytest.fixture(scope="module")
+def controls_run(parted_run: Run) -> Run:
+    """That run continued to its end."""
+    run_all(parted_run)
+    return parted_run
 
 
 def shard_rows(run: Run) -> list[dict]:
@@ -73,6 +83,7 @@ def partition_rows(run: Run, control: str) -> list[dict]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_what_was_finished_is_left_as_it_was(controls_run: Run) -> None:
     before = json.loads((Path(controls_run.dir) / "before.json").read_text())
     changed = {Path(path).name for path, time in before.items() if os.stat(path).st_mtime_ns != time}
@@ -80,31 +91,31 @@ def test_what_was_finished_is_left_as_it_was(controls_run: Run) -> None:
 
 
 @pytest.mark.ray
-def test_every_training_document_has_its_cluster_of_every_control(controls_run: Run) -> None:
-    rows = shard_rows(controls_run)
+def test_every_training_document_has_its_cluster_of_every_control(parted_run: Run) -> None:
+    rows = shard_rows(parted_run)
     ids = [row["id"] for row in rows]
-    found = {control: partition_rows(controls_run, control) for control in SPLIT_CONTROLS}
+    found = {control: partition_rows(parted_run, control) for control in SPLIT_CONTROLS}
     assert all([row["id"] for row in named] == ids for named in found.values())
     clusters = {control: [row["cluster"] for row in named] for control, named in found.items()}
-    assert clusters["random"] == random_clusters(ids, 2, controls_run.config.run.seed).tolist()
+    assert clusters["random"] == random_clusters(ids, 2, parted_run.config.run.seed).tolist()
     assert clusters["metadata"] == [sorted(DOMAINS).index(row["domain"]) for row in rows]
-    embedder, _ = load_clusterer(controls_run.uri("clusterer"), load_tokenizer(controls_run.uri("tokenizer")))
+    embedder, _ = load_clusterer(parted_run.uri("clusterer"), load_tokenizer(parted_run.uri("tokenizer")))
     embeddings_ND = embedder.transform([np.array(row["tokens"]) for row in rows])
-    centers_KD = control_centers(controls_run, "unbalanced").numpy()
+    centers_KD = control_centers(parted_run, "unbalanced").numpy()
     distances_NK = ((embeddings_ND[:, None] - centers_KD) ** 2).sum(axis=2)
     assert clusters["unbalanced"] == distances_NK.argmin(axis=1).tolist()
     means_KD = [embeddings_ND[np.array(clusters["metadata"]) == k].mean(axis=0) for k in range(4)]
-    np.testing.assert_allclose(control_centers(controls_run, "metadata"), means_KD, atol=1e-6)
+    np.testing.assert_allclose(control_centers(parted_run, "metadata"), means_KD, atol=1e-6)
 
 
 @pytest.mark.ray
-def test_the_clusters_of_a_control_are_all_documents_once(controls_run: Run) -> None:
-    every = sorted(row["tokens"] for row in shard_rows(controls_run))
+def test_the_clusters_of_a_control_are_all_documents_once(parted_run: Run) -> None:
+    every = sorted(row["tokens"] for row in shard_rows(parted_run))
     for control, n_clusters in SPLITS.items():
-        manifest = controls_run.need(partition_folder(control), "partition_corpus")
+        manifest = parted_run.need(partition_folder(control), "partition_corpus")
         assert manifest["n_clusters"] == n_clusters
-        uris = controls_run.uri("shards"), "train"
-        partition_uri = controls_run.uri(partition_folder(control))
+        uris = parted_run.uri("shards"), "train"
+        partition_uri = parted_run.uri(partition_folder(control))
         documents = [list(read_documents(*uris, k, partition_uri)) for k in range(n_clusters)]
         assert sorted(tokens.tolist() for cluster in documents for tokens in cluster) == every
         counted = [(cluster["documents"], cluster["tokens"]) for cluster in manifest["clusters"]]
@@ -112,6 +123,7 @@ def test_the_clusters_of_a_control_are_all_documents_once(controls_run: Run) -> 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("control", ["random", "metadata"])
 def test_an_expert_of_a_control_is_the_seed_trained_on_its_documents(controls_run: Run, control: str) -> None:
     """Without Ray, on documents picked by hand."""
@@ -135,6 +147,7 @@ def test_an_expert_of_a_control_is_the_seed_trained_on_its_documents(controls_ru
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_every_control_has_the_budget_of_the_dense_one(controls_run: Run) -> None:
     dense = controls_run.manifest(DENSE)["train_tokens"]
     for control, n_clusters in SPLITS.items():
@@ -145,6 +158,7 @@ def test_every_control_has_the_budget_of_the_dense_one(controls_run: Run) -> Non
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_mixture_of_experts_is_the_upcycled_seed_trained_like_the_dense_control(controls_run: Run) -> None:
     """Without Ray, on all documents; its cost is that of the two experts that run."""
     [branch] = control_branches(controls_run, "moe")
@@ -164,14 +178,15 @@ def test_the_mixture_of_experts_is_the_upcycled_seed_trained_like_the_dense_cont
 
 
 @pytest.mark.ray
-def test_more_domains_than_steps_are_refused(controls_run: Run) -> None:
-    train = dataclasses.replace(controls_run.config.train, total_tokens=3 * 128)
-    run = Run(dataclasses.replace(controls_run.config, train=train))
+def test_more_domains_than_steps_are_refused(parted_run: Run) -> None:
+    train = dataclasses.replace(parted_run.config.train, total_tokens=3 * 128)
+    run = Run(dataclasses.replace(parted_run.config, train=train))
     with pytest.raises(ValueError, match=r"total_tokens=384 must give each of 4 experts .* raise it to 512\."):
         control_branches(run, "metadata")
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_results_have_the_controls_after_the_ensemble(controls_run: Run) -> None:
     rows = files.read_json(controls_run.uri("evaluation", "results.json"))["rows"]
     systems = [row["system"] for row in rows]
@@ -192,6 +207,7 @@ def test_results_have_the_controls_after_the_ensemble(controls_run: Run) -> None
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_uniform_routing_of_the_random_experts_by_hand(controls_run: Run) -> None:
     documents = held_out_documents(controls_run)
     reported_T = np.repeat(~documents.for_tuning, [len(tokens) for tokens in documents.tokens])
@@ -203,6 +219,7 @@ def test_uniform_routing_of_the_random_experts_by_hand(controls_run: Run) -> Non
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_controls_are_in_the_table_the_report_and_the_metrics(controls_run: Run, capsys: pytest.CaptureFixture) -> None:
     findings.print_results(controls_run)
     table = capsys.readouterr().out
@@ -219,11 +236,9 @@ def test_controls_are_in_the_table_the_report_and_the_metrics(controls_run: Run,
 
 
 @pytest.mark.ray
-def test_a_document_without_a_domain_is_refused_by_its_id(controls_run: Run, tmp_path: Path) -> None:
-    run = Run(
-        dataclasses.replace(controls_run.config, run=dataclasses.replace(controls_run.config.run, dir=str(tmp_path)))
-    )
-    shutil.copytree(controls_run.uri("shards"), run.uri("shards"))
+def test_a_document_without_a_domain_is_refused_by_its_id(parted_run: Run, tmp_path: Path) -> None:
+    run = Run(dataclasses.replace(parted_run.config, run=dataclasses.replace(parted_run.config.run, dir=str(tmp_path))))
+    shutil.copytree(parted_run.uri("shards"), run.uri("shards"))
     part = sorted(Path(run.uri("shards", "train")).glob("*.parquet"))[-1]
     table = pq.read_table(part)
     domains = pa.array([None, *table["domain"].to_pylist()[1:]], pa.string())

@@ -179,6 +179,7 @@ def check_same_end(folder: Path, undisturbed: Run) -> None:
     assert files.read_json(str(folder / "evaluation" / "results.json"))["rows"] == rows(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_driver_killed_among_its_experts_continues_to_the_same_artefacts(
     tmp_path: Path, finished_run: Run, ray_cluster: str
 ) -> None:
