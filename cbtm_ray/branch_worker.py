@@ -20,6 +20,7 @@ import torch
 from cbtm_ray import files, flops, parallel
 from cbtm_ray.checkpoints import Checkpoints
 from cbtm_ray.run import Run, no_space_left
+from cbtm_ray.trackers import tracking
 from cbtm_ray.train import train_model
 
 if TYPE_CHECKING:
@@ -76,7 +77,16 @@ def _train_branch(run: Run, branch: Branch, post: Callable[[str, dict[str, Any]]
         model = upcycle(model, branch.upcycled_experts, config.run.seed)
     torch.nn.Module.to(model, ray.train.torch.get_device() if config.train.gpus_per_expert else "cpu")
     sequences, valid = read_sequences(run, branch, tokenizer.eos_token_id)
-    with closing(Checkpoints(run.uri("checkpoints", spec.name))) as checkpoints:
+    trackers = config.train.trackers if parallel.rank() == 0 else ()
+    with (
+        closing(Checkpoints(run.uri("checkpoints", spec.name))) as checkpoints,
+        tracking(trackers, config.run.dir, spec.name) as tell,
+    ):
+
+        def log(point: dict[str, Any]) -> None:
+            post(spec.name, point)
+            tell(point)
+
         curve = train_model(
             model,
             sequences,
@@ -84,7 +94,7 @@ def _train_branch(run: Run, branch: Branch, post: Callable[[str, dict[str, Any]]
             valid=valid,
             state=checkpoints.last(),
             save=partial(_save, run, spec.name, checkpoints),
-            log=partial(post, spec.name),
+            log=log,
             leaving=_leaving,
         )
     whole = parallel.whole_model(model)

@@ -39,7 +39,7 @@ _STRICT = ConfigDict(extra="forbid")
 EXECUTION_FIELDS = frozenset(
     {"run.dir", "run.shared", "embed.batch_documents", "embed.gpus", "cluster.actors", "cluster.gpus_per_actor",
      "seed_model.cpus", "train.slots", "train.experts_per_run", "train.cpus_per_expert", "train.gpus_per_expert",
-     "train.workers_per_expert", "train.parallel", "train.tensorboard", "train.log_every",
+     "train.workers_per_expert", "train.parallel", "train.tensorboard", "train.trackers", "train.log_every",
      "train.checkpoint_every", "train.notice_every", "train.max_failures", "train.micro_batch_size",
      "train.activation_checkpointing", "train.compile", "train.clusters", "train.evaluate_every",
      "train.evaluate_sequences", "evaluate.batch_tokens", "sweep.clusters", "sweep.total_tokens", "sweep.dense_runs"}
@@ -228,6 +228,8 @@ class TrainConfig:
     """Optimiser steps between two points of the training curve."""
     tensorboard: bool = False
     """Write every curve to `run.dir`/tensorboard too, with each checkpoint and at the end."""
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """Who is told every point of every curve as it comes; to be installed and set up on the nodes, see `trackers.py`."""
     checkpoint_every: Count = 200
     """Optimiser steps between two checkpoints: what a killed worker loses at most."""
     notice_every: Count = 10
