@@ -16,10 +16,13 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Self
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
+from sklearn.utils.validation import check_array, check_is_fitted
 from torch import Tensor
 
 from cbtm_ray.distances import squared_distances
@@ -51,6 +54,9 @@ MOLTEN = 100.0  # no spread of prices needs more
 GAP = 1e-6  # relative gap at which the rounding is taken as optimal: float32 distances resolve no more
 SEED_ROWS = 64  # rows a cluster in the sample that k-means++ starts from
 MAX_STEPS = 40  # dual steps at one temperature
+LARGEST_SQUARES = 1e37  # of all embeddings together: float32 holds no distances of larger ones
+
+RandomState = int | np.random.Generator | np.random.RandomState | None
 
 
 def fit_prices(shards: Shards, centres: Tensor | None, prices: Tensor, hottest: float) -> tuple[Tensor, float, float]:
@@ -199,7 +205,8 @@ class Progress:
 def check_documents(shards: Shards, n_clusters: int) -> tuple[list[int], float]:
     """Documents in each shard, and their variance averaged over dimensions (the unit of `tol`, as in scikit-learn).
 
-    Raises ValueError if there are fewer documents than clusters, an embedding is not finite, or shards differ in D.
+    Raises ValueError if there are fewer documents than clusters, an embedding is not finite or too large, or shards differ
+    in D.
     """
     parts = shards.each(moments)
     dimensions = sorted({len(sums) for _, sums, _ in parts})
@@ -207,13 +214,16 @@ def check_documents(shards: Shards, n_clusters: int) -> tuple[list[int], float]:
         raise ValueError(f"embeddings have {dimensions} dimensions, but must all have as many. Embed all shards again.")
     n, sums, squares = add_up(parts)
     _check_counts(n, n_clusters)
-    if not squares.isfinite().all():
-        raise ValueError("embeddings must be finite, but some are NaN or infinite. Find the documents they come from.")
+    if not squares.sum() < LARGEST_SQUARES:
+        raise ValueError(
+            f"embeddings must be finite with squares that sum to less than {LARGEST_SQUARES:g}, but some are NaN, infinite or "
+            "too large. Find the documents they come from."
+        )
     return [count for count, _, _ in parts], float((squares / n - (sums / n) ** 2).mean())
 
 
 @one_thread()
-def start_centres(shards: Shards, counts: list[int], n_clusters: int, random_state: int) -> Tensor:
+def start_centres(shards: Shards, counts: list[int], n_clusters: int, random_state: RandomState) -> Tensor:
     """(K, D) k-means++ centres from a seeded sample of rows: the best of 2 + log K draws each time, as in scikit-learn.
 
     Rows are drawn by their number in the whole, so that the sample is the same however they are cut into shards.
@@ -270,10 +280,11 @@ def _check_counts(n: int, n_clusters: int) -> None:
         )
 
 
-class BalancedKMeans:
-    """k-means with equal cluster sizes while fitting, in scikit-learn's contract.
+class BalancedKMeans(TransformerMixin, ClusterMixin, BaseEstimator):
+    """k-means with equal cluster sizes while fitting, a scikit-learn estimator.
 
-    Parameters as in `sklearn.cluster.KMeans`; `balanced=False` is plain k-means. After `fit`:
+    Parameters as in `sklearn.cluster.KMeans`, but `random_state` may be a numpy Generator too; `balanced=False` is plain
+    k-means. After `fit`:
 
     cluster_centers_ : ndarray (K, D) float32
     labels_ : ndarray (N,) int32, with sizes that differ by at most 1 if balanced
@@ -281,10 +292,19 @@ class BalancedKMeans:
     n_iter_ : Lloyd iterations
     gap_ : relative gap of `labels_` to the dual lower bound at these centres; 0.0 if not balanced
     imbalance_ : max_j |K load_j - 1| of the soft loads behind the last means; NaN if not balanced
+    n_features_in_ : D
+
+    `fit_predict` gives `labels_`; `predict` is not balanced and may differ from them.
     """
 
     def __init__(
-        self, n_clusters: int, *, balanced: bool = True, max_iter: int = 50, tol: float = 1e-4, random_state: int = 0
+        self,
+        n_clusters: int,
+        *,
+        balanced: bool = True,
+        max_iter: int = 50,
+        tol: float = 1e-4,
+        random_state: RandomState = 0,
     ) -> None:
         self.n_clusters = n_clusters
         self.balanced = balanced
@@ -293,7 +313,11 @@ class BalancedKMeans:
         self.random_state = random_state
 
     def fit(self, X: np.ndarray | Tensor, y: None = None) -> Self:
-        """Fit to embeddings (N, D). Raises ValueError if N < K, or X is not finite or not two-dimensional."""
+        """Fit to embeddings (N, D) of any real type.
+
+        Raises ValueError if N < K, a parameter is out of bounds, or X is not two-dimensional, finite and dense.
+        """
+        self._check_parameters()
         shards = LocalShards(cut(_as_points(X)))
         *_, state = self.iterations(shards)
         return self.finish(shards, state)
@@ -319,6 +343,7 @@ class BalancedKMeans:
         self.labels_, self.inertia_ = labels, float(cost)
         self.cluster_centers_ = state.centres.numpy()
         self.n_iter_, self.imbalance_ = state.iteration, state.imbalance
+        self.n_features_in_ = state.centres.shape[1]
         return self
 
     def predict(self, X: np.ndarray | Tensor) -> np.ndarray:
@@ -332,20 +357,42 @@ class BalancedKMeans:
         return np.concatenate(shards.each(distances_step, centres))
 
     def _ready(self, X: np.ndarray | Tensor) -> tuple[Shards, Tensor]:
-        if not hasattr(self, "cluster_centers_"):
-            raise ValueError("this BalancedKMeans is not fitted yet. Call fit first.")
+        check_is_fitted(self)
         points, centres = _as_points(X), torch.from_numpy(self.cluster_centers_)
         if points.shape[1] != centres.shape[1]:
             raise ValueError(
                 f"embeddings have {points.shape[1]} dimensions, but must have {centres.shape[1]} as the centres do. "
                 "Embed the documents as those of the fit."
             )
+        if len(points) and not np.isfinite([float(end) for end in points.aminmax()]).all():
+            raise ValueError(
+                "embeddings must be finite, but some are NaN or infinite. Find the documents they come from."
+            )
         return LocalShards(cut(points)), centres
+
+    def _check_parameters(self) -> None:
+        for name in ("n_clusters", "max_iter"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1, a whole number.")
+        if not isinstance(self.tol, Real) or not self.tol >= 0:
+            raise ValueError(f"tol={self.tol!r} must be a number of at least 0.")
+        try:
+            np.random.default_rng(self.random_state)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"random_state={self.random_state!r} must be a whole number of at least 0, a numpy Generator or RandomState, "
+                "or None."
+            ) from error
 
 
 def _as_points(X: np.ndarray | Tensor) -> Tensor:
+    """Float32 (N, D) of a tensor, where it is, or of whatever scikit-learn takes for an array. ValueError if it is none."""
     if not isinstance(X, Tensor):
-        X = torch.from_numpy(np.require(X, np.float32, ["C", "W"]))
+        array = check_array(
+            X, dtype=np.float32, ensure_2d=False, allow_nd=True, ensure_all_finite=False, ensure_min_samples=0
+        )
+        X = torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
     if X.ndim != 2:
         raise ValueError(f"embeddings have shape {tuple(X.shape)}, but must be (documents, dimensions).")
-    return X.float()
+    return X.detach().float()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_matrix
+from sklearn.base import clone
 from sklearn.cluster import KMeans
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import check_estimator
 
 from cbtm_ray import cluster
 from cbtm_ray.cluster import BalancedKMeans, assign_points, balanced_assignment
@@ -199,6 +206,65 @@ def test_bad_input_is_refused() -> None:
     uneven = LocalShards([Shard(torch.zeros(4, dim)) for dim in (2, 3)])
     with pytest.raises(ValueError, match=r"embeddings have \[2, 3\] dimensions, but must all have as many"):
         cluster.check_documents(uneven, 2)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        ({"n_clusters": 2.0}, "n_clusters=2.0 must be at least 1, a whole number"),
+        ({"n_clusters": True}, "n_clusters=True must be at least 1, a whole number"),
+        ({"max_iter": 0}, "max_iter=0 must be at least 1, a whole number"),
+        ({"tol": -1e-4}, "tol=-0.0001 must be a number of at least 0"),
+        ({"tol": np.nan}, "tol=nan must be a number of at least 0"),
+        ({"random_state": -1}, "random_state=-1 must be a whole number of at least 0, a numpy Generator"),
+        ({"random_state": "0"}, "random_state='0' must be a whole number of at least 0, a numpy Generator"),
+    ],
+)
+def test_a_parameter_out_of_bounds_is_refused(parameter: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BalancedKMeans(**{"n_clusters": 2, **parameter}).fit(blobs(20))
+
+
+def test_what_is_no_finite_dense_matrix_of_real_numbers_is_refused() -> None:
+    model = BalancedKMeans(2).fit(blobs(20))
+    for value in (np.nan, -np.inf):
+        for use in (model.predict, model.transform):
+            with pytest.raises(ValueError, match="embeddings must be finite"):
+                use(np.full((1, 5), value, "f4"))
+    with pytest.raises(ValueError, match="embeddings must be finite with squares that sum to less than 1e"):
+        BalancedKMeans(2).fit(1e20 * blobs(20))  # finite, but its squared distances are not
+    with pytest.raises(ValueError, match=r"0 feature\(s\) \(shape=\(20, 0\)\) while a minimum of 1"):
+        BalancedKMeans(2).fit(np.zeros((20, 0)))
+    with pytest.raises(ValueError, match="Complex data not supported"):
+        BalancedKMeans(2).fit(blobs(20) + 1j)
+    with pytest.raises(TypeError, match="Sparse data was passed"):
+        BalancedKMeans(2).fit(csr_matrix(blobs(20)))
+
+
+@pytest.mark.parametrize("kind", [list, np.float64, np.int64, torch.tensor])
+def test_embeddings_of_any_real_type_fit_alike(kind: Any) -> None:
+    points = np.rint(4 * blobs(40))
+    given = points.tolist() if kind is list else kind(points)
+    assert BalancedKMeans(3).fit(given).labels_.tolist() == BalancedKMeans(3).fit(points).labels_.tolist()
+
+
+@pytest.mark.parametrize("random_state", [None, np.random.RandomState(0), np.random.default_rng(0), np.int64(7)])
+def test_the_kinds_of_seed_that_scikit_learn_and_numpy_have(random_state: Any) -> None:
+    assert_balanced(BalancedKMeans(3, random_state=random_state).fit_predict(blobs(50)), 50, 3)
+
+
+def test_it_is_a_scikit_learn_estimator() -> None:
+    """All of scikit-learn's own checks, but for two messages, which are ours, and float64, which is computed as float32."""
+    results = check_estimator(BalancedKMeans(2), on_fail=None, on_skip=None)
+    assert {result["check_name"] for result in results if result["status"] == "failed"} == {
+        "check_n_features_in_after_fitting",
+        "check_fit2d_predict1d",
+        "check_transformer_preserve_dtypes",
+    }
+    assert sum(result["status"] == "passed" for result in results) > 40
+    points = blobs(60)
+    piped = make_pipeline(StandardScaler(), clone(BalancedKMeans(3, balanced=False).set_params(n_clusters=4)))
+    assert piped.fit_transform(points).shape == (60, 4)
 
 
 def test_no_documents_have_no_labels() -> None:
