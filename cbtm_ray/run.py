@@ -132,6 +132,16 @@ class Run:
         files.write_json(self.uri(folder, "manifest.json"), manifest)
         return manifest
 
+    def _untie(self, stage: str) -> None:
+        """Forget the settings of a stage that refused its input before it made anything: the mended one is welcome there.
+
+        Not those of the experts, whose dense control and checkpoints lie in other folders.
+        """
+        if stage == "experts" or files.list_files(self.uri("checkpoints", stage)):
+            return
+        if files.list_files(self.uri(stage)) == [settings_uri := self.uri(stage, "settings.json")]:
+            files.delete(settings_uri)
+
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """Run `work` unless the stage is finished; its manifest, and whether it ran now.
 
@@ -142,7 +152,11 @@ class Run:
             return done, False
         started = time.perf_counter()
         self.start(name)
-        manifest = work()
+        try:
+            manifest = work()
+        except ValueError:
+            self._untie(name)
+            raise
         return self.finish(name, {**manifest, "seconds": round(time.perf_counter() - started, 1)}), True
 
 

@@ -106,6 +106,35 @@ def test_an_unfinished_stage_refuses_another_configuration_too(tmp_path: Path) -
         run_with(tmp_path, run__seed=1).check()
 
 
+def refuse_input() -> dict[str, Any]:
+    raise ValueError("the column is called otherwise")
+
+
+def test_a_stage_that_refused_its_input_takes_the_mended_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="called otherwise"):
+        run_with(tmp_path, corpus__text_column="text").stage("corpus", refuse_input)
+    mended = run_with(tmp_path, corpus__text_column="body")
+    mended.check()
+    assert mended.stage("corpus", dict)[1]
+
+
+@pytest.mark.parametrize("there", ["seed/model.safetensors", "checkpoints/seed/step=0000000001.pt"])
+def test_a_stage_that_made_something_before_it_refused_its_input_keeps_its_settings(tmp_path: Path, there: str) -> None:
+    (tmp_path / there).parent.mkdir(parents=True)
+    (tmp_path / there).write_text("made with the first configuration")
+    with pytest.raises(ValueError, match="called otherwise"):
+        run_with(tmp_path, seed_model__hidden_size=32).stage("seed", refuse_input)
+    with pytest.raises(ValueError, match=r"seed_model\.hidden_size=64 \(the run has 32\)"):
+        run_with(tmp_path, seed_model__hidden_size=64).check()
+
+
+def test_experts_keep_their_settings_since_what_they_made_lies_elsewhere_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="called otherwise"):
+        run_with(tmp_path, train__learning_rate=0.1).stage("experts", refuse_input)
+    with pytest.raises(ValueError, match=r"train\.learning_rate=0\.2 \(the run has 0\.1\)"):
+        run_with(tmp_path, train__learning_rate=0.2).check()
+
+
 def test_every_differing_field_is_named(tmp_path: Path) -> None:
     finish(tmp_path, "clusterer")
     changed = run_with(tmp_path, embed__dimensions=7, cluster__n_clusters=3, cluster__balanced=False)
