@@ -28,6 +28,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER]
 FromZero = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
 BelowOne = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
+Text = Annotated[str, Field(pattern=r"\S")]
 
 Split = Literal["random", "unbalanced", "metadata"]
 Control = Literal[Split, "moe"]
@@ -53,9 +54,9 @@ def task_name(uri: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
-    dir: Annotated[str, Field(min_length=1)]
+    dir: Text
     """Where everything goes: a local path or a URI (s3://, gs://)."""
-    shared: tuple[str, ...] = ()
+    shared: tuple[Text, ...] = ()
     """Run directories whose corpus, tokenizer, clusters, shards and seed this run takes where they are finished and its own
     are not, the first that has one, instead of making its own. They must be of the same settings."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
@@ -64,19 +65,19 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CorpusConfig:
-    paths: tuple[str, ...] = ()
+    paths: tuple[Text, ...] = ()
     """Files or folders of documents: .jsonl, .json (both also .gz, .zst), .parquet, .txt. Empty: installed documentation."""
-    valid_paths: tuple[str, ...] = ()
+    valid_paths: tuple[Text, ...] = ()
     """Held-out documents, if the corpus has its own; else `valid_fraction` of `paths` is held out by a hash of the id."""
-    packages: tuple[str, ...] = ()
+    packages: tuple[Text, ...] = ()
     """Python packages whose documentation is the corpus when `paths` is empty; the package is the domain."""
     package_bytes: Count = 2_000_000
     """At most this many bytes of documentation from each package."""
-    text_column: str = "text"
+    text_column: Text = "text"
     """Column (or JSON key) that holds a document's text."""
-    domain_column: str | None = None
+    domain_column: Text | None = None
     """Column with a gold domain, used only to report and never to cluster. None: there is none."""
-    id_column: str | None = None
+    id_column: Text | None = None
     """Column with a unique document id. None: file name and row number."""
     valid_fraction: Annotated[float, Field(gt=0, lt=1), _NUMBER] = 0.02
     """Share of documents held out, where `valid_paths` is empty."""
@@ -85,14 +86,19 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         if bool(self.paths) == bool(self.packages):
-            raise ValueError("needs either corpus.paths or corpus.packages, one of the two")
+            raise ValueError(
+                f"corpus.paths={list(self.paths)} and corpus.packages={list(self.packages)}: give either corpus.paths or "
+                "corpus.packages, and [] for the other"
+            )
+        if len(set(self.packages)) < len(self.packages):
+            raise ValueError(f"corpus.packages={list(self.packages)} names a package twice. Keep one")
         if self.valid_paths and not self.paths:
             raise ValueError("corpus.valid_paths needs corpus.paths")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TokensConfig:
-    tokenizer: str = "train"
+    tokenizer: Text = "train"
     """'train' (byte-level BPE on the corpus sample), or a Hugging Face folder or name."""
     vocab_size: Annotated[int, Field(ge=258, strict=True)] = 2048
     """Vocabulary size of a trained tokenizer; a loaded one keeps its own."""
@@ -108,7 +114,7 @@ class EmbedConfig:
     """Dimensions of a tf-idf embedding (paper section 3.2: 100); an encoder has its own."""
     normalisation: Literal["l2", "standard"] = "l2"
     """word_tfidf: rows of unit length (the paper's code), or dimensions of mean 0 and variance 1 (the paper's text)."""
-    encoder: str | None = None
+    encoder: Text | None = None
     """sentence: a folder, URI or Hugging Face name of the encoder; its copy in the run is used from then on."""
     encoder_tokens: Count = 256
     """sentence: tokens that the encoder reads, the first of a document and the last of a context."""
@@ -144,7 +150,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SeedModelConfig:
-    name_or_path: str | None = None
+    name_or_path: Text | None = None
     """Hugging Face causal LM to start from, a folder or a name. None: a new Llama-architecture model of the sizes below."""
     hidden_size: Count = 64
     """Width of a new model."""
@@ -176,7 +182,7 @@ class TrainConfig:
     """Training budget of the whole system, which the K experts share; the dense control gets all of it."""
     budget: Literal["equal", "by_size"] = "equal"
     """How the experts share it: total/K each (the paper's rule), or in proportion to their clusters' training tokens."""
-    warm_start: Annotated[str, Field(min_length=1)] | None = None
+    warm_start: Text | None = None
     """Directory of a finished run with the same tokenizer and clusterer: experts and controls go on from its own instead of
     from the seed, with new optimisers. `total_tokens` are the new tokens."""
     clusters: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None
@@ -279,7 +285,7 @@ class EvaluateConfig:
     prefix_experts: Count | None = None
     """Experts nearest to the context that alone read the prefix in nearest_prefix routing, reported beside prefix routing.
     None: not reported."""
-    fewshot: tuple[str, ...] = ()
+    fewshot: tuple[Text, ...] = ()
     """Few-shot tasks to report accuracy on: JSONL files of examples, see `fewshot.py`."""
     fewshot_shots: Count = 8
     """Labelled examples shown in a prompt."""
@@ -301,7 +307,7 @@ class SweepConfig:
     """Numbers of clusters of `jobs.sweep_clusters`. Empty: that of cluster.n_clusters alone."""
     total_tokens: tuple[Count, ...] = ()
     """Training budgets. Empty: that of train.total_tokens alone."""
-    dense_runs: tuple[str, ...] = ()
+    dense_runs: tuple[Text, ...] = ()
     """Finished runs on the same corpus whose dense control, of a larger model say, stands in the sweep's table of costs."""
 
 

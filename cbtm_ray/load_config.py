@@ -96,6 +96,12 @@ def _explain(item: Any) -> str:
         owner = _fields(location[:-1])
         nearest = difflib.get_close_matches(location[-1], owner, n=1, cutoff=0.0)[0]
         return f"{name} is not a key. Did you mean {'.'.join([*location[:-1], nearest])}? Allowed there: {', '.join(owner)}."
+    if item["type"] == "string_pattern_mismatch":
+        return f"{name}={value!r}: must not be empty. Give it, or leave the field out."
+    if item["type"] == "tuple_type":
+        return f"{name}={value!r}: must be a list. Write it in brackets: {name}=[...]."
+    if item["type"] == "too_long":
+        return f"{name}={list(value)!r} has too many values. Give at most {item['ctx']['max_length']}."
     if item["type"] == "missing" and isinstance(item["loc"][-1], int):
         return f"{'.'.join(location[:-1])}={list(value)!r} has too few values. Give at least {item['loc'][-1] + 1}."
     if item["type"] == "missing":

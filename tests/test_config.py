@@ -140,7 +140,7 @@ def test_an_unknown_section_gets_the_nearest_one() -> None:
         ("train", "precision", "fp16", "must be 'fp32' or 'bf16'"),
         ("train", "gpus_per_expert", -0.5, "must be greater than or equal to 0"),
         ("corpus", "valid_fraction", 1.0, "must be less than 1"),
-        ("corpus", "paths", "documents", "must be a valid tuple"),
+        ("corpus", "paths", "documents", "must be a list. Write it in brackets: corpus.paths=[...]."),
         ("corpus", "text_column", 3, "must be a valid string"),
         ("tokens", "vocab_size", 257, "must be greater than or equal to 258"),
         ("tokens", "sequence_length", 7, "must be greater than or equal to 8"),
@@ -161,6 +161,22 @@ def test_a_value_out_of_bounds_or_of_another_type_is_refused(section: str, key: 
     assert str(caught.value).startswith(f"{section}.{key}={value!r}: {allowed}")
 
 
+@pytest.mark.parametrize("value", ["", "  "])
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("corpus", "text_column"), ("corpus", "domain_column"), ("tokens", "tokenizer"), ("embed", "encoder"),
+     ("seed_model", "name_or_path"), ("train", "warm_start"), ("run", "dir")],
+)  # fmt: skip
+def test_an_empty_name_is_refused(section: str, key: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{section}\.{key}={value!r}: must not be empty\. Give it, or leave "):
+        build_config(tree(**{section: {key: value}}))
+
+
+def test_an_empty_path_which_would_be_the_working_directory_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^corpus\.paths\.1='': must not be empty"):
+        build_config(tree(corpus={"paths": ["a", ""]}))
+
+
 @pytest.mark.parametrize("key", ["learning_rate", "weight_decay"])
 def test_infinity_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"train\.{key}=inf"):
@@ -177,9 +193,9 @@ def test_one_beta_is_too_few() -> None:
         build_config(tree(train={"betas": [0.9]}))
 
 
-def test_an_empty_run_directory_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^run\.dir='': String should have at least 1 character"):
-        build_config(tree(run={"dir": ""}))
+def test_three_betas_are_too_many() -> None:
+    with pytest.raises(ValueError, match=r"^train\.betas=\[0\.9, 0\.9, 0\.9\] has too many values\. Give at most 2\.$"):
+        build_config(tree(train={"betas": [0.9, 0.9, 0.9]}))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +253,10 @@ def test_a_section_must_hold_keys() -> None:
     [
         ({"corpus": {"packages": ["numpy"]}}, r"either corpus\.paths or corpus\.packages"),
         ({"corpus": {"paths": []}}, r"either corpus\.paths or corpus\.packages"),
+        (
+            {"corpus": {"paths": [], "packages": ["x", "y", "x"]}},
+            r"^corpus\.packages=\['x', 'y', 'x'\] names a package twice\. Keep one\.$",
+        ),
         (
             {"corpus": {"paths": [], "packages": ["x"], "valid_paths": ["v"]}},
             r"corpus\.valid_paths needs corpus\.paths",
