@@ -7,6 +7,7 @@ import errno
 import sys
 
 from cbtm_ray import files, progress
+from cbtm_ray.inputs import check_inputs
 from cbtm_ray.load_config import dump_config, load_config
 from cbtm_ray.ray_session import ray_session
 from cbtm_ray.run import Run, Unfinished, no_space_left
@@ -26,6 +27,7 @@ def main(description: str, job: str, arguments: list[str] | None = None) -> int:
             return 0
         run = Run(config)
         run.begin()
+        check_inputs(run)
         with ray_session():
             # Imported only now: it takes seconds, which a mistyped key need not wait for.
             from cbtm_ray import pipeline, sweep

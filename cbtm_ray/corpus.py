@@ -34,7 +34,7 @@ def build_corpus(run: Run) -> dict[str, Any]:
     if config.corpus.packages:
         write_installed_docs(run)
     corpus, shards = corpus_shards(run)
-    sample: list[tuple[float, str, Document]] = []
+    sample = Sample(config.corpus, config.run.seed)
     scanned: dict[str, dict[str, Any]] = {}
     tasks = [{**asdict(shard), "split": split} for split, listed in shards.items() for shard in listed]
     with progress.bar("build_corpus", len(tasks), "shards") as done:
@@ -44,11 +44,11 @@ def build_corpus(run: Run) -> dict[str, Any]:
         for row in scan.iter_rows():
             scanned[f"{row['split']}:{row['names'][0]}"] = row
             for document in row.pop("sample"):
-                _offer(sample, Document(**document), config.run.seed, corpus.sample_documents)
+                sample.offer(Document(**document))
             done(len(scanned))
     ordered = [scanned[f"{task['split']}:{task['names'][0]}"] for task in tasks]
     _check_counts(ordered, config.cluster.n_clusters)
-    kept = [entry for _, _, entry in sorted(sample, key=lambda item: (-item[0], item[1]))]
+    kept = sample.documents()
     with files.writing(run.uri("corpus", "sample.parquet")) as stream:
         pq.write_table(pa.Table.from_pylist([asdict(document) for document in kept], SAMPLE_SCHEMA), stream)
     totals = {key: sum(row[key] for row in ordered) for key in COUNTS}
@@ -99,7 +99,7 @@ def _package_texts(row: dict[str, Any], max_bytes: int) -> dict[str, Any]:
 
 def _scan(row: dict[str, Any], corpus: CorpusConfig, seed: int) -> dict[str, Any]:
     counts = dict.fromkeys(COUNTS, 0)
-    sample: list[tuple[float, str, Document]] = []
+    sample = Sample(corpus, seed)
     for document in read_shard(Shard(tuple(row["uris"]), tuple(row["names"])), corpus):
         if not document.text.strip():
             counts["empty_documents"] += 1
@@ -108,15 +108,33 @@ def _scan(row: dict[str, Any], corpus: CorpusConfig, seed: int) -> dict[str, Any
         counts[f"{split}_documents"] += 1
         counts[f"{split}_bytes"] += len(document.text.encode())
         if split == "train":
-            _offer(sample, document, seed, corpus.sample_documents)
-    return {**row, **counts, "sample": [asdict(document) for _, _, document in sample]}
+            sample.offer(document)
+    return {**row, **counts, "sample": [asdict(document) for document in sample.documents()]}
 
 
-def _offer(sample: list[tuple[float, str, Document]], document: Document, seed: int, most: int) -> None:
-    """Keep the document if it is among the `most` of smallest hash; `sample` is a heap with the largest hash on top."""
-    heapq.heappush(sample, (-unit_hash(seed, document.id), document.id, document))
-    if len(sample) > most:
-        heapq.heappop(sample)
+class Sample:
+    """The `corpus.sample_documents` documents of smallest hash among those offered."""
+
+    def __init__(self, corpus: CorpusConfig, seed: int) -> None:
+        self._corpus, self._seed = corpus, seed
+        self._kept: dict[str, Document] = {}
+        self._largest: list[tuple[float, str]] = []  # a heap of (-hash, id)
+
+    def offer(self, document: Document) -> None:
+        """ValueError if the sample has another document of this id: equal ids have equal hashes, so it tells for all."""
+        if document.id in self._kept:
+            raise ValueError(
+                f"corpus.id_column={self._corpus.id_column!r}: two documents have the id {document.id!r}. Make ids unique, or "
+                "leave the field out: file and row are the id then."
+            )
+        self._kept[document.id] = document
+        heapq.heappush(self._largest, (-unit_hash(self._seed, document.id), document.id))
+        if len(self._kept) > self._corpus.sample_documents:
+            del self._kept[heapq.heappop(self._largest)[1]]
+
+    def documents(self) -> list[Document]:
+        """What is kept, by hash."""
+        return [self._kept[document_id] for _, document_id in sorted(self._largest, key=lambda key: (-key[0], key[1]))]
 
 
 def _check_counts(rows: list[dict[str, Any]], n_clusters: int) -> None:

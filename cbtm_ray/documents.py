@@ -23,6 +23,7 @@ from cbtm_ray.config import CorpusConfig
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 TEXT_SUFFIX, PARQUET_SUFFIX = ".txt", ".parquet"
 TEXT_SHARD_BYTES = 64 << 20
+_MEND = "Mend the row or take it out."
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def read_shard(shard: Shard, corpus: CorpusConfig) -> Iterator[Document]:
             yield from _read_file(uri, name, corpus)
         except (OSError, pa.ArrowInvalid) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{name} cannot be read: {reason} Replace the file or take it out.") from error
+            raise ValueError(
+                f"{name} cannot be read: {reason.rstrip('.')}. Replace the file or take it out."
+            ) from error
 
 
 def _read_file(uri: str, name: str, corpus: CorpusConfig) -> Iterator[Document]:
@@ -101,9 +104,9 @@ def _documents_below(path: str) -> list[tuple[str, str]]:
     kind = filesystem.get_file_info(inner).type
     if kind == fs.FileType.NotFound:
         return []
-    if kind == fs.FileType.File:
-        return [(posixpath.basename(inner), path)]
     suffixes = (*JSON_SUFFIXES, TEXT_SUFFIX, PARQUET_SUFFIX)
+    if kind == fs.FileType.File:
+        return [(posixpath.basename(inner), path)] if inner.endswith(suffixes) else []
     return [(uri.removeprefix(path).lstrip("/"), uri) for uri in files.list_files(path) if uri.endswith(suffixes)]
 
 
@@ -138,11 +141,13 @@ def _json_rows(uri: str, name: str) -> Iterator[dict]:
             try:
                 row = json.loads(_decode(line, f"{name}:{number}"))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{name}:{number} is not JSON: {error.msg} at column {error.colno}.") from error
+                raise ValueError(
+                    f"{name}:{number} is not JSON: {error.msg} at column {error.colno}. {_MEND}"
+                ) from error
             except RecursionError as error:
                 raise ValueError(f"{name}:{number} is JSON nested too deeply. Flatten it or take it out.") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{name}:{number} is not a JSON object with keys such as 'text'.")
+                raise ValueError(f"{name}:{number} is not a JSON object with keys such as 'text'. {_MEND}")
             yield row
 
 
@@ -172,14 +177,21 @@ def _parquet_rows(uri: str, name: str, corpus: CorpusConfig) -> Iterator[dict]:
 def _document(row: dict, position: str, corpus: CorpusConfig) -> Document:
     text = _value(row, "corpus.text_column", corpus.text_column, position)
     if not isinstance(text, str):
-        raise ValueError(f"{position}: corpus.text_column={corpus.text_column!r} holds {text!r}, which is not a text.")
+        raise ValueError(
+            f"{position}: corpus.text_column={corpus.text_column!r} holds {text!r:.100}, which is not a text. {_MEND}"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{position} holds half a surrogate pair, which UTF-8 cannot hold. Mend the text.") from error
     document_id, domain = position, None
     if corpus.id_column is not None:
-        document_id = str(_value(row, "corpus.id_column", corpus.id_column, position))
+        key = _value(row, "corpus.id_column", corpus.id_column, position)
+        if key is None:
+            raise ValueError(
+                f"{position}: corpus.id_column={corpus.id_column!r} holds None, which is not an id. {_MEND}"
+            )
+        document_id = str(key)
     if corpus.domain_column is not None:
         gold = _value(row, "corpus.domain_column", corpus.domain_column, position)
         domain = None if gold is None else str(gold)

@@ -39,11 +39,16 @@ def package_documents(package: str, max_bytes: int) -> Iterator[Document]:
             yield Document(id=document_id, text=text, domain=package)
 
 
-def _source_files(package: str) -> list[Path]:
+def package_folder(package: str) -> Path:
+    """Where an installed package lies. ValueError if it does not, or is a single file."""
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"corpus.packages: {package!r} is not an installed package. Install it or take it out.")
-    root = Path(next(iter(spec.submodule_search_locations)))
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _source_files(package: str) -> list[Path]:
+    root = package_folder(package)
     return sorted(root.rglob("*.py"), key=lambda path: hashlib.sha256(str(path.relative_to(root)).encode()).digest())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cbtm_ray.config import Config
+from cbtm_ray.config import Config, CorpusConfig
 from cbtm_ray.corpus import build_corpus, read_sample
 from cbtm_ray.documents import is_held_out, unit_hash
 from cbtm_ray.load_config import build_config
@@ -45,6 +45,10 @@ def refused(tmp_path: Path, folder: Path, **cluster: int) -> Run:
     return Run(build_config(tree))
 
 
+def corpus_of(folder: Path) -> CorpusConfig:
+    return build_config(tiny_tree(folder, folder)).corpus
+
+
 def test_more_clusters_than_documents_are_refused(tmp_path: Path, ray_cluster: str) -> None:
     folder = write_corpus(tmp_path / "corpus", documents=30)
     with pytest.raises(ValueError, match=r"cluster.n_clusters=100 must be at most .* documents, 2\d. Lower it"):
@@ -56,6 +60,19 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, ray_cluster: str) -> None:
     folder.mkdir()
     (folder / "a.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"corpus\.paths: the corpus is empty"):
+        build_corpus(refused(tmp_path, folder))
+
+
+@pytest.mark.parametrize("name", ["part-0.jsonl", "part-9.jsonl"])
+def test_an_id_that_two_documents_have_is_refused(tmp_path: Path, ray_cluster: str, name: str) -> None:
+    """In one file as in two, and whatever else the documents hold."""
+    folder = write_corpus(tmp_path / "corpus", documents=12)
+    again = next(f"d{n:04d}" for n in range(0, 12, 3) if not is_held_out(f"d{n:04d}", corpus_of(folder), 0))
+    with (folder / name).open("a") as file:
+        file.write(json.dumps({"id": again, "text": "another text", "domain": None}) + "\n")
+    with pytest.raises(
+        ValueError, match=rf"corpus\.id_column='id': two documents have the id '{again}'\. Make ids unique"
+    ):
         build_corpus(refused(tmp_path, folder))
 
 

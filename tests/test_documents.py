@@ -198,6 +198,12 @@ def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path: Path, f
         read(tmp_path, **{f"{field}_column": "nope"})
 
 
+def test_an_id_that_is_null_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", b'{"text": "a", "key": 1}\n{"text": "b", "key": null}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: corpus\.id_column='key' holds None, which is not an id"):
+        read(tmp_path, id_column="key")
+
+
 def test_a_missing_text_column_of_parquet_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", parquet([{"body": "a", "topic": "sea"}]))
     with pytest.raises(
@@ -230,6 +236,12 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"corpus\.paths: .*nowhere holds no documents\. Give files or folders with \.jso"
     ):
         list_shards((str(tmp_path / "nowhere"),))
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "README.md", "no document")
+    with pytest.raises(ValueError, match=r"README\.md holds no documents\. Give files or folders with \.jsonl"):
+        list_shards((str(tmp_path / "README.md"),))
 
 
 def test_a_folder_without_documents_is_refused_by_the_field_it_stands_in(tmp_path: Path) -> None:
