@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from typing import Any
 
 from rich.box import SIMPLE
@@ -99,7 +101,13 @@ def print_results(run: Run) -> None:
     if evaluation["fewshot"]:
         progress.console.print(_fewshot_table(evaluation["fewshot"]))
     progress.console.print(f"Report: {run.uri('report.html')}", soft_wrap=True)
-    progress.console.print(f"Next, serve it: serve run serve.app:build run_dir={run.dir}", soft_wrap=True)
+    progress.console.print(f"Next, serve it: {serve_command(run.dir)}", soft_wrap=True)
+
+
+def serve_command(run_dir: str) -> str:
+    """The command that serves a run, with the `serve` of this Python's environment, which need not be on the PATH."""
+    program = os.path.relpath(os.path.join(os.path.dirname(sys.executable), "serve"))
+    return f"{program} run serve.app:build run_dir={run_dir}"
 
 
 def _fewshot_table(rows: list[dict[str, Any]]) -> Table:
