@@ -78,7 +78,7 @@ class CorpusConfig:
     domain_column: Text | None = None
     """Column with a gold domain, used only to report and never to cluster. None: there is none."""
     id_column: Text | None = None
-    """Column with a unique document id. None: file name and row number."""
+    """Column with a document id, which must be unique: checked among the sampled documents. None: file name and row number."""
     valid_fraction: Annotated[float, Field(gt=0, lt=1), _NUMBER] = 0.02
     """Share of documents held out, where `valid_paths` is empty."""
     sample_documents: Count = 20_000

@@ -121,7 +121,7 @@ class Sample:
         self._largest: list[tuple[float, str]] = []  # a heap of (-hash, id)
 
     def offer(self, document: Document) -> None:
-        """ValueError if the sample has another document of this id: equal ids have equal hashes, so it tells for all."""
+        """ValueError if the sample has a document of this id already. Equal ids hash alike: both are kept, or neither."""
         if document.id in self._kept:
             raise ValueError(
                 f"corpus.id_column={self._corpus.id_column!r}: two documents have the id {document.id!r}. Make ids unique, or "
