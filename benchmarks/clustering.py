@@ -212,7 +212,9 @@ def flow_labels(x: np.ndarray, n_clusters: int, common: dict[str, int]) -> np.nd
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--n", type=int, default=50_000, help="documents; rounded down to a multiple of k")
+    parser.add_argument(
+        "--n", type=int, default=50_000, help="documents; rounded down to a multiple of k for the auction"
+    )
     parser.add_argument("--dim", type=int, default=100, help="embedding dimensions")
     parser.add_argument("--k", type=int, default=64, help="clusters")
     parser.add_argument("--seed", type=int, default=0)
@@ -232,7 +234,8 @@ def main() -> None:
     console = Console()
     if args.threads:
         torch.set_num_threads(args.threads)
-    points = skewed_documents(args.n - args.n % args.k, args.dim, args.seed)
+    n = args.n - args.n % args.k if args.auction_rounds else args.n
+    points = skewed_documents(n, args.dim, args.seed)
     chosen = np.random.default_rng(args.seed).choice(len(points), args.k, replace=False)
     console.print(
         f"N = {len(points):,}, D = {args.dim}, K = {args.k}, seed {args.seed}, {torch.get_num_threads()} threads"
