@@ -26,6 +26,7 @@ from .answer import chat_prompt, choice_pieces, events, merged, sequence_request
 from .arguments import AppArguments
 from .group import ENSEMBLE
 from .limits import FAILED, Refused, among, bearer_of, out_of_bounds, read_body, read_tokens
+from .openapi import describe
 from .protocol import ChatRequest, CompletionRequest, ExpertState, Piece, choice_of
 
 web = FastAPI(title="cbtm-ray", docs_url=None, redoc_url=None, openapi_url=None)
@@ -100,6 +101,11 @@ class Gateway:
     async def playground(self) -> HTMLResponse:
         page = PLAYGROUND.read_text(encoding="utf-8")
         return HTMLResponse(page, headers={"Content-Security-Policy": PLAYGROUND_POLICY})
+
+    @web.get("/openapi.json")
+    async def openapi(self, http: Request) -> dict[str, Any]:
+        self._admit(http)
+        return describe()
 
     @web.get("/v1/models")
     async def models(self, http: Request) -> dict[str, Any]:

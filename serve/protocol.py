@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 200
 MAX_TOP_LOGPROBS = 20
@@ -47,6 +47,19 @@ def _token_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(part) is int and part >= 0 for part in value)
 
 
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _TOKENS,
+        {"type": "array", "items": _TOKENS, "minItems": 1},
+    ]
+}
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+STOP_SCHEMA = {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}, {"type": "null"}]}
+
+
 def _stops(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS:
@@ -65,7 +78,7 @@ class DecodingOptions(Wire):
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Choice i of a prompt is drawn with seed + i; None: with one of the server's choice."""
-    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop: Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(STOP_SCHEMA)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -83,7 +96,7 @@ class CompletionRequest(DecodingOptions):
     KIND: ClassVar = ("text_completion", "text_completion", "cmpl")
     """The answer's `object`, whole and in part, and what its id begins with."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(PROMPT_SCHEMA)]
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     max_tokens: int = Field(default=16, ge=0)
