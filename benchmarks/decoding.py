@@ -60,7 +60,7 @@ def make_ensemble(experts: list[PreTrainedModel], weights: list[float]) -> Ensem
     distances_K = -np.log(np.maximum(weights, 1e-9))
     centers_KK = np.diag(np.sqrt(distances_K - distances_K.min()))
     return Ensemble(
-        experts=experts,
+        experts=dict(enumerate(experts)),
         embedder=TokenTfidf(np.zeros((experts[0].config.vocab_size, len(weights)))),
         centers_KD=torch.from_numpy(centers_KK.astype(np.float32)),
         end_of_text=0,

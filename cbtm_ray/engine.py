@@ -6,28 +6,38 @@ Numeric only: a server calls it from one thread, and text is made of the tokens 
 from __future__ import annotations
 
 import itertools
+import uuid
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
+from cbtm_ray.contexts import FarRead
 from cbtm_ray.ensemble import Ensemble
-from cbtm_ray.kv_cache import Chunk, KVCache
+from cbtm_ray.kv_cache import Chunk, KVCache, check_attention, passes
 from cbtm_ray.route import check_top_k
 from cbtm_ray.sequence import Request, Sequence, Step
 from cbtm_ray.strategies import STRATEGIES, Strategy, strategy_for
 
 PROMPT_TOKENS = 128
 """Of a prompt that an expert reads in one step, so that a long one does not hold up the sequences beside it."""
-PADDING_TOKENS = 32
-"""Of one pass at most; a pass more costs about as much as these."""
+ARRIVAL_S = 0.05
+"""The longest that a step waits for experts elsewhere where it has nothing else to do."""
+
+Elsewhere: TypeAlias = "Callable[[list[FarRead]], list[Future[Tensor]]]"
+"""Asks experts that are not here; each answer arrives by itself."""
 
 
 @dataclass
 class _Running:
     sequence: Sequence
     strategy: Strategy
+    asked: dict[int, Future[Tensor]] = field(default_factory=dict)
+    """By expert elsewhere: what the sequence waits for."""
 
 
 class Engine:
@@ -36,24 +46,30 @@ class Engine:
     What a sequence gives does not depend on the others, up to the rounding of sums in another order.
     """
 
-    def __init__(self, ensemble: Ensemble, *, max_sequences: int, cache_tokens: int) -> None:
+    def __init__(
+        self, ensemble: Ensemble, *, max_sequences: int, cache_tokens: int, elsewhere: Elsewhere | None = None
+    ) -> None:
         """
         Args:
             max_sequences: sequences that run at once.
             cache_tokens: tokens of all of them that each expert has memory for; one needs those of its prompt and of its
                 longest answer.
+            elsewhere: asks experts that the ensemble does not hold.
         """
         for name, value in (("max_sequences", max_sequences), ("cache_tokens", cache_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1. Raise it.")
-        self.ensemble = ensemble
-        self.active = set(range(len(ensemble.experts)))
+        check_attention(ensemble.any_expert)
+        self.ensemble, self._elsewhere = ensemble, elsewhere
+        self.failed: list[tuple[int, BaseException]] = []
+        """Sequences that ended because an expert elsewhere could not be asked, until somebody takes them out."""
+        self.active = set(range(ensemble.n_experts))
         self._max_sequences, self._cache_tokens = max_sequences, cache_tokens
-        self._caches = [KVCache(model, cache_tokens) for model in ensemble.experts]
+        self._caches = {expert: KVCache(cache_tokens) for expert in ensemble.experts}
         self._free = list(range(cache_tokens))  # slots of the caches, in order
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, _Running] = {}
-        self._ids = itertools.count()
+        self._ids, self._name = itertools.count(), uuid.uuid4().hex
 
     @property
     def running(self) -> int:
@@ -89,36 +105,71 @@ class Engine:
         Raises:
             ValueError: none, or one that the ensemble does not have.
         """
-        known = range(len(self.ensemble.experts))
+        known = range(self.ensemble.n_experts)
         if not experts or not experts <= set(known):
             raise ValueError(f"experts={sorted(experts)} must be some of 0 to {known[-1]}. Name at least one.")
         if experts == self.active:
             return
         self.active = set(experts)
         for running in self._running.values():
+            running.asked.clear()
             running.sequence.reroute(self.active)
             running.strategy = type(running.strategy)(running.sequence)
 
     def step(self) -> list[tuple[int, Step]]:
         """Run one step of the batch: the new tokens of every sequence that has got any; of a long prompt a piece is read."""
         self._join()
-        jobs: dict[int, list[tuple[Sequence, Chunk]]] = {}
-        for running in self._running.values():
-            for expert, chunk in self._chunks(running):
-                jobs.setdefault(expert, []).append((running.sequence, chunk))
-        for expert, chunks in jobs.items():
-            for batch in _passes(chunks):
-                for (sequence, _), rows_CV in zip(
-                    batch, self._caches[expert].read([chunk for _, chunk in batch]), strict=True
-                ):
+        here: dict[int, list[tuple[Sequence, Chunk]]] = {}
+        far: list[tuple[_Running, FarRead]] = []
+        for number, running in self._running.items():
+            for expert, chunk in () if running.asked else self._chunks(running):
+                if expert in self.ensemble.experts:
+                    here.setdefault(expert, []).append((running.sequence, chunk))
+                else:
+                    far.append((running, self._far_read(number, running.sequence, expert, chunk)))
+        self._ask(far)
+        for expert, chunks in here.items():
+            for batch in passes(chunks):
+                rows = self._caches[expert].read(self.ensemble.experts[expert], [chunk for _, chunk in batch])
+                for (sequence, _), rows_CV in zip(batch, rows, strict=True):
                     sequence.take(expert, rows_CV)
+        if not here:
+            wait(
+                [one for running in self._running.values() for one in running.asked.values()],
+                ARRIVAL_S,
+                FIRST_COMPLETED,
+            )
         found = []
         for number, running in list(self._running.items()):
-            steps = _advance(running)
+            steps = _advance(running) if self._arrived(number, running) else []
             found += [(number, step) for step in steps]
             if steps and steps[-1].finish_reason:
                 self._leave(number)
         return found
+
+    def _far_read(self, number: int, sequence: Sequence, expert: int, chunk: Chunk) -> FarRead:
+        text = [*sequence.text, *sequence.drafts][: chunk.end]
+        return FarRead(expert, text, chunk.start, f"{self._name}-{number}")
+
+    def _ask(self, far: list[tuple[_Running, FarRead]]) -> None:
+        """Ask the experts that are elsewhere, all of a step together."""
+        if far:
+            assert self._elsewhere is not None
+            for (running, read), answer in zip(far, self._elsewhere([read for _, read in far]), strict=True):
+                running.asked[read.expert] = answer
+
+    def _arrived(self, number: int, running: _Running) -> bool:
+        """Whether a sequence waits for no expert elsewhere any more; what they said is taken in when all have."""
+        if not all(answer.done() for answer in running.asked.values()):
+            return False
+        asked, running.asked = running.asked, {}
+        for expert, answer in asked.items():
+            if problem := answer.exception():
+                self.failed.append((number, problem))
+                self._leave(number)
+                return False
+            running.sequence.take(expert, answer.result())
+        return True
 
     def _chunks(self, running: _Running) -> Iterator[tuple[int, Chunk]]:
         """What each expert has to read for the sequence in this step."""
@@ -146,14 +197,14 @@ class Engine:
         self._free = sorted([*self._free, *slots.tolist()])
 
     def _check(self, request: Request) -> None:
-        check_top_k(request.top_k, len(self.ensemble.experts))
+        check_top_k(request.top_k, self.ensemble.n_experts)
         strategy_for(request)
         if request.refresh_tokens < 1:
             raise ValueError(f"refresh_tokens={request.refresh_tokens} must be at least 1. Raise it.")
         least = 0 if request.echo_logprobs and request.prompt else 1
         if request.max_tokens < least:
             raise ValueError(f"max_tokens={request.max_tokens} must be at least {least}. Raise it.")
-        vocabulary = self.ensemble.experts[0].config.vocab_size
+        vocabulary = self.ensemble.any_expert.config.vocab_size
         for token in request.prompt:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"prompt={token} must be token ids from 0 to {vocabulary - 1}.")
@@ -171,20 +222,6 @@ class Engine:
 def slots_needed(request: Request) -> int:
     """What of `cache_tokens` a request takes: the end-of-text token and all others but the last, which nobody reads."""
     return len(request.prompt) + max(request.max_tokens, 1)
-
-
-def _passes(chunks: list[tuple[Sequence, Chunk]]) -> Iterator[list[tuple[Sequence, Chunk]]]:
-    """Chunks that are read in one pass, right-padded: alike in length, so that little of it is padding."""
-    batch: list[tuple[Sequence, Chunk]] = []
-    n_tokens = 0
-    for pair in sorted(chunks, key=lambda pair: len(pair[1].tokens)):
-        longest = len(pair[1].tokens)
-        if (len(batch) + 1) * longest - (n_tokens + longest) > PADDING_TOKENS:
-            yield batch
-            batch, n_tokens = [], 0
-        batch.append(pair)
-        n_tokens += longest
-    yield batch
 
 
 def _advance(running: _Running) -> list[Step]:

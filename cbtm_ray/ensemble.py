@@ -5,7 +5,7 @@ T tokens, K experts, D embedding dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,16 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbtm_ray import files
 from cbtm_ray.embed import Embedder, load_clusterer
-from cbtm_ray.models import load_model
+from cbtm_ray.paging import PagedExperts
 from cbtm_ray.route import posterior_scores, sparse_weights
 from cbtm_ray.tokens import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """The experts of a run, by cluster, and what routes to them."""
+    """The experts of a run, and what routes to them."""
 
-    experts: list[PreTrainedModel]
+    experts: Mapping[int, PreTrainedModel]
+    """Those that are here, by cluster: in a service that is spread out, not all."""
     embedder: Embedder
     centers_KD: torch.Tensor
     end_of_text: int
@@ -32,9 +33,19 @@ class Ensemble:
     prefix_tokens: int
 
     @property
+    def n_experts(self) -> int:
+        """Here or elsewhere."""
+        return len(self.centers_KD)
+
+    @property
+    def any_expert(self) -> PreTrainedModel:
+        """One of those that are here: they differ in their weights only."""
+        return next(iter(self.experts.values()))
+
+    @property
     def max_length(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return self.experts[0].config.max_position_embeddings - 1
+        return self.any_expert.config.max_position_embeddings - 1
 
 
 class PrefixRouter:
@@ -53,7 +64,7 @@ class PrefixRouter:
         """Tokens read."""
         self.observed = 0
         """Tokens whose evidence has been taken in, at most `length`."""
-        self._evidence_K = np.zeros(len(ensemble.experts))
+        self._evidence_K = np.zeros(ensemble.n_experts)
         self._context, self._centers_KD = ensemble.embedder.context(), ensemble.centers_KD.numpy()
 
     def weights(self) -> np.ndarray:
@@ -92,8 +103,14 @@ class PrefixRouter:
         return scores_1K
 
 
-def load_ensemble(run_dir: str) -> tuple[Ensemble, PreTrainedTokenizerBase]:
+def load_ensemble(
+    run_dir: str, clusters: Collection[int] | None = None, *, resident: int | None = None
+) -> tuple[Ensemble, PreTrainedTokenizerBase]:
     """The ensemble of a finished run directory with the routing that its evaluation tuned, and the tokenizer.
+
+    Args:
+        clusters: whose experts are to be here; all, if not said.
+        resident: how many of them have their weights in memory at a time; all, if not said.
 
     Raises:
         ValueError: the run is not finished.
@@ -105,11 +122,12 @@ def load_ensemble(run_dir: str) -> tuple[Ensemble, PreTrainedTokenizerBase]:
     evaluation = files.read_json(files.join(run_dir, "evaluation", "results.json"))
     ensemble_rows = [row for row in evaluation["rows"] if row["system"] == "cbtm" and row["routing"] == "posterior"]
     tuned = next(row for row in ensemble_rows if row["top_k"] == min(2, row["n_clusters"]))
-    experts = [load_model(files.join(run_dir, expert_folder(k))).eval() for k in range(tuned["n_clusters"])]
+    wanted = range(tuned["n_clusters"]) if clusters is None else clusters
+    folders = {cluster: files.join(run_dir, expert_folder(cluster)) for cluster in wanted}
     tokenizer = load_tokenizer(files.join(run_dir, "tokenizer"))
     embedder, centers_KD = load_clusterer(files.join(run_dir, "clusterer"), tokenizer)
     ensemble = Ensemble(
-        experts=experts,
+        experts=PagedExperts(folders, resident or len(folders)),
         embedder=embedder,
         centers_KD=centers_KD,
         end_of_text=tokenizer.eos_token_id,

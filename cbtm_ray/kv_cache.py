@@ -10,13 +10,16 @@ query see its own text up to itself, and what stands behind is overwritten.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,37 +35,60 @@ class Chunk:
         return self.start + len(self.tokens)
 
 
+PADDING_TOKENS = 32
+"""Of one pass at most; a pass more costs about as much as these."""
+
+
+def passes(chunks: list[tuple[T, Chunk]]) -> Iterator[list[tuple[T, Chunk]]]:
+    """Chunks that are read in one pass, right-padded: alike in length, so that little of it is padding."""
+    batch: list[tuple[T, Chunk]] = []
+    n_tokens = 0
+    for pair in sorted(chunks, key=lambda pair: len(pair[1].tokens)):
+        longest = len(pair[1].tokens)
+        if (len(batch) + 1) * longest - (n_tokens + longest) > PADDING_TOKENS:
+            yield batch
+            batch, n_tokens = [], 0
+        batch.append(pair)
+        n_tokens += longest
+    if batch:
+        yield batch
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """ValueError: the model attends to a window only, which the masks here do not know."""
+    if getattr(model.config, "sliding_window", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} has sliding_window={model.config.sliding_window}, which decoding cannot do. "
+            "Use a model that attends to its whole context."
+        )
+
+
 class KVCache(Cache):
     """What one expert has read, in memory that is taken once."""
 
-    def __init__(self, model: PreTrainedModel, n_slots: int) -> None:
-        """ValueError: the model attends to a window only, which the masks here do not know."""
-        if getattr(model.config, "sliding_window", None) is not None:
-            raise ValueError(
-                f"{type(model).__name__} has sliding_window={model.config.sliding_window}, which decoding cannot do. "
-                "Use a model that attends to its whole context."
-            )
+    def __init__(self, n_slots: int) -> None:
         super().__init__(layers=[])
-        self._model: Any = model
         self._n_slots = n_slots
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values, each (S, H, D)
 
     @torch.inference_mode()
-    def read(self, chunks: list[Chunk]) -> list[Tensor]:
+    def read(self, model: Any, chunks: list[Chunk]) -> list[Tensor]:
         """Log-probabilities after every token of each chunk, float32 (its tokens, V), in the CPU's memory.
 
-        Everything before a chunk must have been read.
+        Args:
+            model: the expert, which need not be in memory between two calls.
+            chunks: everything before them must have been read.
         """
-        device = self._model.device
+        device = model.device
         lengths_B = torch.tensor([len(chunk.tokens) for chunk in chunks])
         starts_B = torch.tensor([chunk.start for chunk in chunks])
         offsets_BC = torch.arange(int(lengths_B.max())).minimum(lengths_B[:, None] - 1)
         positions_BC = starts_B[:, None] + offsets_BC  # padding repeats the last position, so that it is a valid one
         hidden_BCL = torch.arange(max(chunk.end for chunk in chunks)) > positions_BC[..., None]
-        dtype = self._model.dtype
+        dtype = model.dtype
         mask_B1CL = torch.zeros(hidden_BCL.shape, dtype=dtype).masked_fill_(hidden_BCL, torch.finfo(dtype).min)[:, None]
         self._locate(chunks, device)
-        logits_BCV = self._model(
+        logits_BCV = model(
             input_ids=pad_sequence([torch.tensor(chunk.tokens) for chunk in chunks], batch_first=True).to(device),
             position_ids=positions_BC.to(device),
             attention_mask=mask_B1CL.to(device),

@@ -36,6 +36,11 @@ class Request:
     answer: list[int] = field(default_factory=list)
     """Tokens given before, by an engine that is gone: they count as generated, and the text goes on after them. With lockstep
     and refresh_tokens of 1 it is the text that would have come."""
+    candidates: tuple[int, ...] | None = None
+    """Experts that may take part, of those that are active; None: all."""
+    heard: dict[int, list[float]] = field(default_factory=dict)
+    """By expert: the log-probabilities it gave to the first tokens of the text, where somebody has asked already. Not with
+    `echo_logprobs`, which needs all that the experts predicted."""
     echo_logprobs: bool = False
     """The prompt's tokens are given as steps too, with their log-probabilities."""
 
@@ -107,7 +112,9 @@ class Sequence:
         """Tokens proposed to follow the text, which some experts have read already."""
         self.random = np.random.default_rng(request.sampling.seed)
         self.random.random(len(request.answer))  # lockstep draws once a token
-        self.readings = {expert: Reading() for expert in range(len(ensemble.experts))}
+        self.readings = {expert: Reading() for expert in range(ensemble.n_experts)}
+        for expert, logprobs in request.heard.items():
+            self.readings[expert].heard = logprobs.copy()
         self._echoed = 0 if request.echo_logprobs else len(request.prompt)  # prompt tokens given as steps
         self.reroute(active)
 
@@ -118,13 +125,17 @@ class Sequence:
 
     def reroute(self, active: set[int]) -> None:
         """Route the text so far as if it were a prompt to these experts. What they have read of it they do not read again."""
-        self.router, self.drafts = PrefixRouter(self.ensemble, self.request.top_k, active), []
+        candidates = self.request.candidates
+        chosen = active if candidates is None else active.intersection(candidates) or active
+        self.router, self.drafts = PrefixRouter(self.ensemble, self.request.top_k, chosen), []
         for reading in self.readings.values():
             reading.go_back(len(self.text))
         if self._echoed < len(self.request.prompt):  # the predictions of the rest are gone
             self.readings = {expert: Reading() for expert in self.readings}
         self.routed = False
         """Whether the running experts have read all of the text that is given."""
+        if self.request.heard:
+            self.route_prompt()
 
     def prompt_reads(self, most: int) -> dict[int, int]:
         """How far each running expert should read next, at most so many tokens more each: the prefix first, then the rest."""

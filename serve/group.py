@@ -43,7 +43,7 @@ class ExpertGroup:
         ensembles = {ENSEMBLE: ensemble}
         if dense:  # an ensemble of one
             model = load_model(files.join(run_dir, DENSE_FOLDER)).eval()
-            ensembles[DENSE] = replace(ensemble, experts=[model], centers_KD=ensemble.centers_KD[:1])
+            ensembles[DENSE] = replace(ensemble, experts={0: model}, centers_KD=ensemble.centers_KD[:1])
         self.engines = {
             name: Engine(ensemble, max_sequences=max_sequences, cache_tokens=cache_tokens)
             for name, ensemble in ensembles.items()

@@ -30,7 +30,7 @@ def evaluated_logprobs(ensemble: Ensemble, tokens: list[int], top_k: int) -> np.
     logprobs_TK = np.stack(
         [
             evaluate.score_documents(model, [tokens_T], sequence_length=60, end_of_text=0, batch_tokens=1000)
-            for model in ensemble.experts
+            for model in ensemble.experts.values()
         ],
         axis=1,
     )
@@ -81,7 +81,8 @@ def next_two(ensemble: Ensemble, sampling: Sampling, prompt: list[int], top_k: i
     def after(tokens: list[int]) -> np.ndarray:
         with torch.inference_mode():
             rows = [
-                model(input_ids=torch.tensor([[0, *tokens]])).logits[0].log_softmax(-1) for model in ensemble.experts
+                model(input_ids=torch.tensor([[0, *tokens]])).logits[0].log_softmax(-1)
+                for model in ensemble.experts.values()
             ]
         return torch.stack(rows, dim=-1).double().numpy()  # (T, V, K)
 

@@ -163,7 +163,7 @@ def prefix_logprobs(ensemble: Ensemble, tokens: np.ndarray) -> np.ndarray:
             evaluate.score_documents(
                 model, [tokens], sequence_length=100, end_of_text=ensemble.end_of_text, batch_tokens=1000
             )
-            for model in ensemble.experts
+            for model in ensemble.experts.values()
         ],
         axis=1,
     )

@@ -42,7 +42,7 @@ def make_ensemble(
         experts.append(model.eval())
     random = np.random.default_rng(0)
     return Ensemble(
-        experts=experts,
+        experts=dict(enumerate(experts)),
         embedder=TokenTfidf(random.normal(size=(vocab_size, DIMENSIONS))),
         centers_KD=torch.from_numpy(random.normal(size=(n_experts, DIMENSIONS)).astype(np.float32)),
         end_of_text=0,
@@ -77,5 +77,7 @@ def text_logprobs(ensemble: Ensemble, tokens: list[int], **changes: Any) -> np.n
 
 def with_experts(ensemble: Ensemble, order: list[int]) -> Ensemble:
     return dataclasses.replace(
-        ensemble, experts=[ensemble.experts[k] for k in order], centers_KD=ensemble.centers_KD[order]
+        ensemble,
+        experts={new: ensemble.experts[old] for new, old in enumerate(order)},
+        centers_KD=ensemble.centers_KD[order],
     )

@@ -1,0 +1,106 @@
+"""Texts that other engines decode, read by the experts that are here.
+
+C tokens asked about, V vocabulary. A call carries the whole text; what an expert has read before is only a cache.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cbtm_ray.ensemble import Ensemble
+from cbtm_ray.kv_cache import Chunk, KVCache, passes
+
+
+@dataclass(frozen=True)
+class FarRead:
+    """What one expert is asked: its log-probabilities after every token of a text from the position `start` on."""
+
+    expert: int
+    text: list[int]
+    """From the end-of-text token at position 0 on."""
+    start: int
+    key: str
+    """Of the text as it grows, so that it is found again."""
+
+
+@dataclass
+class _Held:
+    tokens: list[int]
+    slots: list[int]
+
+
+class Contexts:
+    """Not for several threads at once."""
+
+    def __init__(self, ensemble: Ensemble, cache_tokens: int) -> None:
+        """
+        Args:
+            cache_tokens: tokens of all texts that each expert has memory for; the texts that were asked about last stay.
+        """
+        self._ensemble, self._cache_tokens = ensemble, cache_tokens
+        self._caches = {expert: KVCache(cache_tokens) for expert in ensemble.experts}
+        self._held: dict[int, OrderedDict[str, _Held]] = {expert: OrderedDict() for expert in ensemble.experts}
+        self._free = {expert: list(range(cache_tokens)) for expert in ensemble.experts}
+
+    def read(self, reads: list[FarRead]) -> list[Tensor]:
+        """Log-probabilities that each asks for, float32 (C, V).
+
+        Raises:
+            ValueError: a text is longer than the cache.
+        """
+        found: dict[int, Tensor] = {}
+        by_expert: dict[int, list[tuple[int, FarRead]]] = {}
+        for number, read in enumerate(reads):
+            by_expert.setdefault(read.expert, []).append((number, read))
+        for expert, asked in by_expert.items():
+            batch: list[tuple[tuple[int, FarRead], Chunk]] = []
+            for number, read in asked:
+                if not self._make_room(read, {other.key for (_, other), _ in batch}):
+                    found |= self._read_batch(expert, batch)
+                    batch = []
+                    if not self._make_room(read, set()):
+                        size = f"cache_tokens={self._cache_tokens}"
+                        raise ValueError(f"{size} must be at least {len(read.text)}, the tokens of a text. Raise it.")
+                batch.append(((number, read), self._chunk(read)))
+            found |= self._read_batch(expert, batch)
+        return [found[number] for number in range(len(reads))]
+
+    def _make_room(self, read: FarRead, busy: set[str]) -> bool:
+        """Slots for the text, at the cost of others that nobody asked about longest; False if there are not enough."""
+        held, free = self._held[read.expert], self._free[read.expert]
+        mine = held.setdefault(read.key, _Held([], []))
+        held.move_to_end(read.key)
+        missing = len(read.text) - len(mine.slots)
+        for key in list(held):
+            if len(free) >= missing:
+                break
+            if key != read.key and key not in busy:
+                free += held.pop(key).slots
+        if len(free) < missing:
+            return False
+        for _ in range(missing):
+            mine.slots.append(free.pop())
+        return True
+
+    def _chunk(self, read: FarRead) -> Chunk:
+        """What the expert has to read, from the first token that it does not know or has to answer for."""
+        mine = self._held[read.expert][read.key]
+        start = 0
+        for known, token in zip(mine.tokens, read.text[: read.start], strict=False):
+            if known != token:
+                break
+            start += 1
+        mine.tokens = read.text
+        return Chunk(read.text[start:], start, torch.tensor(mine.slots))
+
+    def _read_batch(self, expert: int, batch: list[tuple[tuple[int, FarRead], Chunk]]) -> dict[int, Tensor]:
+        found = {}
+        for group in passes(batch):
+            rows = self._caches[expert].read(self._ensemble.experts[expert], [chunk for _, chunk in group])
+            for ((number, read), chunk), rows_CV in zip(group, rows, strict=True):
+                found[number] = rows_CV[read.start - chunk.start :]
+        return found
