@@ -110,8 +110,12 @@ class Sequence:
         self.text = [ensemble.end_of_text, *request.prompt, *request.answer]
         self.drafts: list[int] = []
         """Tokens proposed to follow the text, which some experts have read already."""
-        self.random = np.random.default_rng(request.sampling.seed)
-        self.random.random(len(request.answer))  # lockstep draws once a token
+        seed, n_given = request.sampling.seed, len(request.answer)
+        if request.strategy == "lockstep" or not n_given:
+            self.random = np.random.default_rng(seed)
+            self.random.random(n_given)  # lockstep draws once a token
+        else:  # how often the others drew is gone; what they drew with must not come again
+            self.random = np.random.default_rng([seed, n_given])
         self.readings = {expert: Reading() for expert in range(ensemble.n_experts)}
         for expert, logprobs in request.heard.items():
             self.readings[expert].heard = logprobs.copy()

@@ -19,39 +19,47 @@ from cbtm_ray.sequence import Request, Step
 from cbtm_ray.strategies import strategy_for
 from cbtm_ray.text import TextAssembler
 
-from .group import REPLICA_LOST
+from .far import MAX_ATTEMPTS, REPLICA_LOST
+from .groups import Groups
 from .limits import FAILED, Refused
 from .protocol import ChatRequest, CompletionRequest, Piece, TokenPiece, choice_of
 
 logger = logging.getLogger("ray.serve")
 
-MAX_ATTEMPTS = 3
 
-
-async def decode(group: Any, model: str, request: Request) -> AsyncGenerator[list[Step]]:
-    """The steps of one sequence. When the replica that decodes it dies, another goes on after the tokens it had given.
+async def decode(groups: Groups, model: str, request: Request) -> AsyncGenerator[list[Step]]:
+    """The steps of one sequence. When the replica that decodes it dies, another goes on after the tokens it had given; where
+    another group has the experts for the rest, that one does.
 
     Raises:
         ValueError: it can never run.
         Refused: replicas died under it again and again.
     """
-    answer, echoed = list[int](), 0
-    for attempt in range(MAX_ATTEMPTS):
+    answer, echoed, lost = list[int](), 0, 0
+    while lost < MAX_ATTEMPTS:
+        handed_on, response = False, None
         rest = replace(request, answer=answer.copy(), echo_logprobs=request.echo_logprobs and not answer)
-        response, known = group.generate.remote(model, rest), echoed
         try:
+            group, rest = await groups.plan(model, rest)
+            response, known = group.generate.remote(model, rest), echoed
             async for made in response:
                 batch, known = made[known:], max(0, known - len(made))
                 echoed += sum(step.in_prompt for step in batch)
                 answer += [step.token for step in batch if not step.in_prompt]
+                handed_on = bool(batch) and batch[-1].finish_reason == "length" and len(answer) < request.max_tokens
+                if handed_on:
+                    batch[-1] = replace(batch[-1], finish_reason=None)
                 if batch:
                     yield batch
-            return
-        except REPLICA_LOST as lost:
-            logger.warning("A replica died under a request, attempt %d of %d: %s", attempt + 1, MAX_ATTEMPTS, lost)
+            if not handed_on:
+                return
+        except REPLICA_LOST as death:
+            lost += 1
+            logger.warning("A replica died under a request, %d of %d: %s", lost, MAX_ATTEMPTS, death)
         finally:
             # Serve misses some clients that leave; without this the group would decode on for nobody.
-            response.cancel()
+            if response is not None:
+                response.cancel()
     raise Refused(503, "The model is not available.", code="unavailable")
 
 
@@ -60,7 +68,7 @@ async def choice_pieces(
     wanted: Request,
     request: CompletionRequest | ChatRequest,
     tokenizer: PreTrainedTokenizerBase,
-    group: Any,
+    groups: Groups,
     usage: dict[str, int],
 ) -> AsyncGenerator[Piece]:
     """One choice of an answer, as it becomes certain; its tokens are added to `usage`."""
@@ -70,7 +78,7 @@ async def choice_pieces(
     if wanted.max_tokens == 0 and not wanted.echo_logprobs:
         yield Piece(index, finish_reason="length")
         return
-    async with aclosing(decode(group, request.model, wanted)) as steps:
+    async with aclosing(decode(groups, request.model, wanted)) as steps:
         async for batch in steps:
             piece, n_tokens = choice.take(batch)
             usage["completion_tokens"] += n_tokens

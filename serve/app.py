@@ -10,6 +10,7 @@ from cbtm_ray import files
 from .arguments import AppArguments
 from .gateway import Gateway
 from .group import ExpertGroup
+from .groups import spread
 from .roster import Roster
 
 UNLIMITED = 10_000  # requests in an expert group: the gateways limit what they send
@@ -30,14 +31,30 @@ def build(arguments: AppArguments) -> Application:
     classes: tuple[Any, Any, Any] = Roster, ExpertGroup, Gateway
     roster_class, group_class, gateway_class = classes
     roster = roster_class.bind()
-    group = group_class.options(max_ongoing_requests=UNLIMITED, **drain).bind(
-        arguments.run_dir,
-        dense=arguments.dense,
-        max_sequences=arguments.max_sequences,
-        cache_tokens=arguments.cache_tokens,
-        roster=roster,
+    layout = spread(
+        len(files.read_array(files.join(arguments.run_dir, "clusterer", "centers.npy"))), arguments.experts_per_group
     )
+    scaling = {} if arguments.autoscaling is None else {"autoscaling_config": arguments.autoscaling}
+    groups = [
+        group_class.options(
+            name=name,
+            max_ongoing_requests=UNLIMITED,
+            ray_actor_options={"num_cpus": arguments.group_cpus},
+            **drain,
+            **scaling,
+        ).bind(
+            arguments.run_dir,
+            layout,
+            index,
+            dense=arguments.dense,
+            max_sequences=arguments.max_sequences,
+            cache_tokens=arguments.cache_tokens,
+            resident_experts=arguments.resident_experts,
+            roster=roster,
+        )
+        for index, name in enumerate(layout.names)
+    ]
     # Beyond its own limit a gateway refuses politely; Serve, which knows no format, only far beyond.
     requests = 2 * arguments.max_in_flight
     options = {"max_ongoing_requests": requests, "max_queued_requests": requests, **drain}
-    return gateway_class.options(**options).bind(arguments, group, roster)
+    return gateway_class.options(**options).bind(arguments, layout, groups, roster)

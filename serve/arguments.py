@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -16,6 +18,17 @@ class AppArguments(BaseModel):
     """Experts mixed for a token, where the request does not say; all, if there are fewer."""
     dense: bool = True
     """Whether the dense control is loaded too, as the model "dense"."""
+    experts_per_group: int | None = Field(default=None, ge=1)
+    """Experts of one deployment, ExpertGroup0 and so on; None: all, in the deployment ExpertGroup."""
+    resident_experts: int | None = Field(default=None, ge=1)
+    """Experts of a group that have their weights in memory at a time, those used last; None: all."""
+    prefix_experts: int | None = Field(default=None, ge=1)
+    """Experts that score the prefix of a prompt, those nearest to it, so that other groups may rest; None: all."""
+    group_cpus: float = Field(default=1.0, ge=0)
+    """CPUs that Ray sets aside for a replica of a group."""
+    autoscaling: dict[str, Any] | None = None
+    """Serve's AutoscalingConfig of every group, each scaled by its own load; `min_replicas: 0` lets cold ones go.
+    None: one replica each, or what `deployments` of a configuration say."""
     max_sequences: int = Field(default=32, ge=1)
     """Sequences that an expert group decodes at once; more wait."""
     cache_tokens: int = Field(default=32768, ge=1)

@@ -19,12 +19,15 @@ from ray.util import metrics
 from starlette.exceptions import HTTPException
 
 from cbtm_ray import files, sequence
+from cbtm_ray.branch import expert_folder
+from cbtm_ray.ensemble import load_ensemble
+from cbtm_ray.models import load_model_config
 from cbtm_ray.route import check_top_k
-from cbtm_ray.tokens import encode, load_tokenizer
+from cbtm_ray.tokens import encode
 
 from .answer import chat_prompt, choice_pieces, events, merged, sequence_request, total
 from .arguments import AppArguments
-from .group import ENSEMBLE
+from .groups import DENSE, ENSEMBLE, Groups, Layout
 from .limits import FAILED, Refused, among, bearer_of, out_of_bounds, read_body, read_tokens
 from .openapi import describe
 from .protocol import ChatRequest, CompletionRequest, ExpertState, Piece, choice_of
@@ -77,16 +80,16 @@ class Gateway:
     """Validates requests, sends their sequences to the expert group, and makes answers of what comes back."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, arguments: AppArguments, group: DeploymentHandle, roster: DeploymentHandle
+        self, arguments: AppArguments, layout: Layout, groups: list[DeploymentHandle], roster: DeploymentHandle
     ) -> None:
         self.arguments, self.roster = arguments, roster
         self.client_tokens = read_tokens(arguments.client_tokens, "client_tokens")
         self.admin_tokens = read_tokens(arguments.admin_tokens, "admin_tokens")
-        # By gRPC: a streamed token costs a sixth of what it does through the object store.
-        self.group = group.options(stream=True, _by_reference=False)
-        described = await group.describe.remote()
-        self.experts, self.max_length = described["experts"], described["max_length"]
-        self.tokenizer = load_tokenizer(files.join(arguments.run_dir, "tokenizer"))
+        ensemble, self.tokenizer = load_ensemble(arguments.run_dir, [])
+        self.groups = Groups(layout, groups, roster, ensemble, arguments.prefix_experts)
+        self.experts = {ENSEMBLE: ensemble.n_experts, **({DENSE: 1} if arguments.dense else {})}
+        positions = load_model_config(files.join(arguments.run_dir, expert_folder(0))).max_position_embeddings
+        self.max_length = min(positions - 1, arguments.cache_tokens)
         # A long prompt must not hold up the streams, and a tokenizer is not for several threads: one more for a thread.
         self.encoder, self.encoding = copy.deepcopy(self.tokenizer), ThreadPoolExecutor(1)
         self.longest_token = max(len(token) for token in self.tokenizer.get_vocab())
@@ -105,7 +108,7 @@ class Gateway:
     @web.get("/openapi.json")
     async def openapi(self, http: Request) -> dict[str, Any]:
         self._admit(http)
-        return describe()
+        return describe(list(self.experts), open_to_all=self.client_tokens is None)
 
     @web.get("/v1/models")
     async def models(self, http: Request) -> dict[str, Any]:
@@ -247,7 +250,7 @@ class Gateway:
         self.measured["in_flight"].set(self.in_flight)
         try:
             streams = [
-                choice_pieces(index, one, request, self.tokenizer, self.group, usage)
+                choice_pieces(index, one, request, self.tokenizer, self.groups, usage)
                 for index, one in enumerate(sequences)
             ]
             async with aclosing(merged(streams)) as parts:

@@ -1,34 +1,35 @@
-"""The experts behind the endpoint: one replica holds all of them and decodes many sequences at once."""
+"""Experts behind the endpoint: a replica holds some of them, or all, and decodes many sequences at once."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util import metrics
 
 from cbtm_ray import files
 from cbtm_ray.branch import DENSE as DENSE_FOLDER
+from cbtm_ray.contexts import Contexts, FarRead
 from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import load_ensemble
 from cbtm_ray.models import load_model
 from cbtm_ray.sequence import Request, Step
 
+from .far import REPLICA_LOST, Answering, Asking
+from .groups import DENSE, ENSEMBLE, Layout
+
 logger = logging.getLogger("ray.serve")
 
-REPLICA_LOST = (RayActorError, ReplicaUnavailableError)
-"""What a call raises whose replica dies under it."""
-ENSEMBLE, DENSE = "cbtm", "dense"
 REPORT_EVERY_S = 1.0
 
 
@@ -37,19 +38,27 @@ class ExpertGroup:
     """Engines for the ensemble and, if asked for, the dense control, which one thread steps in turn."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, run_dir: str, *, dense: bool, max_sequences: int, cache_tokens: int, roster: DeploymentHandle
+        self,
+        run_dir: str,
+        layout: Layout,
+        index: int,
+        *,
+        dense: bool,
+        max_sequences: int,
+        cache_tokens: int,
+        resident_experts: int | None,
+        roster: DeploymentHandle,
     ) -> None:
-        ensemble, _ = load_ensemble(run_dir)
-        ensembles = {ENSEMBLE: ensemble}
-        if dense:  # an ensemble of one
+        ensemble, _ = load_ensemble(run_dir, layout.clusters[index], resident=resident_experts)
+        room: dict[str, Any] = {"max_sequences": max_sequences, "cache_tokens": cache_tokens}
+        self.engines = {ENSEMBLE: Engine(ensemble, **room, elsewhere=Asking(layout).ask)}
+        if dense and index == 0:  # an ensemble of one
             model = load_model(files.join(run_dir, DENSE_FOLDER)).eval()
-            ensembles[DENSE] = replace(ensemble, experts={0: model}, centers_KD=ensemble.centers_KD[:1])
-        self.engines = {
-            name: Engine(ensemble, max_sequences=max_sequences, cache_tokens=cache_tokens)
-            for name, ensemble in ensembles.items()
-        }
-        self.n_experts, self.resting = len(ensemble.experts), set[int]()
-        self.max_length, self.n_tokens = min(ensemble.max_length, cache_tokens), 0
+            alone = replace(ensemble, experts={0: model}, centers_KD=ensemble.centers_KD[:1])
+            self.engines[DENSE] = Engine(alone, **room)
+        self.answering = Answering(Contexts(ensemble, cache_tokens))
+        self.n_experts, self.resting, self.n_tokens = ensemble.n_experts, set[int](), 0
+        self.end_of_text = ensemble.end_of_text
         self.roster = roster
         self._requests, self._tokens = Counter[int](), Counter[int]()
         self._streams: dict[tuple[str, int], asyncio.Queue[Step | None]] = {}
@@ -59,7 +68,7 @@ class ExpertGroup:
         self._thread = ThreadPoolExecutor(1)
         self._measured = _metrics()
         await self.refresh()
-        self._tasks = [asyncio.create_task(self._decode()), asyncio.create_task(self._report())]
+        self._tasks = [asyncio.create_task(loop) for loop in (self._decode(), self._report(), self.answering.run())]
 
     async def check_health(self) -> None:
         """Serve's health check: a loop that failed is not mended by waiting."""
@@ -67,21 +76,28 @@ class ExpertGroup:
             if task.done():
                 raise RuntimeError("a loop of the expert group has failed") from task.exception()
 
-    async def describe(self) -> dict[str, Any]:
-        """What a gateway must know to check requests, and what the replica is at.
-
-        experts (of each model), max_length (tokens that prompt and answer may have together), pid, running and waiting
-        (sequences), tokens (decoded since it started).
-        """
+    async def describe(self) -> dict[str, int]:
+        """What the replica is at: pid, running and waiting (sequences); since it started, tokens (decoded) and reads (for
+        gateways and other groups)."""
         engines = self.engines.values()
         return {
-            "experts": {name: len(engine.ensemble.experts) for name, engine in self.engines.items()},
-            "max_length": self.max_length,
             "pid": os.getpid(),
             "running": sum(engine.running for engine in engines),
             "waiting": sum(engine.waiting for engine in engines),
             "tokens": self.n_tokens,
+            "reads": self.answering.n_reads,
         }
+
+    async def score(self, experts: list[int], tokens: list[int]) -> dict[int, list[float]]:
+        """Log-probabilities that experts of this group give to the tokens of a text's beginning."""
+        key = uuid.uuid4().hex
+        reads = [FarRead(expert, [self.end_of_text, *tokens], 0, key) for expert in experts]
+        rows = await self.answering.read(reads)
+        return {expert: of_V[range(len(tokens)), tokens].tolist() for expert, of_V in zip(experts, rows, strict=True)}
+
+    async def read(self, reads: list[FarRead]) -> list[np.ndarray]:
+        """What experts of this group predict after tokens of texts that another group decodes."""
+        return [rows_CV.numpy() for rows_CV in await self.answering.read(reads)]
 
     async def generate(self, model: str, request: Request) -> AsyncIterator[list[Step]]:
         """Decode one sequence: its steps, together those that were made while the one before was on its way.
@@ -151,6 +167,12 @@ class ExpertGroup:
                 steps.put_nowait(None)
 
     def _hand_out(self, model: str, made: list[tuple[int, Step]]) -> None:
+        engine = self.engines[model]
+        for sequence, problem in engine.failed:
+            logger.error("A sequence of %s has failed: %s", model, problem)
+            if (steps := self._streams.get((model, sequence))) is not None:
+                steps.put_nowait(None)
+        engine.failed.clear()
         for sequence, step in made:
             if (steps := self._streams.get((model, sequence))) is not None:
                 steps.put_nowait(step)
@@ -162,7 +184,6 @@ class ExpertGroup:
             self._tokens.update(experts)
             for expert, count in experts.items():
                 self._measured["expert_tokens"].inc(count, {"expert": str(expert)})
-        engine = self.engines[model]
         self._measured["running"].set(engine.running, {"model": model})
         self._measured["waiting"].set(engine.waiting, {"model": model})
 

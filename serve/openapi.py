@@ -28,21 +28,30 @@ ERROR = {
 CLUSTER = {"name": "cluster", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 0}}
 
 
-def describe() -> dict[str, Any]:
-    """The document. Limits that a server was started with are not in it."""
+def describe(model_names: list[str], *, open_to_all: bool) -> dict[str, Any]:
+    """The document. Limits that a server was started with are not in it.
+
+    Args:
+        open_to_all: whether calls need no token, but for those of an administrator.
+    """
     models: Any = [(model, "validation") for model in (CompletionRequest, ChatRequest, ExpertState)]
     _, schema = models_json_schema(models, ref_template=REFERENCE)
+    for request in (CompletionRequest, ChatRequest):
+        schema["$defs"][request.__name__]["properties"]["model"]["enum"] = model_names
+    bearer: list[dict[str, list[str]]] = [{"bearer": []}]
     stream = {"text/event-stream": {"schema": {"type": "string"}}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "cbtm-ray", "version": "1"},
-        "security": [{"bearer": []}],
+        "security": [] if open_to_all else bearer,
         "paths": {
             "/healthz": {"get": _call("Whether it answers", security=[])},
             "/v1/models": {"get": _call("The ensemble, and the dense control if it is served")},
             "/v1/experts": {"get": _call("Every expert: cluster, traffic, state")},
             "/v1/experts/{cluster}": {
-                "put": _call("Take an expert out or back in", body=ExpertState.__name__, parameters=[CLUSTER])
+                "put": _call(
+                    "Take an expert out or back in", body=ExpertState.__name__, parameters=[CLUSTER], security=bearer
+                )
             },
             "/v1/completions": {"post": _call("Continue prompts", body=CompletionRequest.__name__, content=stream)},
             "/v1/chat/completions": {"post": _call("Answer a chat", body=ChatRequest.__name__, content=stream)},

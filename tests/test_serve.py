@@ -36,6 +36,7 @@ from serve.arguments import AppArguments
 from serve.limits import Refused
 from serve.protocol import ChatRequest
 from tests.browser import open_page, screenshot, value_of
+from tests.serving import stop_serve
 
 pytestmark = pytest.mark.ray
 PORT = 8731
@@ -69,7 +70,7 @@ def endpoint(served_run: str) -> Iterator[openai.OpenAI]:
     )  # fmt: skip
     serve.run(build(arguments), route_prefix="/")
     yield openai.OpenAI(base_url=f"{ROOT}/v1", api_key=CLIENT, max_retries=0)
-    serve.shutdown()
+    stop_serve()
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +273,16 @@ def test_the_dense_control_has_its_own_logprobs(endpoint: openai.OpenAI, served_
     )
     answer = endpoint.completions.create(model="dense", prompt=text, max_tokens=0, echo=True, logprobs=0)
     np.testing.assert_allclose(answer.choices[0].logprobs.token_logprobs, expected_T, atol=1e-4)
+
+
+def test_the_openapi_page_is_for_those_who_may_ask_and_names_the_models(endpoint: openai.OpenAI) -> None:
+    assert call("GET", "/openapi.json", token=None).status_code == 401
+    page = call("GET", "/openapi.json").json()
+    assert page["components"]["schemas"]["CompletionRequest"]["properties"]["model"]["enum"] == ["cbtm", "dense"]
+    assert page["security"] == [{"bearer": []}]
+    assert {path for path in page["paths"] if path.startswith("/v1")} == {
+        "/v1/models", "/v1/experts", "/v1/experts/{cluster}", "/v1/completions", "/v1/chat/completions",
+    }  # fmt: skip
 
 
 # The experts
@@ -503,6 +514,7 @@ def test_metrics_are_exported_for_prometheus(endpoint: openai.OpenAI) -> None:
     metrics = f"http://127.0.0.1:{port}/metrics"
     while missing := {name for name in wanted if name not in httpx.get(metrics, timeout=60).text}:
         assert time.monotonic() < until, missing
+        call("POST", "/v1/completions", json=SEEDED)  # a gauge that nobody sets for a while is not exported
         time.sleep(0.5)
 
 
