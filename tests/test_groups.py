@@ -1,11 +1,15 @@
-"""Experts spread over groups on one Serve: the text is that of one group."""
+"""Experts spread over groups on one Serve: the text is that of one group, and goes on when a replica dies."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from ray import serve
 
@@ -103,3 +107,29 @@ def test_greedy_text_over_two_groups_is_that_of_one(instance: None, random_run: 
         assert len(echoed["token_logprobs"]) == len(echoed["tokens"]) > 1
     assert seen == {1, 2}, "the prompts should need one group and both"
     assert ask(LONG, model="dense", max_tokens=4)["finish_reason"] == "length"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["ExpertGroup0", "ExpertGroup1"])
+def test_streams_go_on_when_a_groups_replica_is_killed(instance: None, random_run: str, group: str) -> None:
+    deploy(random_run)
+    expected = {prompt: ask(prompt, max_tokens=100)["text"] for prompt in PROMPTS}
+    before, texts, pieces = describe(group)["pid"], dict.fromkeys(PROMPTS, ""), itertools.count(1)
+
+    def stream(prompt: str) -> None:
+        body = {"model": "cbtm", "prompt": prompt, "max_tokens": 100, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{ROOT}/v1/completions", json=body, timeout=240) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    texts[prompt] += event["choices"][0]["text"] if "choices" in event else str(event)
+                    if next(pieces) == 10:
+                        psutil.Process(before).kill()
+
+    threads = [threading.Thread(target=stream, args=(prompt,)) for prompt in PROMPTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == expected
+    assert describe(group)["pid"] != before
