@@ -1,8 +1,8 @@
-"""Balanced k-means over Ray actors: python -m benchmarks.distributed [--n 200000 400000]
+"""Balanced k-means over Ray actors: python -m benchmarks.distributed [--n 200000 400000 --k 64 --actors 1 2]
 
     N documents, D embedding dims, K clusters
 
-Seconds of a Lloyd iteration with one actor and with two, and the bytes that cross the network in it, counted by pickling
+Seconds of a Lloyd iteration with each number of actors, and the bytes that cross the network in it, counted by pickling
 every message between the driver and the actors. The last line of the output is one JSON object.
 """
 
@@ -69,16 +69,17 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=[200_000, 400_000], help="documents")
     parser.add_argument("--dim", type=int, default=100, help="embedding dimensions")
     parser.add_argument("--k", type=int, default=64, help="clusters")
+    parser.add_argument("--actors", type=int, nargs="+", default=[1, 2], help="a CPU that Ray counts for each")
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     table = Table("N", "actors", "s an iteration", "kB an iteration", "bytes a document")
     result: dict[str, Any] = {}
     distributed.ActorShards = CountingShards  # type: ignore[misc]
-    with tempfile.TemporaryDirectory() as folder, ray_session():
+    with tempfile.TemporaryDirectory() as folder, ray_session(local_cpus=max(args.actors)):
         for n in args.n:
             uris, centres = write_shards(Path(folder), n, args), []
-            for n_actors in (1, 2):
+            for n_actors in args.actors:
                 seconds, size, found = measure(uris, n_actors, args)
                 centres.append(found)
                 result |= {
@@ -86,8 +87,9 @@ def main() -> None:
                     f"n{n}_actors{n_actors}_kb": round(size / 1e3),
                 }
                 table.add_row(f"{n:,}", str(n_actors), f"{seconds:.3f}", f"{size / 1e3:,.0f}", f"{size / n:.1f}")
-            assert np.array_equal(centres[0], centres[1]), "the number of actors changes nothing"
-            result[f"n{n}_speedup"] = round(result[f"n{n}_actors1_s"] / result[f"n{n}_actors2_s"], 2)
+            assert all(np.array_equal(centres[0], each) for each in centres), "the number of actors changes nothing"
+            first, last = args.actors[0], args.actors[-1]
+            result[f"n{n}_speedup"] = round(result[f"n{n}_actors{first}_s"] / result[f"n{n}_actors{last}_s"], 2)
     Console().print(f"D = {args.dim}, K = {args.k}, seed {args.seed}, centres equal bit for bit")
     Console().print(table)
     print(json.dumps(result))
