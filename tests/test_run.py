@@ -187,6 +187,7 @@ def test_where_and_how_fast_it_runs_may_change(tmp_path: Path) -> None:
         "train__workers_per_expert": 2,
         "train__parallel": "fsdp",
         "train__tensorboard": True,
+        "train__trackers": ["mlflow"],
         "train__log_every": 3,
         "train__checkpoint_every": 17,
         "train__notice_every": 5,
