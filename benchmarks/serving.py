@@ -48,13 +48,12 @@ CACHE_TOKENS = 32768
 
 
 @contextlib.contextmanager
-def our_server(run_dir: str, args: argparse.Namespace) -> Iterator[str]:
+def our_server(run_dir: str, port: int, **arguments: Any) -> Iterator[str]:
     """The whole application on a Ray of its own; the address of its completions."""
     with ray_session(local_cpus=2):
-        serve.start(http_options={"host": "127.0.0.1", "port": args.port})
-        arguments = AppArguments(run_dir=run_dir, max_sequences=max(args.streams), cache_tokens=CACHE_TOKENS)
-        serve.run(build(arguments), route_prefix="/")
-        yield f"http://127.0.0.1:{args.port}/v1/completions"
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build(AppArguments(run_dir=run_dir, cache_tokens=CACHE_TOKENS, **arguments)), route_prefix="/")
+        yield f"http://127.0.0.1:{port}/v1/completions"
         serve.shutdown()
 
 
@@ -96,7 +95,7 @@ def compare(run_dir: str, args: argparse.Namespace) -> dict[tuple[str, int], Loa
     body: dict[str, Any] = {"max_tokens": args.tokens, "temperature": 1.0}
     ours = {**body, "stream": True, "stream_options": {"include_usage": True}}
     prompts, found = make_prompts(run_dir, args.prompt), {}
-    with our_server(run_dir, args) as url, peer_server(run_dir, args) as peer:
+    with our_server(run_dir, args.port, max_sequences=max(args.streams)) as url, peer_server(run_dir, args) as peer:
         experts = len(httpx.get(url.replace("completions", "experts")).json()["data"])
         systems: dict[str, tuple[str, dict[str, Any]]] = {
             "one expert, same engine": (url, {**ours, "model": "dense"}),
@@ -133,7 +132,7 @@ def router_share(run_dir: str, args: argparse.Namespace) -> float:
     ensemble, tokenizer = load_ensemble(run_dir)
     prompts = encode(tokenizer, make_prompts(run_dir, args.prompt)[: max(args.streams)])
     engine = Engine(ensemble, max_sequences=len(prompts), cache_tokens=CACHE_TOKENS)
-    top_k = min(2, len(ensemble.experts))
+    top_k = min(2, ensemble.n_experts)
     for seed, prompt in enumerate(prompts):
         sampling = Sampling(seed=seed)
         engine.add(Request(prompt=prompt.tolist(), max_tokens=args.tokens, top_k=top_k, sampling=sampling))

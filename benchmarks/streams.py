@@ -15,6 +15,8 @@ import numpy as np
 
 ANSWER_S = 120.0
 """The longest that a client waits for anything."""
+RETRY_S = 0.25
+"""How long one that was refused waits before it asks again."""
 
 
 @dataclass
@@ -27,6 +29,8 @@ class Answer:
     """When pieces of text came."""
     n_tokens: int = 0
     status: int = 0
+
+    ended_s: float = 0.0
 
     @property
     def ttft_s(self) -> float:
@@ -69,6 +73,7 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Answ
             if any(choice["text"] for choice in event["choices"]):
                 answer.arrived_s.append(time.perf_counter())
             answer.n_tokens = (event.get("usage") or {}).get("completion_tokens", answer.n_tokens)
+    answer.ended_s = time.perf_counter()
     return answer
 
 
@@ -80,7 +85,10 @@ async def keep_asking(
 
     async def one_stream(client: httpx.AsyncClient) -> None:
         while time.perf_counter() < end_s:
-            answers.append(await ask(client, url, next(bodies)))
+            answer = await ask(client, url, next(bodies))
+            answers.append(answer)
+            if answer.status != 200:
+                await asyncio.sleep(RETRY_S)
 
     limits = httpx.Limits(max_connections=n_streams)
     async with httpx.AsyncClient(timeout=ANSWER_S, limits=limits) as client:

@@ -1,10 +1,11 @@
-"""Experts spread over groups on one Serve: the text is that of one group, and goes on when a replica dies."""
+"""Experts spread over groups on one Serve: the text is that of one group, and goes on when replicas die or begin anew."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,14 +66,25 @@ def describe(group: str) -> dict[str, int]:
     return dict(serve.get_deployment_handle(group, "default").describe.remote().result())
 
 
-def greedy(random_run: str, prompt: str, top_k: int = 2) -> str:
+def replicas(group: str) -> int:
+    return serve.status().applications["default"].deployments[group].replica_states.get("RUNNING", 0)
+
+
+def wait_for(group: str, n_replicas: int, until_s: float = 240) -> None:
+    until = time.monotonic() + until_s
+    while replicas(group) != n_replicas:
+        assert time.monotonic() < until, serve.status()
+        time.sleep(0.2)
+
+
+def greedy(random_run: str, prompt: str) -> str:
     """What one engine with all experts writes."""
     ensemble, tokenizer = load_ensemble(random_run)
     tokens = encode(tokenizer, [prompt])[0].tolist()
     request = Request(
         prompt=tokens,
         max_tokens=40,
-        top_k=top_k,
+        top_k=2,
         sampling=Sampling(temperature=0),
         strategy="lockstep",
         refresh_tokens=1,
@@ -133,3 +145,64 @@ def test_streams_go_on_when_a_groups_replica_is_killed(instance: None, random_ru
         thread.join()
     assert texts == expected
     assert describe(group)["pid"] != before
+
+
+@pytest.mark.slow
+def test_streams_end_across_a_redeployment(instance: None, random_run: str) -> None:
+    """New replicas take over while the old ones write on."""
+    deploy(random_run, drain_s=200)
+    expected, before = ask(LONG, max_tokens=400)["text"], describe("ExpertGroup0")["pid"]
+    text, again = "", threading.Thread(target=deploy, args=(random_run,), kwargs={"drain_s": 200, "max_tokens": 500})
+    body = {"model": "cbtm", "prompt": LONG, "max_tokens": 400, "temperature": 0, "stream": True}
+    with httpx.stream("POST", f"{ROOT}/v1/completions", json=body, timeout=240) as answer:
+        for number, line in enumerate(line for line in answer.iter_lines() if line.startswith("data: {")):
+            text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+            if number == 3:
+                again.start()
+    again.join()
+    assert text == expected
+    assert describe("ExpertGroup0")["pid"] != before
+
+
+@pytest.mark.slow
+def test_a_cold_group_begins_with_the_first_request(instance: None, random_run: str) -> None:
+    """Also: it goes again, and a request for the other group's experts leaves it where it is."""
+    scaling = {"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 3, "downscale_to_zero_delay_s": 3,
+               "metrics_interval_s": 1, "look_back_period_s": 2}  # fmt: skip
+    deploy(random_run, autoscaling=scaling, prefix_experts=1, top_k=1)
+    for group in ("ExpertGroup0", "ExpertGroup1"):
+        wait_for(group, 0)
+    started = time.monotonic()
+    answer = ask(LONG, cbtm={"return_routing": True})
+    print(f"from zero replicas to the end of an answer: {time.monotonic() - started:.1f} s")
+    (expert,) = answer["cbtm"]["weights"][-1]
+    used = int(expert) // 2
+    wait_for(f"ExpertGroup{used}", 1)
+    assert replicas(f"ExpertGroup{1 - used}") == 0
+    wait_for(f"ExpertGroup{used}", 0)
+
+
+@pytest.mark.slow
+def test_a_hot_expert_gets_its_second_replica(instance: None, random_run: str) -> None:
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1,
+               "downscale_delay_s": 3, "metrics_interval_s": 1, "look_back_period_s": 2}  # fmt: skip
+    deploy(random_run, autoscaling=scaling, prefix_experts=1, top_k=1)
+    alone = ask(LONG, cbtm={"return_routing": True})
+    (expert,) = alone["cbtm"]["weights"][-1]
+    hot, over = int(expert) // 2, threading.Event()
+
+    def load() -> None:
+        while not over.is_set():
+            ask(LONG, max_tokens=200)
+
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_for(f"ExpertGroup{hot}", 2)
+        assert replicas(f"ExpertGroup{1 - hot}") == 1
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert ask(LONG)["text"] == alone["text"]
