@@ -17,6 +17,7 @@ import numpy as np
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cbtm_ray import files, progress
 from cbtm_ray.board import Board
@@ -187,7 +188,9 @@ def train_branches(
         return
     config = run.config
     in_flight = slots or _slots(cpus, config.train.gpus_per_expert)
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    # On the driver's own node: on another it would be lost with it, and the run with the board.
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
     failed: dict[str, BaseException] = {}
     # A pool of daemon threads: fit() never returns once an interrupt has shut Ray down, and must not hold the exit up.
     with ThreadPool(min(in_flight, len(groups))) as pool:
