@@ -258,6 +258,7 @@ def kill_training_worker(manifest: Path, checkpoints: Path, killed: list[int]) -
             killed.append(process.pid)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_killed_worker_resumes_to_the_weights_of_undisturbed_training(finished_run: Run) -> None:
     template = branch_of(finished_run, "extra/victim")
