@@ -49,7 +49,7 @@ def assert_same(ours: BalancedKMeans, theirs: BalancedKMeans) -> None:
     assert (ours.inertia_, ours.gap_, ours.n_iter_) == (theirs.inertia_, theirs.gap_, theirs.n_iter_)
 
 
-@pytest.mark.parametrize("n_actors", [1, 4, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_actors", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 9))])
 def test_number_of_actors_does_not_change_a_bit(undisturbed: BalancedKMeans, shards: list[str], n_actors: int) -> None:
     assert_same(fit_distributed(shards, n_actors=n_actors, cpus_per_actor=0.25, **SETTINGS), undisturbed)
 

@@ -23,7 +23,8 @@ from tests.test_text_embedders import minilm_folder
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.parametrize("embedder", ["word_tfidf", pytest.param("sentence", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("embedder", ["word_tfidf", "sentence"])
 def test_documents_go_to_the_nearest_centre_of_the_chosen_embedder(
     finished_run: Run, tmp_path: Path, embedder: str
 ) -> None:
