@@ -80,18 +80,29 @@ def named(branches: list[Branch], folder: str) -> list[Branch]:
     ]
 
 
+def parser(doc: str | None, *, experts: int, steps: int) -> argparse.ArgumentParser:
+    """What an experiment with many small experts can be told; `experts` and `steps` are its defaults."""
+    found = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    found.add_argument("--experts", type=int, default=experts)
+    found.add_argument("--slots", type=int, default=2, help="runs at once")
+    found.add_argument("--ray-steps", type=int, default=steps, help="steps of an expert")
+    found.add_argument("--batch", type=int, default=8, help="sequences in a step")
+    found.add_argument("--length", type=int, default=128, help="tokens in a sequence")
+    found.add_argument("--seed", type=int, default=0)
+    return found
+
+
+def arguments(known: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was told, for experts of the first size and one thread each."""
+    return argparse.Namespace(**vars(known.parse_args()), sizes=["1M"], threads=1)
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--experts", type=int, default=24)
-    parser.add_argument("--slots", type=int, default=2, help="runs at once")
-    parser.add_argument("--per-run", type=int, default=4, help="experts that one Ray Train run trains")
-    parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--pause", type=float, default=20, help="mean seconds between kills")
-    parser.add_argument("--ray-steps", type=int, default=40, help="steps of an expert")
-    parser.add_argument("--batch", type=int, default=8, help="sequences in a step")
-    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
-    parser.add_argument("--seed", type=int, default=0)
-    return argparse.Namespace(**vars(parser.parse_args()), sizes=["1M"], threads=1)
+    known = parser(__doc__, experts=24, steps=40)
+    known.add_argument("--per-run", type=int, default=4, help="experts that one Ray Train run trains")
+    known.add_argument("--kills", type=int, default=3)
+    known.add_argument("--pause", type=float, default=20, help="mean seconds between kills")
+    return arguments(known)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.faults import named, training_workers
+from benchmarks.faults import arguments, named, parser, training_workers
 from benchmarks.training import make_run
 from cbtm_ray.branch import expert_branches, train_branches
 from cbtm_ray.ray_session import ray_session
@@ -43,9 +43,8 @@ class Traffic:
     def look(self) -> None:
         self.training |= {process.pid for process in training_workers()}
         command = ["ss", "-tinpHO", "state", "established"]
-        for local, peer, pid, sent in CONNECTION.findall(
-            subprocess.run(command, capture_output=True, text=True).stdout
-        ):
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for local, peer, pid, sent in CONNECTION.findall(lines.replace("[::ffff:127.0.0.1]", "127.0.0.1")):
             self._owners[local] = int(pid)
             self._sent[local, peer, int(pid)] = int(sent)
 
@@ -68,7 +67,7 @@ def count(run: Run, folder: str, args: argparse.Namespace) -> Traffic:
     """Train all experts of the run; the traffic meanwhile."""
     branches = named([branch for branch in expert_branches(run) if branch.cluster is not None], folder)
     traffic, over = Traffic(), threading.Event()
-    traffic.look()  # fails here, not in the thread, where there is no ss
+    traffic.look()  # fails here, not in the thread, where ss is missing or does not know the options
     watcher = threading.Thread(target=watch, args=(traffic, over), daemon=True)
     watcher.start()
     cpus = run.config.train.workers_per_expert
@@ -95,19 +94,8 @@ def by_expert(traffic: Traffic, workers: int) -> tuple[int, int, int]:
     return inside, across, sum(between.values()) - inside - across
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--slots", type=int, default=2, help="experts at once")
-    parser.add_argument("--ray-steps", type=int, default=100, help="steps of an expert")
-    parser.add_argument("--batch", type=int, default=8, help="sequences in a step")
-    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
-    parser.add_argument("--seed", type=int, default=0)
-    return argparse.Namespace(**vars(parser.parse_args()), sizes=["1M"], threads=1)
-
-
 def main() -> None:
-    args, console = parse_args(), Console()
+    args, console = arguments(parser(__doc__, experts=4, steps=100)), Console()
     table = Table("processes an expert", "processes seen", "within an expert, kB", "between experts, B", "with Ray, kB")
     result = {}
     with tempfile.TemporaryDirectory() as folder, ray_session(local_cpus=2 * args.slots):
