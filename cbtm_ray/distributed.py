@@ -24,25 +24,8 @@ import torch
 from cbtm_ray import files
 from cbtm_ray.cluster import BalancedKMeans, Progress
 from cbtm_ray.ray_session import capacity
-from cbtm_ray.shard_steps import CACHE_BYTES, LocalShards, Shard, add_up, groups
-
-
-class _ShardActor:
-    """Holds consecutive groups of shards; `position` is the number of the first shard."""
-
-    def __init__(self, groups: list[list[str]], position: int, device: str) -> None:
-        uris = [uri for group in groups for uri in group]
-        cache_bytes = CACHE_BYTES // len(uris)
-        held = [Shard(_read_points(uri).to(device), position + i, cache_bytes) for i, uri in enumerate(uris)]
-        self._shards, self._sizes = LocalShards(held), [len(group) for group in groups]
-
-    def each(self, step: Callable[..., Any], args: tuple) -> list[Any]:
-        return self._shards.each(step, *args)
-
-    def sums(self, step: Callable[..., tuple], args: tuple) -> list[tuple]:
-        """The sum of every group."""
-        results = iter(self._shards.each(step, *args))
-        return [add_up(list(itertools.islice(results, size))) for size in self._sizes]
+from cbtm_ray.shard_actor import ShardActor
+from cbtm_ray.shard_steps import add_up, groups
 
 
 class ActorShards:
@@ -121,12 +104,8 @@ def _start_actors(shard_uris: list[str], n_actors: int, cpus_per_actor: float, g
     options = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "max_restarts": -1, "max_task_retries": -1}
     cuts = [len(parts) * i // n_actors for i in range(n_actors + 1)]
     before = list(itertools.accumulate((len(part) for part in parts), initial=0))
-    actor, device = ray.remote(_ShardActor).options(**options), "cuda" if gpus_per_actor else "cpu"
+    actor, device = ray.remote(ShardActor).options(**options), "cuda" if gpus_per_actor else "cpu"
     return [actor.remote(parts[a:b], before[a], device) for a, b in itertools.pairwise(cuts)]
-
-
-def _read_points(uri: str) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(files.read_array(uri), dtype=np.float32))
 
 
 def _save_state(uri: str, identity: str, state: Progress) -> None:

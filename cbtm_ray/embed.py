@@ -9,6 +9,9 @@ All share one interface, over token ids, since those are what training, evaluati
 `TokenTfidf` is the default. tf-idf followed by a truncated SVD is linear in the term counts, up to the final L2 norm. With
 the V x D table E[v] = idf[v] * components[:, v], the embedding of any text is normalise(sum of E[t] over its tokens t):
 tf-idf's own norm cancels, and routing costs one row addition a token. The paper (section 3.2) embeds words: `WordTfidf`.
+
+scikit-learn and the embedders of text are imported where they are used: a worker that has a table to look up would spend
+more CPU time on importing them than on its documents.
 """
 
 from __future__ import annotations
@@ -19,14 +22,10 @@ from typing import Protocol
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-from sklearn.preprocessing import normalize
 from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import files
 from cbtm_ray.config import EmbedConfig
-from cbtm_ray.text_embedders import SentenceEncoder, WordTfidf
 
 
 class Context(Protocol):
@@ -83,6 +82,9 @@ class TokenTfidf:
                 f"embed.dimensions={dimensions} must be at most {bound}, what the corpus sample has of documents and of "
                 "different tokens. Lower it or give more documents."
             )
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.preprocessing import normalize
+
         idf_V = np.log((1 + len(documents)) / (1 + document_frequency_V)) + 1
         tfidf_NV = normalize(counts_NV.multiply(idf_V).tocsr())
         svd = TruncatedSVD(n_components=dimensions, random_state=random_state).fit(tfidf_NV)
@@ -140,17 +142,21 @@ def fit_embedder(
     config: EmbedConfig, tokenizer: PreTrainedTokenizerBase, documents: list[np.ndarray], random_state: int
 ) -> Embedder:
     """The embedder that the configuration names, fitted on the token ids of a sample."""
+    if config.embedder == "token_tfidf":
+        return TokenTfidf.fit(
+            documents, silent_tokens(tokenizer), dimensions=config.dimensions, random_state=random_state
+        )
+    from cbtm_ray.text_embedders import SentenceEncoder, WordTfidf
+
     if config.embedder == "sentence":
         return SentenceEncoder.open(config, tokenizer)
-    if config.embedder == "word_tfidf":
-        return WordTfidf.fit(
-            documents,
-            tokenizer,
-            dimensions=config.dimensions,
-            standardise=config.normalisation == "standard",
-            random_state=random_state,
-        )
-    return TokenTfidf.fit(documents, silent_tokens(tokenizer), dimensions=config.dimensions, random_state=random_state)
+    return WordTfidf.fit(
+        documents,
+        tokenizer,
+        dimensions=config.dimensions,
+        standardise=config.normalisation == "standard",
+        random_state=random_state,
+    )
 
 
 def save_embedder(embedder: Embedder, config: EmbedConfig, folder_uri: str) -> None:
@@ -161,11 +167,13 @@ def save_embedder(embedder: Embedder, config: EmbedConfig, folder_uri: str) -> N
 
 def load_embedder(folder_uri: str, tokenizer: PreTrainedTokenizerBase) -> Embedder:
     config = EmbedConfig(**files.read_json(files.join(folder_uri, "embedder.json")))
+    if config.embedder == "token_tfidf":
+        return TokenTfidf.load(folder_uri)
+    from cbtm_ray.text_embedders import SentenceEncoder, WordTfidf
+
     if config.embedder == "sentence":
         return SentenceEncoder.load(folder_uri, config, tokenizer)
-    if config.embedder == "word_tfidf":
-        return WordTfidf.load(folder_uri, tokenizer)
-    return TokenTfidf.load(folder_uri)
+    return WordTfidf.load(folder_uri, tokenizer)
 
 
 def load_clusterer(folder_uri: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Embedder, torch.Tensor]:
@@ -180,6 +188,8 @@ def load_centers(folder_uri: str) -> torch.Tensor:
 
 def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Tokens that say nothing of the topic: English stop words, and all without a letter. Bool (V,)."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
     words = (str(tokenizer.decode([token])).strip().lower() for token in range(len(tokenizer)))
     return np.array([word in ENGLISH_STOP_WORDS or not any(c.isalpha() for c in word) for word in words])
 

@@ -6,14 +6,16 @@ B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import errno
+import json
 import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cbtm_ray import files
 
@@ -50,15 +52,27 @@ def load_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
     try:
         if files.exists(folder_or_name):
             with files.local_folder(folder_or_name) as folder:
-                tokenizer = AutoTokenizer.from_pretrained(folder)
+                tokenizer = _open_tokenizer(folder)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder_or_name)
+            tokenizer = _open_tokenizer(folder_or_name)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"tokens.tokenizer={folder_or_name!r} cannot be loaded: {first}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokens.tokenizer={folder_or_name!r} has no end-of-text token (eos_token). Use one that has.")
     return tokenizer
+
+
+def _open_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
+    """What AutoTokenizer gives. It imports all that generates text, 2.5 s of CPU in every worker that only tokenises, so a
+    tokenizer of no special class and with no model beside it, as a run's own is, is opened without it."""
+    settings = Path(folder_or_name, "tokenizer_config.json")
+    plain = settings.is_file() and not settings.with_name("config.json").exists()
+    if plain and json.loads(settings.read_text()).get("tokenizer_class") == PreTrainedTokenizerFast.__name__:
+        return PreTrainedTokenizerFast.from_pretrained(folder_or_name)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder_or_name)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, uri: str) -> None:

@@ -253,6 +253,7 @@ def test_the_kinds_of_seed_that_scikit_learn_and_numpy_have(random_state: Any) -
     assert_balanced(BalancedKMeans(3, random_state=random_state).fit_predict(blobs(50)), 50, 3)
 
 
+@pytest.mark.slow
 def test_it_is_a_scikit_learn_estimator() -> None:
     """All of scikit-learn's own checks, but for two messages, which are ours, and float64, which is computed as float32."""
     results = check_estimator(BalancedKMeans(2), on_fail=None, on_skip=None)

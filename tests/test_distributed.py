@@ -54,7 +54,7 @@ def test_number_of_actors_does_not_change_a_bit(undisturbed: BalancedKMeans, sha
     assert_same(fit_distributed(shards, n_actors=n_actors, cpus_per_actor=0.25, **SETTINGS), undisturbed)
 
 
-@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("balanced", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_equals_one_tensor(ray_cluster: str, points: np.ndarray, shards: list[str], balanced: bool) -> None:
     settings = SETTINGS | {"balanced": balanced, "tol": 1e-4, "max_iter": 50}
     remote = fit_distributed(shards, n_actors=2 if balanced else 1, **settings)
@@ -79,7 +79,7 @@ def test_a_driver_that_dies_goes_on_where_it_was(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit_distributed(shards, n_actors=2, state_uri=state, on_iteration=die_at_three, **SETTINGS)
+        fit_distributed(shards, n_actors=1, state_uri=state, on_iteration=die_at_three, **SETTINGS)
     again = fit_distributed(shards, n_actors=1, state_uri=state, on_iteration=die_at_three, **SETTINGS)
     assert seen == [1, 2, 3, 4, 5, 6, 7, 8]
     assert_same(again, undisturbed)

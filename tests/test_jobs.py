@@ -122,9 +122,10 @@ def write_config(tmp_path: Path, **changes: dict) -> Path:
     ("overrides", "message"),
     [
         (["train.total_token=5"], "train.total_token is not a key. Did you mean train.total_tokens?"),
-        (
+        pytest.param(
             ["corpus.text_column=body"],
             ":1, which has id, text, domain. Set corpus.text_column to one of these.",  # of the shard read first
+            marks=pytest.mark.slow,
         ),
     ],
 )

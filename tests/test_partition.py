@@ -21,18 +21,24 @@ from cbtm_ray import files, partition
 from cbtm_ray.config import RunConfig
 from cbtm_ray.embed import load_clusterer
 from cbtm_ray.embed_workers import map_embedding
-from cbtm_ray.load_config import build_config
 from cbtm_ray.partition import partition_corpus
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import encode, load_tokenizer, read_documents
-from tests.tiny import tiny_tree, write_corpus
 
 pytestmark = pytest.mark.ray
 
 
 def parts(run: Run, split: str) -> list[Path]:
     return sorted(Path(run.uri("shards", split)).glob("*.parquet"))
+
+
+def copied_up_to_shards(finished_run: Run, folder: Path) -> Run:
+    """The run before its shards were made."""
+    run = Run(dataclasses.replace(finished_run.config, run=RunConfig(dir=str(folder))))
+    for stage in ("corpus", "tokenizer", "clusterer"):
+        shutil.copytree(finished_run.uri(stage), run.uri(stage))
+    return run
 
 
 def test_every_document_is_in_the_shards_once_at_its_nearest_centre(finished_run: Run) -> None:
@@ -81,17 +87,21 @@ def test_a_restart_makes_only_what_is_missing_and_the_same_bytes(finished_run: R
     assert second.read_bytes() == before[second][0]
 
 
-def test_a_corpus_that_changed_is_refused_by_the_name_of_its_shard(tmp_path: Path, ray_cluster: str) -> None:
-    folder = write_corpus(tmp_path / "corpus", documents=80)
-    run = Run(build_config(tiny_tree(tmp_path / "run", folder)))
-    for job in ("build_corpus", "fit_clusters"):
-        run_job(run, job)
-    lines = (folder / "part-2.jsonl").read_text().splitlines()
-    (folder / "part-2.jsonl").write_text("\n".join(lines[:-5]) + "\n")
+def test_a_corpus_that_changed_is_refused_by_the_name_of_its_shard(finished_run: Run, tmp_path: Path) -> None:
+    run = copied_up_to_shards(finished_run, tmp_path / "run")
+    shard = finished_run.need("corpus", "build_corpus")["shards"][2]
+    lines = Path(shard["uris"][0]).read_text().splitlines()
+    changed = tmp_path / "part-2.jsonl"
+    changed.write_text("\n".join(lines[:-5]) + "\n")
+    task = {"index": 2, **shard, "uris": [str(changed)]}
     with pytest.raises(ValueError, match=r"part-2.jsonl gave \d+ documents for .* when the corpus was built"):
-        partition_corpus(run)
+        partition._partition_shard(task, run.config, run.config.corpus)
+    assert not list(Path(run.uri("shards")).rglob("*.parquet"))
+    partition._partition_shard(task | {"uris": shard["uris"]}, run.config, run.config.corpus)
+    assert len(list(Path(run.uri("shards")).rglob("*.parquet"))) == 2
 
 
+@pytest.mark.slow
 def test_the_number_of_actors_changes_nothing(finished_run: Run, tmp_path: Path) -> None:
     config = finished_run.config
     other = dataclasses.replace(
@@ -129,9 +139,7 @@ def test_a_worker_killed_while_it_assigns_changes_nothing(
         return map_embedding(rows, partial(die_once, work=work), gpus)
 
     monkeypatch.setattr(partition, "map_embedding", map_dying)
-    run = Run(dataclasses.replace(finished_run.config, run=RunConfig(dir=str(tmp_path / "run"))))
-    for folder in ("corpus", "tokenizer", "clusterer"):
-        shutil.copytree(finished_run.uri(folder), run.uri(folder))
+    run = copied_up_to_shards(finished_run, tmp_path / "run")
     partition_corpus(run)
     assert (tmp_path / "died").read_text() != (tmp_path / "finished").read_text()
     for split in ("train", "valid"):

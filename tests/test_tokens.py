@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cbtm_ray import files, partition
 from cbtm_ray.tokens import (
@@ -54,6 +54,16 @@ def test_any_text_comes_back_from_its_tokens(tokenizer: PreTrainedTokenizerFast,
     (ids,) = encode(tokenizer, [text])
     assert ids.dtype == np.int32
     assert tokenizer.decode(ids) == text
+
+
+def test_a_saved_tokenizer_is_opened_as_hugging_face_opens_it(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_tokenizer(tokenizer, str(tmp_path / "t"))
+    ours, theirs = load_tokenizer(str(tmp_path / "t")), AutoTokenizer.from_pretrained(tmp_path / "t")
+    assert (type(ours), ours.init_kwargs, ours.get_vocab()) == (type(theirs), theirs.init_kwargs, theirs.get_vocab())
+    assert ours(TEXTS)["input_ids"] == theirs(TEXTS)["input_ids"]
+    assert (ours.eos_token_id, ours.all_special_ids) == (theirs.eos_token_id, theirs.all_special_ids)
 
 
 def test_a_trained_tokenizer_has_all_bytes_merges_and_an_end(tokenizer: PreTrainedTokenizerFast) -> None:
