@@ -1,4 +1,7 @@
-"""Continuous batching: sequences join and leave at every step, and each expert reads for all of them in one pass.
+"""Continuous batching: sequences join and leave at every step, and one expert reads for all that wait for it.
+
+Sequences wait for different experts. A step runs the one whose sequences have waited longest in all, so that a pass, which
+costs little more with many rows than with one, has many, and nobody waits for ever.
 
 Numeric only: a server calls it from one thread, and text is made of the tokens elsewhere (text.py).
 """
@@ -36,6 +39,10 @@ Elsewhere: TypeAlias = "Callable[[list[FarRead]], list[Future[Tensor]]]"
 class _Running:
     sequence: Sequence
     strategy: Strategy
+    reads: dict[int, int] | None = None
+    """How far which experts have to read before the sequence goes on; None: not said yet."""
+    waited: int = 0
+    """Steps since it went on."""
     asked: dict[int, Future[Tensor]] = field(default_factory=dict)
     """By expert elsewhere: what the sequence waits for."""
 
@@ -113,27 +120,25 @@ class Engine:
         self.active = set(experts)
         for running in self._running.values():
             running.asked.clear()
+            running.reads = None
             running.sequence.reroute(self.active)
             running.strategy = type(running.strategy)(running.sequence)
 
     def step(self) -> list[tuple[int, Step]]:
-        """Run one step of the batch: the new tokens of every sequence that has got any; of a long prompt a piece is read."""
+        """Run one expert's pass: the new tokens of every sequence that has got any by it; of a long prompt a piece is read."""
         self._join()
-        here: dict[int, list[tuple[Sequence, Chunk]]] = {}
+        here: dict[int, list[tuple[_Running, Chunk]]] = {}
         far: list[tuple[_Running, FarRead]] = []
         for number, running in self._running.items():
-            for expert, chunk in () if running.asked else self._chunks(running):
+            for expert, chunk in _chunks(running):
                 if expert in self.ensemble.experts:
-                    here.setdefault(expert, []).append((running.sequence, chunk))
+                    here.setdefault(expert, []).append((running, chunk))
                 else:
                     far.append((running, self._far_read(number, running.sequence, expert, chunk)))
         self._ask(far)
-        for expert, chunks in here.items():
-            for batch in passes(chunks):
-                rows = self._caches[expert].read(self.ensemble.experts[expert], [chunk for _, chunk in batch])
-                for (sequence, _), rows_CV in zip(batch, rows, strict=True):
-                    sequence.take(expert, rows_CV)
-        if not here:
+        if here:
+            self._read(here)
+        else:
             wait(
                 [one for running in self._running.values() for one in running.asked.values()],
                 ARRIVAL_S,
@@ -141,11 +146,20 @@ class Engine:
             )
         found = []
         for number, running in list(self._running.items()):
+            running.waited += 1
             steps = _advance(running) if self._arrived(number, running) else []
             found += [(number, step) for step in steps]
             if steps and steps[-1].finish_reason:
                 self._leave(number)
         return found
+
+    def _read(self, waiting: dict[int, list[tuple[_Running, Chunk]]]) -> None:
+        """Let the expert read that is waited for most."""
+        expert = max(waiting, key=lambda expert: sum(1 + running.waited for running, _ in waiting[expert]))
+        for batch in passes(waiting[expert]):
+            rows = self._caches[expert].read(self.ensemble.experts[expert], [chunk for _, chunk in batch])
+            for (running, _), rows_CV in zip(batch, rows, strict=True):
+                running.sequence.take(expert, rows_CV)
 
     def _far_read(self, number: int, sequence: Sequence, expert: int, chunk: Chunk) -> FarRead:
         text = [*sequence.text, *sequence.drafts][: chunk.end]
@@ -159,26 +173,20 @@ class Engine:
                 running.asked[read.expert] = answer
 
     def _arrived(self, number: int, running: _Running) -> bool:
-        """Whether a sequence waits for no expert elsewhere any more; what they said is taken in when all have."""
+        """Whether a sequence waits for no expert any more; what those elsewhere said is taken in when all have."""
         if not all(answer.done() for answer in running.asked.values()):
             return False
-        asked, running.asked = running.asked, {}
-        for expert, answer in asked.items():
+        for answer in running.asked.values():
             if problem := answer.exception():
                 self.failed.append((number, problem))
                 self._leave(number)
                 return False
+        if next(_chunks(running), None):
+            return False
+        for expert, answer in running.asked.items():
             running.sequence.take(expert, answer.result())
+        running.reads, running.waited, running.asked = None, 0, {}
         return True
-
-    def _chunks(self, running: _Running) -> Iterator[tuple[int, Chunk]]:
-        """What each expert has to read for the sequence in this step."""
-        sequence = running.sequence
-        reads = running.strategy.reads() if sequence.routed else sequence.prompt_reads(PROMPT_TOKENS)
-        for expert, end in reads.items():
-            start = sequence.readings[expert].length
-            if end > start:
-                yield expert, Chunk(sequence.unread(expert, end), start, sequence.slots)
 
     def _join(self) -> None:
         """In the order of asking, so that a large request is not overtaken for ever."""
@@ -222,6 +230,17 @@ class Engine:
 def slots_needed(request: Request) -> int:
     """What of `cache_tokens` a request takes: the end-of-text token and all others but the last, which nobody reads."""
     return len(request.prompt) + max(request.max_tokens, 1)
+
+
+def _chunks(running: _Running) -> Iterator[tuple[int, Chunk]]:
+    """What experts have to read for the sequence before it goes on, but for those that have been asked elsewhere."""
+    sequence = running.sequence
+    if running.reads is None:
+        running.reads = running.strategy.reads() if sequence.routed else sequence.prompt_reads(PROMPT_TOKENS)
+    for expert, end in running.reads.items():
+        start = sequence.readings[expert].length
+        if end > start and expert not in running.asked:
+            yield expert, Chunk(sequence.unread(expert, end), start, sequence.slots)
 
 
 def _advance(running: _Running) -> list[Step]:

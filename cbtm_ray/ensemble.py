@@ -1,6 +1,6 @@
 """The experts of a run and what routes to them, and the weights over experts of a text that grows.
 
-T tokens, K experts, D embedding dimensions.
+T tokens, K experts, R of them running, D embedding dimensions.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class PrefixRouter:
         """Tokens read."""
         self.observed = 0
         """Tokens whose evidence has been taken in, at most `length`."""
-        self._evidence_K = np.zeros(ensemble.n_experts)
-        self._context, self._centers_KD = ensemble.embedder.context(), ensemble.centers_KD.numpy()
+        self._context = ensemble.embedder.context()
+        self._centers_RD, self._evidence_R = ensemble.centers_KD.numpy()[self.running], np.zeros(len(self.running))
 
     def weights(self) -> np.ndarray:
         """Weights for the next token, (K,): 0 for all but `top_k` of the experts that run."""
-        scores_1K = self._scores()
-        ranked = len(self.running) > self.top_k  # else the others have no weight already, and ranking takes longest
-        return sparse_weights(scores_1K, self.top_k if ranked else scores_1K.size)[0]
+        weights_K = np.zeros(self.ensemble.n_experts)
+        weights_K[self.running] = sparse_weights(self._scores_R()[None], self.top_k)[0]
+        return weights_K
 
     def read(self, token: int) -> None:
         """Take in the next token, O(D)."""
@@ -84,23 +84,20 @@ class PrefixRouter:
         The end of the prefix has to be observed before anything after it is read: it decides who runs on.
         """
         assert self.observed < self.length
-        gamma = self.ensemble.settings["gamma"]
-        self._evidence_K[self.running] = gamma * self._evidence_K[self.running] + logprobs
+        self._evidence_R = self.ensemble.settings["gamma"] * self._evidence_R + logprobs
         self.observed += 1
         if self.observed == self.ensemble.prefix_tokens:
             assert self.length == self.observed
-            best = np.argsort(-self._scores()[0], kind="stable")[: self.top_k]
-            self.running = sorted(int(expert) for expert in best)
+            best = np.sort(np.argsort(-self._scores_R(), kind="stable")[: self.top_k])
+            self.running = [self.running[place] for place in best]
+            self._centers_RD, self._evidence_R = self._centers_RD[best], self._evidence_R[best]
 
-    def _scores(self) -> np.ndarray:
+    def _scores_R(self) -> np.ndarray:
         settings = self.ensemble.settings
         # Of one context, and in numpy: PyTorch takes longer to begin than this takes.
-        offsets_KD = self._context.embedding() - self._centers_KD
-        distances_K = np.einsum("kd,kd->k", offsets_KD, offsets_KD)
-        found_K = posterior_scores(distances_K, self._evidence_K, settings["temperature"], settings["beta"])
-        scores_1K = np.full((1, len(found_K)), -np.inf)
-        scores_1K[0, self.running] = found_K[self.running]
-        return scores_1K
+        offsets_RD = self._context.embedding() - self._centers_RD
+        distances_R = np.einsum("rd,rd->r", offsets_RD, offsets_RD)
+        return posterior_scores(distances_R, self._evidence_R, settings["temperature"], settings["beta"])
 
 
 def load_ensemble(
