@@ -70,7 +70,10 @@ class PrefixRouter:
     def weights(self) -> np.ndarray:
         """Weights for the next token, (K,): 0 for all but `top_k` of the experts that run."""
         weights_K = np.zeros(self.ensemble.n_experts)
-        weights_K[self.running] = sparse_weights(self._scores_R()[None], self.top_k)[0]
+        if len(self.running) == 1:
+            weights_K[self.running] = 1
+        else:
+            weights_K[self.running] = sparse_weights(self._scores_R()[None], self.top_k)[0]
         return weights_K
 
     def read(self, token: int) -> None:

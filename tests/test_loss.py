@@ -16,6 +16,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from cbtm_ray import loss
 from cbtm_ray.loss import loss_function, positions_in_document
 from tests.tiny_models import MODELS, SIZES, make_model, make_sequences
 
@@ -28,10 +29,22 @@ def test_loss_is_that_of_hugging_face(name: str) -> None:
         expected = model(input_ids=batch, labels=batch).loss
     token_loss = loss_function(model, batch[:1])
     assert token_loss(batch).mean().item() == pytest.approx(expected.item(), rel=1e-5)
-    assert token_loss.__name__ == ("plain" if name.startswith("cohere") else "chunked")
+    assert token_loss.__name__ == ("plain" if name.startswith("cohere") else "cheaper")
 
 
-def test_gradients_are_those_of_hugging_face() -> None:
+def test_chunks_are_for_small_vocabularies_large_batches_and_what_has_no_gradient() -> None:
+    few, many = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(8, 1025, dtype=torch.int64)
+    assert loss._chunks_are_cheaper(few, 2048)
+    assert not loss._chunks_are_cheaper(few, 49_152)
+    assert loss._chunks_are_cheaper(many, 49_152)
+    with torch.no_grad():
+        assert loss._chunks_are_cheaper(few, 49_152)
+
+
+@pytest.mark.parametrize("cached_vocabulary", [loss._CACHED_VOCABULARY, 1])
+def test_gradients_are_those_of_hugging_face(cached_vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By chunks of the logits as by all of them."""
+    monkeypatch.setattr(loss, "_CACHED_VOCABULARY", cached_vocabulary)
     model = make_model().eval()
     batch = torch.from_numpy(make_sequences().batch(0, 4))
     loss_function(model, batch[:1])(batch).mean().backward()
@@ -85,9 +98,9 @@ def test_documents_kept_apart_are_documents_trained_alone(name: str, attention: 
     model.set_attn_implementation(attention)
     gradients = []
     losses = [losses_alone(model), loss_function(model, BORDERS[:1], border=0)(BORDERS)]
-    for loss in losses:
+    for losses_N in losses:
         model.zero_grad()
-        loss.mean().backward()
+        losses_N.mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
