@@ -270,24 +270,26 @@ def _slots(cpus: float, gpus: float) -> int:
 
 
 def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) -> dict[str, ValueError]:
-    """One Ray Train run; the branches that refused their input, by name."""
+    """One Ray Train run, and another when it left a node that will be taken away; what refused its input, by name."""
     storage, name = run.uri("checkpoints", "_ray"), _run_name(group)
     workers = run.config.train.workers_per_expert
     resources = {"CPU": cpus / workers, **({"GPU": gpus / workers} if gpus else {})}
-    trainer: Any = TorchTrainer(
-        train_group,  # type: ignore[arg-type]  # its return value is Result.return_value
-        train_loop_config={"config": run.config, "group": group, "board": board},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
-        run_config=RunConfig(
-            name=name,
-            storage_path=storage,
-            failure_config=FailureConfig(max_failures=run.config.train.max_failures),
-        ),
-    )
-    refused = {name: ValueError(message) for name, message in trainer.fit().return_value.items()}
+    left = True
+    while left:
+        trainer: Any = TorchTrainer(
+            train_group,  # type: ignore[arg-type]  # its return value is Result.return_value
+            train_loop_config={"config": run.config, "group": group, "board": board},
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
+            run_config=RunConfig(
+                name=name,
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=run.config.train.max_failures),
+            ),
+        )
+        refused, left = trainer.fit().return_value
     if not refused:
         files.delete(files.join(storage, name))
-    return refused
+    return {name: ValueError(message) for name, message in refused.items()}
 
 
 def _raise_failures(failed: dict[str, BaseException], untrained: list[str]) -> NoReturn:

@@ -21,20 +21,23 @@ from cbtm_ray import files, flops, parallel
 from cbtm_ray.checkpoints import Checkpoints
 from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.trackers import tracking
-from cbtm_ray.train import train_model
+from cbtm_ray.train import Leaving, train_model
 
 if TYPE_CHECKING:
     from cbtm_ray.branch import Branch
     from cbtm_ray.tokens import PackedSequences
 
+Post = Callable[[str, dict[str, Any]], Any]
+"""Adds news of a branch to the board."""
 
-def train_group(task: dict[str, Any]) -> dict[str, str]:
-    """What every worker of a Ray Train run does: what its branches refused, by name.
+
+def train_group(task: dict[str, Any]) -> tuple[dict[str, str], bool]:
+    """What every worker of a Ray Train run does: what its branches refused, by name, and whether it left a node early.
 
     Only what a restart would meet again is returned, a user's mistake or a full disk; all else is raised, and Ray restarts.
     So is a full disk where several workers train, since it need not be full for all of them.
     """
-    config, board, refused = task["config"], task["board"], {}
+    config, board, refused = task["config"], task["board"], dict[str, str]()
     run, post = Run(config), board.post.remote if parallel.rank() == 0 else _say_nothing
     for branch in task["group"]:
         name = branch.spec.name
@@ -43,12 +46,15 @@ def train_group(task: dict[str, Any]) -> dict[str, str]:
         post(name, {"state": "running", "node": socket.gethostname()})
         state = "failed"
         try:
-            manifest = _train_branch(run, branch, post)
+            manifest = _train_branch(run, branch, board, post)
             if manifest is not None:
                 starts = ray.get(board.starts.remote(name))
                 run.finish(name, {**manifest, "starts": starts, "ended": time.time()})
                 files.delete(run.uri("checkpoints", name))
             state = "done"
+        except Leaving:
+            state = "waiting"
+            return refused, True
         except ValueError as error:
             refused[name] = str(error)
         except OSError as error:
@@ -57,10 +63,10 @@ def train_group(task: dict[str, Any]) -> dict[str, str]:
             refused[name] = no_space_left(config.run.dir)
         finally:
             post(name, {"state": state})
-    return refused
+    return refused, False
 
 
-def _train_branch(run: Run, branch: Branch, post: Callable[[str, dict[str, Any]], Any]) -> dict[str, Any] | None:
+def _train_branch(run: Run, branch: Branch, board: Any, post: Post) -> dict[str, Any] | None:
     """Train a branch and write its model's folder; what the manifest is to say of it, of the first worker."""
     from cbtm_ray.models import check_tokenizer, load_model, new_model, save_model
     from cbtm_ray.tokens import load_tokenizer
@@ -87,12 +93,15 @@ def _train_branch(run: Run, branch: Branch, post: Callable[[str, dict[str, Any]]
             post(spec.name, point)
             tell(point)
 
+        state = checkpoints.last()
+        if parallel.rank() == 0:
+            board.begin.remote(spec.name, socket.gethostname(), state["step"] if state else 0)
         curve = train_model(
             model,
             sequences,
             spec,
             valid=valid,
-            state=checkpoints.last(),
+            state=state,
             save=partial(_save, run, spec.name, checkpoints),
             log=log,
             leaving=_leaving,

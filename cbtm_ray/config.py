@@ -245,7 +245,7 @@ class TrainConfig:
     evaluate_sequences: Count = 32
     """Held-out sequences that such a loss reads, at most."""
     max_failures: NonNegative = 3
-    """Restarts of one expert after errors; lost nodes do not count."""
+    """Restarts of one expert after errors, and after nodes lost without a notice."""
 
     def __post_init__(self) -> None:
         if len(set(self.controls)) < len(self.controls):

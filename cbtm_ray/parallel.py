@@ -75,6 +75,11 @@ def mean(value: torch.Tensor) -> torch.Tensor:
     return total / workers()
 
 
+def any_of(own: bool, device: torch.device) -> bool:
+    """Whether it is so for one of the workers; every worker gets the same answer."""
+    return own if workers() == 1 else bool(mean(torch.tensor(float(own), device=device)) > 0)
+
+
 def all_finite(model: PreTrainedModel) -> bool:
     """Whether every weight is a finite number; every worker gets the same answer."""
     parts = (_local(p) for p in model.parameters())

@@ -88,6 +88,10 @@ def learning_rate(spec: TrainSpec, step: int) -> float:
     return spec.learning_rate * (spec.final_lr_fraction + (1 - spec.final_lr_fraction) * shape)
 
 
+class Leaving(Exception):
+    """The machine will be taken away: the state was saved, and training goes on from it elsewhere."""
+
+
 class Trainer:
     """A model in training: weights, optimiser, position and curve, all of which a checkpoint holds."""
 
@@ -240,21 +244,26 @@ def train_model(
         model: float32 weights, on the device to train on; the same on all workers.
         valid: held-out documents, for the loss on them at the end and every `evaluate_every` steps.
         state: what `save` was given before, to go on from there to the weights of an uninterrupted run; or None.
-        save: called with the state every `checkpoint_every` steps, and once when the machine is leaving. The state is of
-            the model's own tensors: what is to outlast the call must be copied in it.
+        save: called with the state every `checkpoint_every` steps, and when the machine is leaving. The state is of the
+            model's own tensors: what is to outlast the call must be copied in it.
         log: called with every new point of the curve; this and `save` by worker 0.
-        leaving: asked every `notice_every` steps whether the machine will be taken away.
+        leaving: asked every `notice_every` steps whether the machine will be taken away. All workers stop when it is so
+            for one of them.
 
     Returns:
         Points {step, tokens, loss_nats (mean since the point before), learning_rate, tokens_per_s, mfu (None where the
         device's peak is not known), and at some valid_loss_nats (None without held-out documents)}.
+
+    Raises:
+        Leaving: the machine is leaving; the state has been given to `save`.
+        ValueError: the loss or a weight is not a finite number, or the input does not suit the model.
     """
     if spec.steps == 0:
         return []
     trainer = Trainer(model, sequences, spec, valid)
     if state is not None:
         trainer.load_state_dict(state)
-    timed_step, timed_at, noticed = trainer.step, time.perf_counter(), False
+    timed_step, timed_at = trainer.step, time.perf_counter()
     while trainer.step < spec.steps:
         trainer.train_step()
         last = trainer.step == spec.steps
@@ -265,15 +274,16 @@ def train_model(
             if parallel.rank() == 0:
                 log(point)
             timed_step, timed_at = trainer.step, time.perf_counter()
-        due = trainer.step % spec.checkpoint_every == 0
-        if not noticed and trainer.step % spec.notice_every == 0:
-            noticed = leaving()
-            due = due or noticed
-        if due and not last:
+        if last:
+            break
+        left = trainer.step % spec.notice_every == 0 and parallel.any_of(leaving(), model.device)
+        if left or trainer.step % spec.checkpoint_every == 0:
             trainer.check_weights()
             state = trainer.state_dict()
             if parallel.rank() == 0:
                 save(state)
+        if left:
+            raise Leaving
     return trainer.curve
 
 

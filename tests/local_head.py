@@ -6,6 +6,7 @@ Its processes are found by a variable in their environment and ended by their id
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -26,6 +27,18 @@ WAIT_S = 600
 TRIES = 4  # of `ray start`
 PORTS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
          "runtime-env-agent-port", "metrics-export-port", "object-manager-port", "node-manager-port")  # fmt: skip
+
+# `ray start` lets no node join a head that keeps to localhost; Ray's own stand-in for a cloud starts nodes in this way.
+_NODE = """
+import sys
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+address, cpus = sys.argv[1:]
+own = {"num_cpus": int(cpus), "num_gpus": 0, "object_store_memory": 100 << 20}
+ports = {"min_worker_port": 0, "max_worker_port": 0, "dashboard_agent_listen_port": 0}
+params = RayParams(redis_address=address, gcs_address=address, **own, **ports)
+Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
+"""
 
 
 def wait_for(ready: Callable[[], Any], what: str, limit_s: float = WAIT_S) -> None:
@@ -69,13 +82,7 @@ class LocalHead:
         """`ray start` with `more` arguments and `extra` in its environment; returns when the job API answers."""
         arguments = [*more, f"--num-cpus={cpus}", f"--temp-dir={self.temp_dir}", "--disable-usage-stats"]
         arguments += [f"--{name}={port}" for name, port in self._ports.items()]
-        environment = {
-            **self.environment,
-            MARK: self._mark,
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all of Ray listens on localhost alone
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-            **(extra or {}),
-        }
+        environment = {**self._own_environment(), **(extra or {})}
         for _ in range(TRIES):  # on a busy machine a raylet may take longer than the 30 s that `ray start` gives it
             self._launch(arguments, environment)
             wait_for(lambda: self._is_up() or self._has_ended(), "the head")
@@ -83,6 +90,31 @@ class LocalHead:
                 return
             self.kill()
         raise AssertionError(self._log.read_text())
+
+    def _own_environment(self) -> dict[str, str]:
+        """That of the head's processes."""
+        return {
+            **self.environment,
+            MARK: self._mark,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all of Ray listens on localhost alone
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        }
+
+    def add_node(self, cpus: int) -> psutil.Process:
+        """Another node on this machine; its raylet, once the head knows the node."""
+        before = set(self.nodes())
+        with self._log.open("ab") as log:
+            command = [sys.executable, "-c", _NODE, self.address, str(cpus)]
+            subprocess.run(command, env=self._own_environment(), stdout=log, stderr=log, check=True)
+        wait_for(lambda: set(self.nodes()) - before, "the node")
+        (node_id,) = set(self.nodes()) - before
+        (raylet,) = (process for process in self.processes("raylet/raylet") if node_id in " ".join(process.cmdline()))
+        return raylet
+
+    def nodes(self) -> list[str]:
+        """Ids of the nodes that live, the head's too."""
+        summary = json.loads(self.ask("/nodes?view=summary"))["data"]["summary"]
+        return [node["raylet"]["nodeId"] for node in summary if node["raylet"].get("state") == "ALIVE"]
 
     def _launch(self, arguments: list[str], environment: dict[str, str]) -> None:
         self.temp_dir.mkdir(exist_ok=True)
@@ -107,7 +139,7 @@ class LocalHead:
     def ask(self, path: str) -> bytes:
         """What the dashboard answers."""
         request = urllib.request.Request(self.dashboard + path, headers={"Authorization": f"Bearer {self._token}"})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
             return answer.read()
 
     def processes(self, having: str = "") -> list[psutil.Process]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cbtm_ray.checkpoints import Checkpoints
-from cbtm_ray.train import train_model
+from cbtm_ray.train import Leaving, train_model
 from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
 
 
@@ -75,8 +75,8 @@ def test_training_goes_on_from_files_to_the_weights_of_an_uninterrupted_run(tmp_
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
 
 
-def test_a_notice_brings_one_checkpoint_at_once() -> None:
-    """Looked for at steps 4, 8, ...; there from step 7 on, and still there afterwards."""
+def test_a_notice_brings_a_checkpoint_at_once_and_ends_the_training_here() -> None:
+    """Looked for at steps 4, 8, ...; there from step 7 on."""
     asked, saved = [], []
 
     def leaving() -> bool:
@@ -84,9 +84,41 @@ def test_a_notice_brings_one_checkpoint_at_once() -> None:
         return asked[-1] >= 7
 
     spec = dataclasses.replace(SPEC, steps=16, checkpoint_every=10)
-    train_model(
-        make_model(), make_sequences(), spec, state=None, save=lambda state: saved.append(state["step"]),
-        log=lambda point: None, leaving=leaving,
+    with pytest.raises(Leaving):
+        train_model(
+            make_model(), make_sequences(), spec, state=None, save=lambda state: saved.append(state["step"]),
+            log=lambda point: None, leaving=leaving,
+        )  # fmt: skip
+    assert saved == asked[1:] == [8]
+
+
+def test_the_last_step_is_not_left() -> None:
+    """What remains is to write the model, which a notice leaves time for."""
+    spec = dataclasses.replace(SPEC, steps=4, notice_every=4)
+    curve = train_model(
+        make_model(), make_sequences(), spec, state=None, save=lambda state: pytest.fail("saved"),
+        log=lambda point: None, leaving=lambda: True,
     )  # fmt: skip
-    assert saved == [8, 10]
-    assert asked == [4, 8]
+    assert curve[-1]["step"] == 4
+
+
+def test_a_loss_that_turns_into_no_number_leaves_the_checkpoints_before_it(tmp_path: Path) -> None:
+    """And whatever broke it mended, training goes on from there to the weights of undisturbed training."""
+    whole, broken, mended = make_model(), make_model(), make_model()
+    curve, _ = train(whole)
+
+    def break_at_9(point: dict[str, Any]) -> None:
+        if point["step"] == 9:
+            with torch.no_grad():
+                broken.get_input_embeddings().weight[:] = float("nan")
+
+    with closing(Checkpoints(str(tmp_path))) as checkpoints:
+        expected = (
+            r"^test: a weight is not a finite number at step 10\. Lower the learning rate .* checkpoints are intact"
+        )
+        with pytest.raises(ValueError, match=expected):
+            train_model(broken, make_sequences(), SPEC, state=None, save=checkpoints.save, log=break_at_9)
+    assert [path.name for path in tmp_path.iterdir()] == ["step=0000000005.pt"]
+    resumed_curve, _ = train(mended, state=checkpoints.last())
+    assert without_speed(resumed_curve) == without_speed(curve)
+    assert all(torch.equal(a, b) for a, b in zip(mended.parameters(), whole.parameters(), strict=True))

@@ -12,7 +12,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from cbtm_ray import parallel
-from cbtm_ray.train import Trainer, train_model
+from cbtm_ray.train import Leaving, Trainer, train_model
 from tests.test_train_options import make_valid
 from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
 
@@ -41,6 +41,19 @@ def outcome(name: str, state: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"curve": curve, "checkpoint": checkpoint, "weights": parallel.whole_model(model).state_dict()}
 
 
+def notice_of_one(rank: int) -> list[int]:
+    """The steps at which a checkpoint was written, where the second worker alone is told that its node goes."""
+    saved: list[int] = []
+    try:
+        train_model(
+            make_model(), make_sequences(), dataclasses.replace(SHORT, notice_every=2), state=None,
+            save=lambda state: saved.append(state["step"]), log=lambda point: None, leaving=lambda: rank == 1,
+        )  # fmt: skip
+    except Leaving:
+        return saved
+    return [-1]
+
+
 def work(rank: int, folder: Path) -> None:
     """What a worker of two does: every spec from the start, and from the checkpoint that one worker left."""
     torch.set_num_threads(1)
@@ -56,6 +69,7 @@ def work(rank: int, folder: Path) -> None:
     with torch.no_grad():
         list(trainer.model.parameters())[-1].to_local().fill_(float("nan") if rank else 1.0)
     found["finite"] = parallel.all_finite(trainer.model)
+    found["left"] = notice_of_one(rank)
     torch.save(found, folder / f"worker-{rank}.pt")
     distributed.destroy_process_group()
 
@@ -109,6 +123,10 @@ def test_a_worker_of_fsdp_holds_its_part(together: list[dict[str, Any]]) -> None
 
 def test_a_broken_weight_of_one_worker_is_known_to_all(together: list[dict[str, Any]]) -> None:
     assert [found["finite"] for found in together] == [False, False]
+
+
+def test_a_notice_of_one_worker_stops_all(together: list[dict[str, Any]]) -> None:
+    assert [found["left"] for found in together] == [[2], []]
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
