@@ -1,0 +1,236 @@
+"""What stops an expert is said by name, leaves the others and its own earlier checkpoints alone, and can be mended."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import ray
+import torch
+from moto.server import ThreadedMotoServer
+from transformers import PreTrainedModel
+
+from cbtm_ray import files
+from cbtm_ray.board import Board
+from cbtm_ray.branch import Branch, _fit, expert_branches
+from cbtm_ray.branch_worker import read_sequences
+from cbtm_ray.checkpoints import Checkpoints
+from cbtm_ray.models import load_model, new_model, save_model
+from cbtm_ray.run import Run
+from cbtm_ray.tokens import PackedSequences, load_tokenizer, train_tokenizer
+from cbtm_ray.train import Trainer, TrainSpec, train_model
+from tests.local_head import wait_for
+from tests.seeded_run import check_as_undisturbed, seeded_run, write_shards
+from tests.test_object_store import CREDENTIALS
+from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
+
+
+@contextmanager
+def small_disk(folder: Path, size_kib: int) -> Iterator[None]:
+    """A disk of that size at the folder, for the length of the block."""
+    folder.mkdir(parents=True)
+    options = f"size={size_kib}k,nr_inodes=100"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a disk, and only Linux has tmpfs")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def enlarge(folder: Path, size_kib: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size_kib}k", str(folder)], check=True)
+
+
+def checkpoint_kib(model: PreTrainedModel, sequences: PackedSequences, spec: TrainSpec, folder: Path) -> int:
+    """Size of a checkpoint, which goes to the folder."""
+    trainer = Trainer(model, sequences, spec)
+    trainer.train_step()
+    with closing(Checkpoints(str(folder))) as checkpoints:
+        checkpoints.save(trainer.state_dict())
+    return next(folder.iterdir()).stat().st_size >> 10
+
+
+def test_a_disk_that_fills_keeps_the_checkpoints_before_and_training_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    """Room for two and a half: the third is refused while it is written beside them."""
+    disk, size_kib = tmp_path / "disk", checkpoint_kib(make_model(), make_sequences(), SPEC, tmp_path / "one")
+    whole, cut, mended = make_model(), make_model(), make_model()
+    curve, _ = train(whole)
+    with small_disk(disk, size_kib * 5 // 2):
+        with pytest.raises(OSError, match="No space left on device"), closing(Checkpoints(str(disk))) as checkpoints:
+            train_model(cut, make_sequences(), SPEC, state=None, save=checkpoints.save, log=lambda point: None)
+        assert sorted(path.name for path in disk.iterdir()) == ["step=0000000005.pt", "step=0000000010.pt"]
+        state = checkpoints.last()
+        enlarge(disk, 10 * size_kib)
+        with closing(Checkpoints(str(disk))) as checkpoints:
+            resumed_curve = train_model(
+                mended, make_sequences(), SPEC, state=state, save=checkpoints.save, log=lambda point: None
+            )
+    assert without_speed(resumed_curve) == without_speed(curve)
+    assert all(torch.equal(a, b) for a, b in zip(mended.parameters(), whole.parameters(), strict=True))
+
+
+class Store:
+    """An S3 server that can be away; what it holds outlasts that, as moto keeps it in this process."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.come_back()
+
+    def come_back(self) -> None:
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self._port, verbose=False)
+        self._server.start()
+
+    def go_away(self) -> None:
+        self._server.stop()
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """With an empty bucket named `bucket`; one try only in this process, as each that follows waits longer."""
+    made = Store()
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": made.url}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(files, "_S3_ATTEMPTS", 1)
+    files._bucket.cache_clear()
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    yield made
+    client.delete_objects(
+        Bucket="bucket",
+        Delete={"Objects": [{"Key": found["Key"]} for found in client.list_objects_v2(Bucket="bucket")["Contents"]]},
+    )
+    client.delete_bucket(Bucket="bucket")
+    made.go_away()
+    files._bucket.cache_clear()
+
+
+def test_a_bucket_that_goes_away_keeps_the_checkpoints_before_and_training_goes_on_when_it_is_back(
+    store: Store,
+) -> None:
+    whole, cut, mended = make_model(), make_model(), make_model()
+    curve, _ = train(whole)
+
+    def leave_at_12(point: dict[str, Any]) -> None:
+        if point["step"] == 12:  # the checkpoint of step 10 began when that of step 5 was there
+            store.go_away()
+
+    refused = pytest.raises(OSError, match="AWS Error NETWORK_CONNECTION")
+    with refused as caught, closing(Checkpoints("s3://bucket/one")) as checkpoints:
+        train_model(cut, make_sequences(), SPEC, state=None, save=checkpoints.save, log=leave_at_12)
+    assert files.refusal(caught.value).endswith("Check the network, and AWS_ENDPOINT_URL if the store is not Amazon's.")
+    store.come_back()
+    assert files.list_files("s3://bucket/one")[0] == "s3://bucket/one/step=0000000005.pt"
+    resumed_curve, _ = train(mended, state=checkpoints.last())
+    assert without_speed(resumed_curve) == without_speed(curve)
+    assert all(torch.equal(a, b) for a, b in zip(mended.parameters(), whole.parameters(), strict=True))
+
+
+def named(run: Run, name: str, **changes: Any) -> Branch:
+    """The first expert under another name; its `spec` may be changed too."""
+    branch = expert_branches(run)[1]
+    spec = dataclasses.replace(branch.spec, name=name, **changes.pop("spec", {}))
+    return dataclasses.replace(branch, spec=spec, **changes)
+
+
+@pytest.fixture
+def board(ray_cluster: str) -> Any:
+    return ray.remote(num_cpus=0)(Board).remote()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_what_an_expert_refuses_is_said_by_name_and_the_next_one_is_trained(board: Any, tmp_path: Path) -> None:
+    """One Ray Train run for all four."""
+    run, _ = seeded_run(tmp_path, steps=12)
+    write_shards(run, 1, [], [(7, [5, 5000] * 40)])
+    other = train_tokenizer(["quite other words, and other merges"], 300)
+    save_model(new_model(run.config.seed_model, other, 128, 0), other, str(tmp_path / "other"))
+    sound = named(run, "extra/sound")
+    group = [
+        named(run, "extra/rate", spec={"learning_rate": 1e30}),
+        named(run, "extra/token", cluster=7),
+        named(run, "extra/seed", init=str(tmp_path / "other")),
+        sound,
+    ]
+    refused = {name: str(error) for name, error in _fit(run, group, board, 1, 0).items()}
+    assert set(refused) == {"extra/rate", "extra/token", "extra/seed"}
+    assert re.match(r"extra/rate: .* at step \d+\. Lower the learning rate \(peak 1e\+30\) or", refused["extra/rate"])
+    expected = (
+        f"extra/token: token id 5000 is not below the model's vocabulary of {len(other)}. Use the seed model's own"
+    )
+    assert refused["extra/token"].startswith(expected)
+    expected = f"tokens.tokenizer gives other tokens than those that the model of '{tmp_path}/other' knows. Set it to"
+    assert refused["extra/seed"].startswith(expected)
+    check_as_undisturbed(run, sound, tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_an_expert_whose_disk_is_full_goes_on_from_its_last_checkpoint_once_there_is_room(
+    board: Any, tmp_path: Path
+) -> None:
+    run, _ = seeded_run(tmp_path, steps=40)
+    branch = named(run, "small/expert", spec={"checkpoint_every": 10})
+    sequences, _ = read_sequences(run, branch, load_tokenizer(run.uri("tokenizer")).eos_token_id)
+    size_kib = checkpoint_kib(load_model(branch.init), sequences, branch.spec, tmp_path / "one")
+    disk = Path(run.uri("checkpoints", "small"))
+    with small_disk(disk, size_kib * 5 // 2):
+        refused = _fit(run, [branch], board, 1, 0)
+        expected = (
+            f"run.dir={run.dir}: no space left on the device. Free some, or give another run.dir; what is finished"
+        )
+        assert str(refused[branch.spec.name]).startswith(expected)
+        kept = sorted(path.name for path in (disk / "expert").iterdir())
+        assert kept == ["step=0000000010.pt", "step=0000000020.pt"]
+        enlarge(disk, 10 * size_kib)
+        assert _fit(run, [branch], board, 1, 0) == {}
+    assert [start["step"] for start in run.need(branch.spec.name, "train_experts")["starts"]] == [0, 20]
+    check_as_undisturbed(run, branch, tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_job_whose_bucket_goes_away_ends_in_one_line_and_the_same_command_continues(
+    store: Store, tmp_path: Path
+) -> None:
+    run, command = seeded_run(tmp_path, "s3://bucket/run", steps=2000, checkpoint_every=100)
+    command.append("train.clusters=[0]")
+    branch = expert_branches(run)[1]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(
+            lambda: files.list_files(run.uri("checkpoints", "experts")) or process.poll() is not None, "a checkpoint"
+        )
+        store.go_away()
+        err = process.communicate()[1]
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        store.come_back()
+    assert process.returncode == 2, err
+    (line,) = err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert "Check the network" in line
+    assert line.endswith("What is finished is kept, and the same command continues.")
+    kept = files.list_files(run.uri("checkpoints", branch.spec.name))
+    assert kept
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (start,) = run.need(branch.spec.name, "train_experts")["starts"]
+    assert kept[-1].endswith(f"step={start['step']:010d}.pt")
+    check_as_undisturbed(run, branch, tmp_path / "undisturbed")
