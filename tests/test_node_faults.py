@@ -125,7 +125,7 @@ def node_id(raylet: psutil.Process) -> str:
 def test_an_expert_whose_node_is_announced_to_go_moves_at_once_and_repeats_no_step(
     head: LocalHead, two_nodes: list[psutil.Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Long before the node goes; not one failure is allowed."""
+    """Long before the deadline; not one failure is allowed. A node that has been left ends itself."""
     run, command = seeded_run(tmp_path, steps=3000, checkpoint_every=499, notice_every=10, max_failures=0)
     for name, value in client(head).items():
         monkeypatch.setenv(name, value)  # for the command that drains
@@ -136,7 +136,6 @@ def test_an_expert_whose_node_is_announced_to_go_moves_at_once_and_repeats_no_st
         drain(Notice("the cloud takes the node", 600), node_id(leaving))
         told_at = time.time()
         wait_for(lambda: trainers(other) or process.poll() is not None, "training on the other node")
-        assert leaving.is_running()
     branch = expert_branches(run)[1]
     first, second = run.need(branch.spec.name, "train_experts")["starts"]
     at, step = next((at, now["cluster=0000"]) for at, now in seen if now.get("cluster=0000", 0) % 499)
