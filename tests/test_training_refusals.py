@@ -28,7 +28,6 @@ from cbtm_ray.models import load_model, new_model, save_model
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import PackedSequences, load_tokenizer, train_tokenizer
 from cbtm_ray.train import Trainer, TrainSpec, train_model
-from tests.local_head import wait_for
 from tests.seeded_run import check_as_undisturbed, seeded_run, write_shards
 from tests.test_object_store import CREDENTIALS
 from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
@@ -168,10 +167,9 @@ def test_what_an_expert_refuses_is_said_by_name_and_the_next_one_is_trained(boar
     ]
     refused = {name: str(error) for name, error in _fit(run, group, board, 1, 0).items()}
     assert set(refused) == {"extra/rate", "extra/token", "extra/seed"}
+    known = len(load_tokenizer(run.uri("tokenizer")))
     assert re.match(r"extra/rate: .* at step \d+\. Lower the learning rate \(peak 1e\+30\) or", refused["extra/rate"])
-    expected = (
-        f"extra/token: token id 5000 is not below the model's vocabulary of {len(other)}. Use the seed model's own"
-    )
+    expected = f"extra/token: token id 5000 is not below the model's vocabulary of {known}. Use the seed model's own"
     assert refused["extra/token"].startswith(expected)
     expected = f"tokens.tokenizer gives other tokens than those that the model of '{tmp_path}/other' knows. Set it to"
     assert refused["extra/seed"].startswith(expected)
@@ -199,38 +197,4 @@ def test_an_expert_whose_disk_is_full_goes_on_from_its_last_checkpoint_once_ther
         enlarge(disk, 10 * size_kib)
         assert _fit(run, [branch], board, 1, 0) == {}
     assert [start["step"] for start in run.need(branch.spec.name, "train_experts")["starts"]] == [0, 20]
-    check_as_undisturbed(run, branch, tmp_path / "undisturbed")
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.timeout(900)
-def test_a_job_whose_bucket_goes_away_ends_in_one_line_and_the_same_command_continues(
-    store: Store, tmp_path: Path
-) -> None:
-    run, command = seeded_run(tmp_path, "s3://bucket/run", steps=2000, checkpoint_every=100)
-    command.append("train.clusters=[0]")
-    branch = expert_branches(run)[1]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for(
-            lambda: files.list_files(run.uri("checkpoints", "experts")) or process.poll() is not None, "a checkpoint"
-        )
-        store.go_away()
-        err = process.communicate()[1]
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        store.come_back()
-    assert process.returncode == 2, err
-    (line,) = err.strip().splitlines()
-    assert line.startswith("error: ")
-    assert "Check the network" in line
-    assert line.endswith("What is finished is kept, and the same command continues.")
-    kept = files.list_files(run.uri("checkpoints", branch.spec.name))
-    assert kept
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (start,) = run.need(branch.spec.name, "train_experts")["starts"]
-    assert kept[-1].endswith(f"step={start['step']:010d}.pt")
     check_as_undisturbed(run, branch, tmp_path / "undisturbed")
