@@ -26,19 +26,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.decoding import SIZES
-from benchmarks.served_run import make_run
+from benchmarks.served_run import make_run, parser, replicas
 from benchmarks.serving import make_prompts, our_server
 from benchmarks.streams import Answer, keep_asking
 
 
 def replicas_memory_mib() -> float:
-    """Of all of Serve's replicas on this process' own Ray, together."""
+    """Of all replicas together."""
     total = 0
-    for process in psutil.Process().children(recursive=True):
+    for process in replicas():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "ServeReplica" in " ".join(process.cmdline()):
-                total += process.memory_info().rss
+            total += process.memory_info().rss
     return total / 2**20
 
 
@@ -70,16 +68,11 @@ def percentile_s(answers: list[Answer], percent: float) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--size", choices=list(SIZES), default="quickstart", help="of the experts")
-    parser.add_argument("--seconds", type=float, default=60, help="of the overload; half of it at capacity before")
-    parser.add_argument("--capacity", type=int, default=8, help="max_in_flight of the gateway")
-    parser.add_argument("--times", type=int, default=4, help="streams over the capacity")
-    parser.add_argument("--prompt", type=int, default=48, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens of an answer")
-    parser.add_argument("--port", type=int, default=8910)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    known = parser(__doc__, tokens=48, port=8910)
+    known.add_argument("--seconds", type=float, default=60, help="of the overload; half of it at capacity before")
+    known.add_argument("--capacity", type=int, default=8, help="max_in_flight of the gateway")
+    known.add_argument("--times", type=int, default=4, help="streams over the capacity")
+    return known.parse_args()
 
 
 def main() -> None:

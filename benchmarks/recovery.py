@@ -20,12 +20,10 @@ from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.decoding import SIZES
-from benchmarks.served_run import make_run
+from benchmarks.served_run import make_run, parser, replicas
 from benchmarks.serving import make_prompts, our_server
 from benchmarks.streams import ANSWER_S
 from cbtm_ray import files
@@ -39,14 +37,6 @@ class Stream:
     text: str = ""
     arrived_s: list[float] = field(default_factory=list)
     end: str = "broken off"
-
-
-def replica(deployment: str) -> psutil.Process:
-    """The process of a deployment's only replica, on this process' own Ray."""
-    name = f"ServeReplica:default:{deployment}"
-    found = [p for p in psutil.Process().children(recursive=True) if name in " ".join(p.cmdline())]
-    (process,) = found
-    return process
 
 
 async def read(client: httpx.AsyncClient, url: str, body: dict[str, Any], stream: Stream) -> None:
@@ -75,7 +65,7 @@ async def read_all(url: str, bodies: list[dict[str, Any]], victim: str | None) -
     async with httpx.AsyncClient(timeout=ANSWER_S) as client:
         reading = [asyncio.create_task(read(client, url, body, one)) for body, one in zip(bodies, streams, strict=True)]
         if victim:
-            process = replica(victim)
+            (process,) = replicas(victim)
             while min(len(stream.arrived_s) for stream in streams) < KILLED_AFTER:
                 await asyncio.sleep(0.01)
             process.kill()
@@ -102,15 +92,10 @@ def seconds_until_back(url: str, body: dict[str, Any], killed_s: float) -> float
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--run", help="a finished run; without it, random experts")
-    parser.add_argument("--size", choices=list(SIZES), default="quickstart", help="of random experts")
-    parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=48, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=96, help="tokens of an answer")
-    parser.add_argument("--port", type=int, default=8920)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    known = parser(__doc__, tokens=96, port=8920)
+    known.add_argument("--run", help="a finished run; without it, random experts")
+    known.add_argument("--streams", type=int, default=8)
+    return known.parse_args()
 
 
 def main() -> None:

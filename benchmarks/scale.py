@@ -36,6 +36,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.faults import arguments
 from benchmarks.training import SIZES, make_documents, make_model, make_run, make_spec, our_loop
 from cbtm_ray.branch import expert_branches, train_branches
 from cbtm_ray.ray_session import ray_session
@@ -126,7 +127,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64, help="tokens in a sequence")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="store_true", help="one K's makespan and memory, nothing else")
-    return argparse.Namespace(**vars(parser.parse_args()), sizes=["1M"], threads=1)
+    return arguments(parser)
 
 
 def main() -> None:

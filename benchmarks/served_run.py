@@ -1,10 +1,13 @@
-"""A finished run of random experts, as the endpoint reads it, for benchmarks that train nothing."""
+"""The endpoint's benchmarks: a finished run of random experts, what they can be told, and Serve's replicas."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from benchmarks.decoding import SIZES, make_experts
 from cbtm_ray import files
@@ -19,6 +22,27 @@ PACKAGE, PACKAGE_BYTES = "numpy", 1_500_000
 DIMENSIONS = 100
 SETTINGS = {"temperature": 0.5, "beta": 0.1, "gamma": 0.9}
 PREFIX_TOKENS = 16
+
+
+def parser(doc: str | None, *, tokens: int, port: int) -> argparse.ArgumentParser:
+    """What every benchmark of the endpoint can be told; `tokens` and `port` are its defaults."""
+    found = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    found.add_argument("--size", choices=list(SIZES), default="quickstart", help="of random experts")
+    found.add_argument("--prompt", type=int, default=48, help="tokens of a prompt")
+    found.add_argument("--tokens", type=int, default=tokens, help="tokens of an answer")
+    found.add_argument("--port", type=int, default=port, help="of the endpoint; a peer's server has the next")
+    found.add_argument("--seed", type=int, default=0)
+    return found
+
+
+def replicas(deployment: str = "") -> list[psutil.Process]:
+    """Processes of a deployment's replicas, or of all, on this process' own Ray."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # they come and go meanwhile
+            if f"ServeReplica:default:{deployment}" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def read_texts() -> list[str]:

@@ -30,8 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.decoding import SIZES
-from benchmarks.served_run import make_run, read_texts
+from benchmarks.served_run import make_run, parser, read_texts
 from benchmarks.streams import Load, measure
 from cbtm_ray import files
 from cbtm_ray.branch import DENSE
@@ -143,16 +142,11 @@ def router_share(run_dir: str, args: argparse.Namespace) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--run", help="a finished run with the dense control; without it, random experts")
-    parser.add_argument("--size", choices=list(SIZES), default="quickstart", help="of random experts")
-    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32], help="the last is reported")
-    parser.add_argument("--seconds", type=float, default=10, help="of every system with every number of streams")
-    parser.add_argument("--prompt", type=int, default=48, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
-    parser.add_argument("--port", type=int, default=8900, help="this one and the next are used")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    known = parser(__doc__, tokens=64, port=8900)
+    known.add_argument("--run", help="a finished run with the dense control; without it, random experts")
+    known.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32], help="the last is reported")
+    known.add_argument("--seconds", type=float, default=10, help="of every system with every number of streams")
+    return known.parse_args()
 
 
 def main() -> None:

@@ -29,7 +29,6 @@ class Answer:
     """When pieces of text came."""
     n_tokens: int = 0
     status: int = 0
-
     ended_s: float = 0.0
 
     @property

@@ -181,7 +181,7 @@ class Engine:
                 self.failed.append((number, problem))
                 self._leave(number)
                 return False
-        if next(_chunks(running), None):
+        if _pending(running):
             return False
         for expert, answer in running.asked.items():
             running.sequence.take(expert, answer.result())
@@ -232,15 +232,23 @@ def slots_needed(request: Request) -> int:
     return len(request.prompt) + max(request.max_tokens, 1)
 
 
-def _chunks(running: _Running) -> Iterator[tuple[int, Chunk]]:
-    """What experts have to read for the sequence before it goes on, but for those that have been asked elsewhere."""
+def _pending(running: _Running) -> dict[int, int]:
+    """How far experts have to read before the sequence goes on, but for those that have, or have been asked elsewhere."""
     sequence = running.sequence
     if running.reads is None:
         running.reads = running.strategy.reads() if sequence.routed else sequence.prompt_reads(PROMPT_TOKENS)
-    for expert, end in running.reads.items():
-        start = sequence.readings[expert].length
-        if end > start and expert not in running.asked:
-            yield expert, Chunk(sequence.unread(expert, end), start, sequence.slots)
+    return {
+        expert: end
+        for expert, end in running.reads.items()
+        if end > sequence.readings[expert].length and expert not in running.asked
+    }
+
+
+def _chunks(running: _Running) -> Iterator[tuple[int, Chunk]]:
+    """What these experts have to read."""
+    sequence = running.sequence
+    for expert, end in _pending(running).items():
+        yield expert, Chunk(sequence.unread(expert, end), sequence.readings[expert].length, sequence.slots)
 
 
 def _advance(running: _Running) -> list[Step]:

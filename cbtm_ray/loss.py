@@ -69,8 +69,10 @@ def loss_function(
         ) and torch.allclose(plain(example), chunked(example), atol=1e-3, rtol=1e-3)
     model.train(was_training)
     assert same or not balanced, "Mixtral neither scales nor caps its logits"
-    if balanced or not same:
-        return chunked if same else plain
+    if not same:
+        return plain
+    if balanced:
+        return chunked
 
     def cheaper(batch: torch.Tensor) -> torch.Tensor:
         return (chunked if _chunks_are_cheaper(batch, model.config.vocab_size) else plain)(batch)
