@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.faults import arguments
-from benchmarks.training import SIZES, make_documents, make_model, make_run, make_spec, our_loop
+from benchmarks.training import SIZES, WARM_STEPS, make_documents, make_model, make_run, make_spec, our_loop
 from cbtm_ray.branch import expert_branches, train_branches
 from cbtm_ray.ray_session import ray_session
 from cbtm_ray.tokens import PackedSequences
@@ -53,7 +53,7 @@ def lanes(args: argparse.Namespace) -> int:
 def seconds_of_steps(args: argparse.Namespace) -> float:
     """Seconds of an expert's steps but the first, in this process."""
     torch.set_num_threads(1)
-    spec = make_spec(args.steps, args)
+    spec = make_spec(args.steps - 1 + WARM_STEPS, args)
     documents = make_documents(spec.steps * spec.tokens_per_step, SIZES[args.sizes[0]]["vocab_size"], args.seed)
     sequences = PackedSequences(documents, sequence_length=args.length, end_of_text=0, seed=args.seed)
     return our_loop(make_model(SIZES[args.sizes[0]], args), sequences, spec)

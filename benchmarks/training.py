@@ -3,19 +3,23 @@
     B sequences, T tokens, V vocabulary
 
 Two tables. Loops: the same model, data, batch, optimiser and threads in our loop, in Hugging Face's Trainer and in a
-minimal loop, alternating, so that a busy machine slows all three. Ray Train: one expert through cbtm_ray.branch, and the
-same in this process. The last line of the output is one JSON object.
+minimal loop, alternating, so that a busy machine slows all three. Each turn has a process of its own; ours has the
+environment that the job's training processes have, and without it a row of its own. Ray Train: one expert through
+cbtm_ray.branch, and the same without it, in a process of the same environment. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cbtm_ray import files
+from cbtm_ray.config import Config
 from cbtm_ray.load_config import build_config
+from cbtm_ray.ray_session import TRAINING_ENV
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import PackedSequences, save_tokenizer, train_tokenizer
 from cbtm_ray.train import Trainer, TrainSpec, learning_rate, make_optimizer, train_model
@@ -44,6 +50,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The last has SmolLM2-135M's shape. A step of it takes seconds on a CPU, so it is run only where it is asked for."""
 LOG_EVERY = 10
+WARM_STEPS = 3
+"""Steps of a loop that are not timed: compiling is in them."""
 
 
 def make_model(sizes: dict[str, Any], args: argparse.Namespace) -> PreTrainedModel:
@@ -63,43 +71,45 @@ def make_spec(steps: int, args: argparse.Namespace) -> TrainSpec:
         name="benchmark", steps=steps, batch_size=args.batch, micro_batch_size=None, sequence_length=args.length,
         learning_rate=1e-3, final_lr_fraction=0.0, schedule="linear", warmup_steps=10, betas=(0.9, 0.95),
         weight_decay=0.0, clip_norm=1.0, precision="fp32", activation_checkpointing=False, compile=False,
-    parallel="ddp",
-        cross_documents=True, log_every=LOG_EVERY, checkpoint_every=200, notice_every=10, evaluate_every=None,
-        evaluate_sequences=1,
+        parallel="ddp", cross_documents=True, log_every=LOG_EVERY, checkpoint_every=200, notice_every=10,
+        evaluate_every=None, evaluate_sequences=1,
     )  # fmt: skip
 
 
 Loop = Callable[[PreTrainedModel, PackedSequences, TrainSpec], float]
-"""Trains `spec.steps` steps, and says the seconds of all but the first."""
+"""Trains `spec.steps` steps, and says the seconds of all but the first WARM_STEPS."""
 
 
 def our_loop(model: PreTrainedModel, sequences: PackedSequences, spec: TrainSpec) -> float:
-    trainer = Trainer(model, sequences, spec)
-    trainer.train_step()
-    started = time.perf_counter()
+    trainer, started = Trainer(model, sequences, spec), 0.0
     while trainer.step < spec.steps:
         trainer.train_step()
         if trainer.step % LOG_EVERY == 0:
             trainer.add_point(0.0)
+        if trainer.step == WARM_STEPS:
+            started = time.perf_counter()
     return time.perf_counter() - started
 
 
 def minimal_loop(model: PreTrainedModel, sequences: PackedSequences, spec: TrainSpec) -> float:
     """What one would write first: all logits, their cross-entropy, clipping, a fused AdamW."""
     optimizer, started = make_optimizer(model.train(), spec), 0.0
+    forward: Any = torch.compile(model) if spec.compile else model
     for step in range(spec.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(spec, step)
         batch = torch.from_numpy(sequences.batch(step * spec.batch_size, spec.batch_size))
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec.precision == "bf16"):
+            logits = forward(input_ids=batch[:, :-1], use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % LOG_EVERY == 0:
             loss.item()
-        started = started or time.perf_counter()
+        if step + 1 == WARM_STEPS:
+            started = time.perf_counter()
     return time.perf_counter() - started
 
 
@@ -119,36 +129,56 @@ def hugging_face_loop(model: PreTrainedModel, sequences: PackedSequences, spec: 
             learning_rate=spec.learning_rate, lr_scheduler_type="linear", warmup_steps=spec.warmup_steps,
             adam_beta1=spec.betas[0], adam_beta2=spec.betas[1], weight_decay=0.0, max_grad_norm=spec.clip_norm,
             logging_steps=LOG_EVERY, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-            dataloader_pin_memory=False, log_level="error",
+            dataloader_pin_memory=False, log_level="error", torch_compile=spec.compile, bf16=spec.precision == "bf16",
         )  # fmt: skip
         data: Any = [{"input_ids": row, "labels": row} for row in rows]
         trainer = transformers.Trainer(model=model, args=options, train_dataset=data, callbacks=[Clock()])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    return times[-1] - times[0]
+    return times[-1] - times[WARM_STEPS - 1]
 
 
-LOOPS: dict[str, Loop] = {"ours": our_loop, "HF Trainer": hugging_face_loop, "minimal": minimal_loop}
+LOOPS: dict[str, tuple[Loop, dict[str, str]]] = {
+    "ours": (our_loop, TRAINING_ENV),
+    "ours, plain environment": (our_loop, {}),
+    "HF Trainer": (hugging_face_loop, {}),
+    "minimal": (minimal_loop, {}),
+}
+"""What takes turns, and what its process has in its environment."""
+
+
+def in_new_process(environment: dict[str, str], work: Callable[..., Any], *args: Any) -> Any:
+    """What the call returns in a process that starts with this beside the present environment."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(work, *args).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def take_turn(loop: Loop, size: str, args: argparse.Namespace) -> float:
+    """Tokens a second of a loop."""
+    torch.set_num_threads(args.threads)
+    spec = replace(make_spec(args.steps + WARM_STEPS, args), precision=args.precision, compile=args.compile)
+    documents = make_documents(2 * spec.steps * spec.tokens_per_step, SIZES[size]["vocab_size"], args.seed)
+    sequences = PackedSequences(documents, sequence_length=args.length, end_of_text=0, seed=args.seed)
+    seconds = loop(make_model(SIZES[size], args), sequences, spec)
+    return args.steps * spec.tokens_per_step / seconds
 
 
 def compare_loops(size: str, args: argparse.Namespace, table: Table) -> dict[str, float]:
     """Tokens a second of every loop: the best of `rounds`, in which they take turns. Peers that are missing are said."""
-    spec = make_spec(args.steps + 1, args)
-    n_tokens = 2 * spec.steps * spec.tokens_per_step
-    documents = make_documents(n_tokens, SIZES[size]["vocab_size"], args.seed)
     speeds: dict[str, list[float]] = {name: [] for name in LOOPS}
-    n_parameters = 0
+    n_parameters = make_model(SIZES[size], args).num_parameters()
     for _ in range(args.rounds):
-        for name, loop in LOOPS.items():
-            model = make_model(SIZES[size], args)
-            n_parameters = model.num_parameters()
-            sequences = PackedSequences(documents, sequence_length=args.length, end_of_text=0, seed=args.seed)
+        for name, (loop, environment) in LOOPS.items():
             try:
-                seconds = loop(model, sequences, spec)
+                speeds[name].append(in_new_process(environment, take_turn, loop, size, args))
             except ImportError as error:
                 table.add_row(size, f"{n_parameters:,}", name, f"not run: {str(error).splitlines()[0]}", "", "")
-                continue
-            speeds[name].append(args.steps * spec.tokens_per_step / seconds)
     for name, found in speeds.items():
         if found:
             spread = f"{min(found):,.0f} to {max(found):,.0f}"
@@ -193,12 +223,20 @@ def make_run(folder: Path, args: argparse.Namespace, n_clusters: int = 1) -> Run
     return run
 
 
-def train_here(run: Run, branch: Any) -> list[dict[str, Any]]:
-    """All that a Ray Train worker does for the branch, in this process; its curve."""
-    from cbtm_ray.branch_worker import read_sequences  # brings Ray, as the caller does
+Timed = tuple[float, list[dict[str, Any]]]
+"""Seconds that training an expert took in all, and its curve."""
+
+
+def train_here(config: Config, threads: int) -> Timed:
+    """All that a Ray Train worker does for the only expert, in this process."""
+    from cbtm_ray.branch import expert_branches
+    from cbtm_ray.branch_worker import read_sequences  # these bring Ray, as the worker's do
     from cbtm_ray.models import load_model, save_model
     from cbtm_ray.tokens import load_tokenizer
 
+    torch.set_num_threads(threads)
+    started, run = time.perf_counter(), Run(config)
+    branch = expert_branches(run)[1]
     tokenizer = load_tokenizer(run.uri("tokenizer"))
     model = load_model(branch.init)
     sequences, valid = read_sequences(run, branch, tokenizer.eos_token_id)
@@ -206,49 +244,43 @@ def train_here(run: Run, branch: Any) -> list[dict[str, Any]]:
         model, sequences, branch.spec, valid=valid, state=None, save=lambda state: None, log=lambda point: None
     )
     save_model(model, tokenizer, run.uri("here"))
-    return curve
+    return time.perf_counter() - started, curve
 
 
-def training_seconds(curve: list[dict[str, Any]]) -> float:
-    """Seconds between the first point of the curve and its last, checkpoints included."""
-    steps = [
-        (point["tokens"] - before["tokens"]) / point["tokens_per_s"] for before, point in itertools.pairwise(curve)
-    ]
-    return sum(steps)
+def train_through_ray(config: Config, threads: int) -> Timed:
+    from cbtm_ray.branch import expert_branches, train_branches  # Ray takes seconds to import
+
+    started, run = time.perf_counter(), Run(config)
+    branch = expert_branches(run)[1]
+    train_branches(run, [branch], title="benchmark", cpus=threads, slots=1)
+    return time.perf_counter() - started, run.need(branch.spec.name, "train_experts")["curve"]
 
 
 def compare_ray(args: argparse.Namespace, console: Console) -> dict[str, float]:
-    """One expert through Ray Train between two in this process, whose mean it is compared with."""
-    from cbtm_ray.branch import expert_branches, train_branches  # Ray takes seconds to import
-    from cbtm_ray.ray_session import ray_session
+    """One expert through Ray Train and without it, in turns; a step takes the median over all their stretches."""
+    from cbtm_ray.ray_session import ray_session  # Ray takes seconds to import
 
-    table = Table("expert", "wall, s", "its steps, s", "the rest, s", title=f"{args.sizes[0]}, {args.ray_steps} steps")
-    found: list[tuple[float, float]] = []
-
-    def clock(name: str, work: Callable[[], list[dict[str, Any]]]) -> None:
-        started = time.perf_counter()
-        curve = work()
-        wall, steps = time.perf_counter() - started, training_seconds(curve)
-        found.append((wall, steps))
-        table.add_row(name, f"{wall:.1f}", f"{steps:.2f}", f"{wall - steps:.1f}")
-
-    with tempfile.TemporaryDirectory() as folder, ray_session(local_cpus=max(args.threads, 2)):
-        run = make_run(Path(folder), args)
-        branch = expert_branches(run)[1]
-
-        def through_ray() -> list[dict[str, Any]]:
-            train_branches(run, [branch], title="benchmark", cpus=args.threads, slots=1)
-            return run.need(branch.spec.name, "train_experts")["curve"]
-
-        clock("in this process", lambda: train_here(run, branch))
-        clock("through Ray Train", through_ray)
-        clock("in this process", lambda: train_here(run, branch))
+    table = Table("expert", "wall, s", "a step, ms", "the rest, s", title=f"{args.sizes[0]}, {args.ray_steps} steps")
+    steps: dict[str, list[float]] = {"alone": [], "Ray Train": []}
+    rests: dict[str, list[float]] = {"alone": [], "Ray Train": []}
+    with ray_session(local_cpus=max(args.threads, 2)):
+        for name in ["alone", *["Ray Train", "alone"] * args.rounds]:
+            with tempfile.TemporaryDirectory() as folder:
+                config = make_run(Path(folder), args).config
+                if name == "alone":
+                    wall, curve = in_new_process(TRAINING_ENV, train_here, config, args.threads)
+                else:
+                    wall, curve = train_through_ray(config, args.threads)
+            own = [args.batch * args.length / point["tokens_per_s"] for point in curve[1:]]
+            rest = wall - args.ray_steps * statistics.mean(own)
+            steps[name] += own
+            rests[name].append(rest)
+            table.add_row(name, f"{wall:.1f}", f"{1000 * statistics.median(own):.1f}", f"{rest:.1f}")
     console.print(table)
-    here_wall, here_steps = (sum(pair) / 2 for pair in zip(found[0], found[2], strict=True))
-    ray_wall, ray_steps = found[1]
+    alone_s, ray_s = (statistics.median(steps[name]) for name in ("alone", "Ray Train"))
     return {
-        "ray_step_overhead": round(ray_steps / here_steps - 1, 4),
-        "ray_fixed_tax_s": round((ray_wall - ray_steps) - (here_wall - here_steps), 1),
+        "ray_step_overhead": round(ray_s / alone_s - 1, 4),
+        "ray_fixed_tax_s": round(statistics.mean(rests["Ray Train"]) - statistics.mean(rests["alone"]), 1),
     }
 
 
@@ -265,6 +297,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--ray-steps", type=int, default=400, help="steps of the expert through Ray Train; 0 leaves it out"
     )
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of all loops")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in all loops")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -272,15 +306,21 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     console = Console()
-    torch.set_num_threads(args.threads)
     load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
-    console.print(f"B = {args.batch}, T = {args.length}, {args.threads} threads, seed {args.seed}; load before: {load}")
+    console.print(
+        f"B = {args.batch}, T = {args.length}, {args.threads} threads, {args.precision}{', compiled' * args.compile}, "
+        f"seed {args.seed}; load before: {load}"
+    )
     table = Table("size", "parameters", "loop", "tokens/s", "of all rounds", "ours / it", title=f"{args.steps} steps")
     speeds = {size: compare_loops(size, args, table) for size in args.sizes}
     console.print(table)
     ratios = {
         key: {size: round(found["ours"] / found[name], 3) for size, found in speeds.items() if name in found}
-        for key, name in (("hf_trainer_ratio", "HF Trainer"), ("minimal_loop_ratio", "minimal"))
+        for key, name in (
+            ("hf_trainer_ratio", "HF Trainer"),
+            ("minimal_loop_ratio", "minimal"),
+            ("environment_ratio", "ours, plain environment"),
+        )
     }
     print(json.dumps({**ratios, **(compare_ray(args, console) if args.ray_steps else {})}))
 

@@ -23,7 +23,7 @@ from cbtm_ray import files, progress
 from cbtm_ray.board import Board
 from cbtm_ray.branch_worker import train_group
 from cbtm_ray.config import Config
-from cbtm_ray.ray_session import capacity
+from cbtm_ray.ray_session import TRAINING_ENV, capacity
 from cbtm_ray.run import Run, Unfinished
 from cbtm_ray.train import TrainSpec
 from cbtm_ray.warm_start import check_warm_start, start_model
@@ -284,6 +284,7 @@ def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) ->
                 name=name,
                 storage_path=storage,
                 failure_config=FailureConfig(max_failures=run.config.train.max_failures),
+                worker_runtime_env={"env_vars": TRAINING_ENV},
             ),
         )
         refused, left = trainer.fit().return_value

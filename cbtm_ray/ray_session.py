@@ -9,6 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 _POLL_S = "0.5"
+TRAINING_ENV = {
+    "GLIBC_TUNABLES": ":".join(
+        f"glibc.malloc.{name}={value}"
+        for name, value in {"arena_max": 1, "mmap_max": 0, "trim_threshold": 2**34, "hugetlb": 1}.items()
+    )
+}
+"""For processes that train on a CPU: the C library keeps what a step frees for the next, in huge pages. By default it gives
+large tensors' memory back to the system, whose new pages cost a tenth of a step (docs/LOG.md). Other C libraries ignore it."""
 
 
 def capacity(kind: str) -> float:

@@ -32,19 +32,18 @@ def test_loss_is_that_of_hugging_face(name: str) -> None:
     assert token_loss.__name__ == ("plain" if name.startswith("cohere") else "cheaper")
 
 
-def test_chunks_are_for_small_vocabularies_large_batches_and_what_has_no_gradient() -> None:
+def test_chunks_are_for_many_logits_and_what_has_no_gradient() -> None:
     few, many = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(8, 1025, dtype=torch.int64)
-    assert loss._chunks_are_cheaper(few, 2048)
     assert not loss._chunks_are_cheaper(few, 49_152)
     assert loss._chunks_are_cheaper(many, 49_152)
     with torch.no_grad():
         assert loss._chunks_are_cheaper(few, 49_152)
 
 
-@pytest.mark.parametrize("cached_vocabulary", [loss._CACHED_VOCABULARY, 1])
-def test_gradients_are_those_of_hugging_face(cached_vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By chunks of the logits as by all of them."""
-    monkeypatch.setattr(loss, "_CACHED_VOCABULARY", cached_vocabulary)
+@pytest.mark.parametrize("most_bytes", [loss._MOST_LOGITS_BYTES, 0])
+def test_gradients_are_those_of_hugging_face(most_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all logits at once as by chunks of them."""
+    monkeypatch.setattr(loss, "_MOST_LOGITS_BYTES", most_bytes)
     model = make_model().eval()
     batch = torch.from_numpy(make_sequences().batch(0, 4))
     loss_function(model, batch[:1])(batch).mean().backward()
