@@ -170,7 +170,10 @@ def take_turn(loop: Loop, size: str, args: argparse.Namespace) -> float:
 
 
 def compare_loops(size: str, args: argparse.Namespace, table: Table) -> dict[str, float]:
-    """Tokens a second of every loop: the best of `rounds`, in which they take turns. Peers that are missing are said."""
+    """Our speed over that of every loop, the median of the rounds, in which they take turns. Peers that are missing are said.
+
+    Of the same round, as the speed of a machine changes by more from one to the next than it does within one.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in LOOPS}
     n_parameters = make_model(SIZES[size], args).num_parameters()
     for _ in range(args.rounds):
@@ -179,12 +182,14 @@ def compare_loops(size: str, args: argparse.Namespace, table: Table) -> dict[str
                 speeds[name].append(in_new_process(environment, take_turn, loop, size, args))
             except ImportError as error:
                 table.add_row(size, f"{n_parameters:,}", name, f"not run: {str(error).splitlines()[0]}", "", "")
+    ratios = {}
     for name, found in speeds.items():
         if found:
+            ratios[name] = statistics.median(ours / it for ours, it in zip(speeds["ours"], found, strict=True))
             spread = f"{min(found):,.0f} to {max(found):,.0f}"
-            ratio = f"{max(speeds['ours']) / max(found):.2f}"
-            table.add_row(size, f"{n_parameters:,}", name, f"{max(found):,.0f}", spread, ratio)
-    return {name: max(found) for name, found in speeds.items() if found}
+            median = f"{statistics.median(found):,.0f}"
+            table.add_row(size, f"{n_parameters:,}", name, median, spread, f"{ratios[name]:.2f}")
+    return ratios
 
 
 def make_run(folder: Path, args: argparse.Namespace, n_clusters: int = 1) -> Run:
@@ -290,7 +295,7 @@ def parse_args() -> argparse.Namespace:
         "--sizes", nargs="+", choices=list(SIZES), default=["1M", "10M"], help="parameters; the first for Ray"
     )
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a loop in a round")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each loop has, the best of which counts")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that each loop has")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads, for all")
@@ -305,17 +310,17 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    console = Console()
+    console = Console(width=120)
     load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
     console.print(
         f"B = {args.batch}, T = {args.length}, {args.threads} threads, {args.precision}{', compiled' * args.compile}, "
         f"seed {args.seed}; load before: {load}"
     )
     table = Table("size", "parameters", "loop", "tokens/s", "of all rounds", "ours / it", title=f"{args.steps} steps")
-    speeds = {size: compare_loops(size, args, table) for size in args.sizes}
+    found = {size: compare_loops(size, args, table) for size in args.sizes}
     console.print(table)
     ratios = {
-        key: {size: round(found["ours"] / found[name], 3) for size, found in speeds.items() if name in found}
+        key: {size: round(of[name], 3) for size, of in found.items() if name in of}
         for key, name in (
             ("hf_trainer_ratio", "HF Trainer"),
             ("minimal_loop_ratio", "minimal"),
