@@ -110,7 +110,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, console = parse_args(), Console()
+    args, console = parse_args(), Console(width=120)
     with tempfile.TemporaryDirectory() as folder, ray_session(local_cpus=args.slots):
         run = make_run(Path(folder), args, n_clusters=args.experts)
         branches = [branch for branch in expert_branches(run) if branch.cluster is not None]
