@@ -243,6 +243,7 @@ def train_here(config: Config, threads: int) -> Timed:
     started, run = time.perf_counter(), Run(config)
     branch = expert_branches(run)[1]
     tokenizer = load_tokenizer(run.uri("tokenizer"))
+    assert branch.init is not None
     model = load_model(branch.init)
     sequences, valid = read_sequences(run, branch, tokenizer.eos_token_id)
     curve = train_model(

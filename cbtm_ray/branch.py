@@ -280,7 +280,7 @@ def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) ->
             train_group,  # type: ignore[arg-type]  # its return value is Result.return_value
             train_loop_config={"config": run.config, "group": group, "board": board},
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[call-arg]  # mypy takes it for the older class of this name
                 name=name,
                 storage_path=storage,
                 failure_config=FailureConfig(max_failures=run.config.train.max_failures),
