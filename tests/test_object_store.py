@@ -30,6 +30,7 @@ from cbtm_ray.config import CorpusConfig
 from cbtm_ray.documents import list_shards, read_shard
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
+from tests.local_head import free_ports
 from tests.tiny import tiny_tree, write_corpus
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -182,9 +183,7 @@ def test_wrong_credentials_are_one_line(bucket: str, tmp_path: Path, capsys: pyt
 @pytest.fixture
 def closed_port(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing listens where the store should be; one try only, as each that follows waits longer."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
     monkeypatch.setattr(files, "_S3_ATTEMPTS", 1)
     files._bucket.cache_clear()
     yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from cbtm_ray.models import load_model, new_model, save_model
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import PackedSequences, load_tokenizer, train_tokenizer
 from cbtm_ray.train import Trainer, TrainSpec, train_model
+from tests.local_head import free_ports
 from tests.seeded_run import check_as_undisturbed, seeded_run, write_shards
 from tests.test_object_store import CREDENTIALS
 from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
@@ -83,9 +83,7 @@ class Store:
     """An S3 server that can be away; what it holds outlasts that, as moto keeps it in this process."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        (self._port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self._port}"
         self.come_back()
 
