@@ -246,24 +246,20 @@ def test_a_run_in_a_bucket_killed_among_its_experts_ends_as_one_on_the_disk(
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_run_whose_bucket_goes_away_ends_with_one_line(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    (port,) = free_ports(1)
     environment = {**os.environ, **CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], aws_access_key_id="tests",
                           aws_secret_access_key="tests", region_name="us-east-1")  # fmt: skip
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while socket.socket().connect_ex(("127.0.0.1", int(port))):
+        while socket.socket().connect_ex(("127.0.0.1", port)):
             assert server.poll() is None, "the store did not start"
             time.sleep(0.1)
         client.create_bucket(Bucket="bucket")
-        tree = tiny_tree(tmp_path, write_corpus(tmp_path / "corpus"))
-        tree["run"]["dir"] = "s3://bucket/run"
-        tree["train"] |= {"total_tokens": 2 * 4000 * 128, "checkpoint_every": 50}
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-        job = [sys.executable, "-m", "jobs.run_all", "--config", str(tmp_path / "config.yaml")]
+        write_corpus(tmp_path / "corpus")
+        job = [sys.executable, "-m", "jobs.run_all", *config_file(tmp_path, "s3://bucket/run")]
+        job += [f"train.total_tokens={2 * 4000 * 128}", "train.checkpoint_every=50"]
         process = subprocess.Popen(job, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         checkpoints = {"Bucket": "bucket", "Prefix": "run/checkpoints/experts/cluster="}
         while "Contents" not in client.list_objects_v2(**checkpoints):
