@@ -23,7 +23,7 @@ from cbtm_ray import files, progress
 from cbtm_ray.board import Board
 from cbtm_ray.branch_worker import train_group
 from cbtm_ray.config import Config
-from cbtm_ray.ray_session import TRAINING_ENV, capacity
+from cbtm_ray.ray_session import TRAINING_ENV, capacity, check_fits
 from cbtm_ray.run import Run, Unfinished
 from cbtm_ray.train import TrainSpec
 from cbtm_ray.warm_start import check_warm_start, start_model
@@ -187,6 +187,7 @@ def train_branches(
     if not waiting:
         return
     config = run.config
+    check_fits("train.gpus_per_expert", "GPU", config.train.gpus_per_expert)
     in_flight = slots or _slots(cpus, config.train.gpus_per_expert)
     # On the driver's own node: on another it would be lost with it, and the run with the board.
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -315,7 +316,9 @@ def train_seed(run: Run) -> dict[str, Any]:
     branch = seed_branch(run)
     if branch.init and "moe" in run.config.train.controls:
         _check_upcyclable(branch.init)
-    train_branches(run, [branch], title="train_seed", cpus=seed_cpus(run.config), slots=1)
+    cpus = seed_cpus(run.config)
+    check_fits("seed_model.cpus", "CPU", cpus)
+    train_branches(run, [branch], title="train_seed", cpus=cpus, slots=1)
     return run.need("seed", "train_seed")
 
 
@@ -362,6 +365,7 @@ def train_control(run: Run, control: str) -> dict[str, Any]:
 def _train_beside_each_other(run: Run, branches: list[Branch], title: str) -> None:
     check_warm_start(run, [branch.spec.name for branch in branches])
     train = run.config.train
+    check_fits("train.cpus_per_expert", "CPU", train.cpus_per_expert)
     train_branches(
         run, branches, title=title, cpus=train.cpus_per_expert, slots=train.slots, per_run=train.experts_per_run
     )

@@ -23,7 +23,7 @@ import torch
 
 from cbtm_ray import files
 from cbtm_ray.cluster import BalancedKMeans, Progress
-from cbtm_ray.ray_session import capacity
+from cbtm_ray.ray_session import capacity, check_fits
 from cbtm_ray.shard_actor import ShardActor
 from cbtm_ray.shard_steps import add_up, groups
 
@@ -95,11 +95,7 @@ def fit_distributed(
 def _start_actors(shard_uris: list[str], n_actors: int, cpus_per_actor: float, gpus_per_actor: float) -> list[Any]:
     parts = [shard_uris[group] for group in groups(len(shard_uris))]
     room = [int(capacity(kind) / each) for kind, each in (("CPU", cpus_per_actor), ("GPU", gpus_per_actor)) if each]
-    if gpus_per_actor and room[-1] == 0:
-        raise ValueError(
-            f"cluster.gpus_per_actor={gpus_per_actor:g} must be at most the GPUs of the cluster, {capacity('GPU'):g}. "
-            "Lower it."
-        )
+    check_fits("cluster.gpus_per_actor", "GPU", gpus_per_actor)
     n_actors = max(1, min(n_actors, len(parts), *room))
     options = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "max_restarts": -1, "max_task_retries": -1}
     cuts = [len(parts) * i // n_actors for i in range(n_actors + 1)]

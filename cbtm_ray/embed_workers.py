@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
-from cbtm_ray.ray_session import capacity
+from cbtm_ray.ray_session import capacity, check_fits
 
 Row = dict[str, Any]
 
@@ -17,14 +17,13 @@ def map_embedding(rows: list[Row], work: Callable[[Row], Row], gpus: float) -> D
     """`work(row)` for every row, each a task of its own; with `gpus` in a pool of actors that have as many each.
 
     Raises:
-        ValueError: the cluster has fewer GPUs than one actor needs.
+        ValueError: this machine has fewer GPUs than one actor needs.
     """
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     if not gpus:
         return dataset.map(work)
-    room = int(capacity("GPU") / gpus)
-    if room == 0:
-        raise ValueError(f"embed.gpus={gpus:g} must be at most the GPUs of the cluster, {capacity('GPU'):g}. Lower it.")
+    check_fits("embed.gpus", "GPU", gpus)
+    room = max(1, int(capacity("GPU") / gpus))
     worker: Any = _Worker
     return dataset.map(
         worker, fn_constructor_args=(work,), num_gpus=gpus, compute=ActorPoolStrategy(size=min(room, len(rows)))

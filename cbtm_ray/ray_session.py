@@ -28,6 +28,13 @@ def capacity(kind: str) -> float:
     return float(max(ray.cluster_resources().get(kind, 0), grown.get(kind, 0)))
 
 
+def check_fits(field: str, kind: str, wanted: float) -> None:
+    """ValueError: what one process is to have is more than this machine has. A cluster is not asked: it may grow."""
+    if not os.environ.get("RAY_ADDRESS") and wanted > capacity(kind):
+        unit = f"{kind}s of this machine"
+        raise ValueError(f"{field}={wanted:g} must be at most the {unit}, {capacity(kind):g}. Lower it.")
+
+
 @contextlib.contextmanager
 def ray_session(local_cpus: int | None = None) -> Iterator[None]:
     """Ray for the length of the block.

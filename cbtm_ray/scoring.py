@@ -23,6 +23,7 @@ from cbtm_ray.documents import unit_hash
 from cbtm_ray.embed import Embedder
 from cbtm_ray.fewshot import Prompts, make_prompts, read_task
 from cbtm_ray.models import load_model
+from cbtm_ray.ray_session import check_fits
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import load_tokenizer
 
@@ -121,6 +122,8 @@ def score_models(run: Run, names: list[str], task: str | None = None) -> dict[st
         task: one of `evaluate.fewshot`, whose prompts are scored in the place of the held-out documents.
     """
     train = run.config.train
+    check_fits("train.cpus_per_expert", "CPU", train.cpus_per_expert)
+    check_fits("train.gpus_per_expert", "GPU", train.gpus_per_expert)
     score = _score.options(num_cpus=train.cpus_per_expert, num_gpus=train.gpus_per_expert)
     waiting = {score.remote(run.config, name, task): name for name in names}
     uris = {}

@@ -138,7 +138,7 @@ def test_an_actor_killed_inside_a_lloyd_step_changes_nothing(
 def test_user_errors_cross_the_actors(ray_cluster: str, shards: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shard_uris=\[\] must name at least one shard"):
         fit_distributed([], **SETTINGS)
-    with pytest.raises(ValueError, match=r"cluster\.gpus_per_actor=1 must be at most the GPUs of the cluster, 0\."):
+    with pytest.raises(ValueError, match=r"cluster\.gpus_per_actor=1 must be at most the GPUs of this machine, 0\."):
         fit_distributed(shards, gpus_per_actor=1, **SETTINGS)
     with pytest.raises(ValueError, match="n_actors=0 must be at least 1"):
         fit_distributed(shards, n_actors=0, **SETTINGS)

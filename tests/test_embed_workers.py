@@ -50,5 +50,5 @@ def test_documents_go_to_the_nearest_centre_of_the_chosen_embedder(
 
 
 def test_gpus_that_the_cluster_lacks_are_refused(ray_cluster: str) -> None:
-    with pytest.raises(ValueError, match=r"embed\.gpus=0\.5 must be at most the GPUs of the cluster, 0\."):
+    with pytest.raises(ValueError, match=r"embed\.gpus=0\.5 must be at most the GPUs of this machine, 0\."):
         map_embedding([{"n": 1}], lambda row: row, 0.5)

@@ -29,3 +29,27 @@ def test_a_local_ray_listens_on_this_machine_alone() -> None:
     addresses = json.loads(found.stdout)
     assert len(addresses) > 5
     assert {address.removeprefix("::ffff:") for address in addresses} == {"127.0.0.1"}
+
+
+TOO_MUCH = """
+from cbtm_ray.ray_session import check_fits, ray_session
+with ray_session(local_cpus=1):
+    check_fits("train.cpus_per_expert", "CPU", 1)
+    for field, kind in (("train.cpus_per_expert", "CPU"), ("train.gpus_per_expert", "GPU")):
+        try:
+            check_fits(field, kind, 999)
+        except ValueError as error:
+            print(error)
+"""
+
+
+@pytest.mark.ray
+def test_what_a_machine_does_not_have_is_not_waited_for() -> None:
+    """A task that asks for it would wait for ever, and say nothing."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    found = subprocess.run(
+        [sys.executable, "-c", TOO_MUCH], env=environment, capture_output=True, text=True, check=True
+    )
+    first, second = found.stdout.splitlines()
+    assert first == "train.cpus_per_expert=999 must be at most the CPUs of this machine, 1. Lower it."
+    assert second.startswith("train.gpus_per_expert=999 must be at most the GPUs of this machine, ")
