@@ -184,7 +184,8 @@ def nested_mixtures(logprobs_TK: np.ndarray, scores_TK: np.ndarray, order_TK: np
     """The mixture's log-probability with the first 1, 2, ... K experts of each row's order, (T, K), in one pass."""
     ranked_TK = np.take_along_axis(scores_TK, order_TK, axis=1).astype(np.float64)
     joint_TK = ranked_TK + np.take_along_axis(logprobs_TK, order_TK, axis=1)
-    return np.logaddexp.accumulate(joint_TK, axis=1) - np.logaddexp.accumulate(ranked_TK, axis=1)
+    sums = [torch.logcumsumexp(torch.from_numpy(rows_TK), dim=1) for rows_TK in (joint_TK, ranked_TK)]  # on all cores
+    return (sums[0] - sums[1]).numpy()
 
 
 def summarise(logprobs_T: np.ndarray, lengths: np.ndarray, text_bytes: int, dense_T: np.ndarray) -> dict[str, Any]:
