@@ -1,7 +1,7 @@
-"""Continuous batching: sequences join and leave at every step, and one expert reads for all that wait for it.
+"""Continuous batching: sequences join and leave at every step, and a step is one pass for many that wait.
 
-Sequences wait for different experts. A step runs the one whose sequences have waited longest in all, so that a pass, which
-costs little more with many rows than with one, has many, and nobody waits for ever.
+Sequences wait for different experts. batching.py chooses whom a step serves: one expert's sequences, or those of several
+experts whose weights are stacked.
 
 Numeric only: a server calls it from one thread, and text is made of the tokens elsewhere (text.py).
 """
@@ -19,11 +19,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from cbtm_ray.batching import Wanted, choose_pass
 from cbtm_ray.contexts import FarRead
 from cbtm_ray.ensemble import Ensemble
-from cbtm_ray.kv_cache import Chunk, KVCache, check_attention, passes
+from cbtm_ray.kv_cache import Chunk, KVCache, check_attention
 from cbtm_ray.route import check_top_k
 from cbtm_ray.sequence import Request, Sequence, Step
+from cbtm_ray.stacked import StackedExperts, can_stack
 from cbtm_ray.strategies import STRATEGIES, Strategy, strategy_for
 
 PROMPT_TOKENS = 128
@@ -73,6 +75,8 @@ class Engine:
         self.active = set(range(ensemble.n_experts))
         self._max_sequences, self._cache_tokens = max_sequences, cache_tokens
         self._caches = {expert: KVCache(cache_tokens) for expert in ensemble.experts}
+        together = max_sequences > 1 and can_stack(ensemble.experts)
+        self._stacked = StackedExperts(ensemble.experts, self._caches) if together else None
         self._free = list(range(cache_tokens))  # slots of the caches, in order
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, _Running] = {}
@@ -125,14 +129,14 @@ class Engine:
             running.strategy = type(running.strategy)(running.sequence)
 
     def step(self) -> list[tuple[int, Step]]:
-        """Run one expert's pass: the new tokens of every sequence that has got any by it; of a long prompt a piece is read."""
+        """Run one pass: the new tokens of every sequence that has got any by it; of a long prompt a piece is read."""
         self._join()
-        here: dict[int, list[tuple[_Running, Chunk]]] = {}
+        here: list[Wanted[Sequence]] = []
         far: list[tuple[_Running, FarRead]] = []
         for number, running in self._running.items():
             for expert, chunk in _chunks(running):
                 if expert in self.ensemble.experts:
-                    here.setdefault(expert, []).append((running, chunk))
+                    here.append(Wanted(expert, chunk, running.waited, running.sequence))
                 else:
                     far.append((running, self._far_read(number, running.sequence, expert, chunk)))
         self._ask(far)
@@ -153,13 +157,19 @@ class Engine:
                 self._leave(number)
         return found
 
-    def _read(self, waiting: dict[int, list[tuple[_Running, Chunk]]]) -> None:
-        """Let the expert read that is waited for most."""
-        expert = max(waiting, key=lambda expert: sum(1 + running.waited for running, _ in waiting[expert]))
-        for batch in passes(waiting[expert]):
-            rows = self._caches[expert].read(self.ensemble.experts[expert], [chunk for _, chunk in batch])
-            for (running, _), rows_CV in zip(batch, rows, strict=True):
-                running.sequence.take(expert, rows_CV)
+    def _read(self, wanted: list[Wanted[Sequence]]) -> None:
+        """Read what is chosen of it, in one pass."""
+        chosen, chunks = choose_pass(wanted, len(self._caches) if self._stacked else 0), dict[int, list[Chunk]]()
+        for one in chosen:
+            chunks.setdefault(one.expert, []).append(one.chunk)
+        if self._stacked and len(chunks) > 1:
+            found = self._stacked.read(chunks)
+        else:
+            ((expert, theirs),) = chunks.items()
+            found = {expert: self._caches[expert].read(self.ensemble.experts[expert], theirs)}
+        rows = {expert: iter(theirs) for expert, theirs in found.items()}
+        for one in chosen:
+            one.sequence.take(one.expert, next(rows[one.expert]))
 
     def _far_read(self, number: int, sequence: Sequence, expert: int, chunk: Chunk) -> FarRead:
         text = [*sequence.text, *sequence.drafts][: chunk.end]

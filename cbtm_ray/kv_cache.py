@@ -68,8 +68,10 @@ class KVCache(Cache):
 
     def __init__(self, n_slots: int) -> None:
         super().__init__(layers=[])
-        self._n_slots = n_slots
-        self._memory: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values, each (S, H, D)
+        self.trash = n_slots
+        """One slot more, for what is read of padding."""
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+        """By layer: keys and values, each (S + 1, H, D)."""
 
     @torch.inference_mode()
     def read(self, model: Any, chunks: list[Chunk]) -> list[Tensor]:
@@ -82,8 +84,10 @@ class KVCache(Cache):
         device = model.device
         lengths_B = torch.tensor([len(chunk.tokens) for chunk in chunks])
         starts_B = torch.tensor([chunk.start for chunk in chunks])
-        offsets_BC = torch.arange(int(lengths_B.max())).minimum(lengths_B[:, None] - 1)
-        positions_BC = starts_B[:, None] + offsets_BC  # padding repeats the last position, so that it is a valid one
+        columns_C = torch.arange(int(lengths_B.max()))
+        is_token_BC = columns_C < lengths_B[:, None]
+        # Padding repeats the last position, so that it is a valid one.
+        positions_BC = starts_B[:, None] + columns_C.minimum(lengths_B[:, None] - 1)
         hidden_BCL = torch.arange(max(chunk.end for chunk in chunks)) > positions_BC[..., None]
         dtype = model.dtype
         mask_B1CL = torch.zeros(hidden_BCL.shape, dtype=dtype).masked_fill_(hidden_BCL, torch.finfo(dtype).min)[:, None]
@@ -95,8 +99,8 @@ class KVCache(Cache):
             past_key_values=self,
             use_cache=True,
         ).logits
-        logprobs_BCV = logits_BCV.float().log_softmax(-1).cpu()
-        return [logprobs_BCV[row, : len(chunk.tokens)] for row, chunk in enumerate(chunks)]
+        logprobs_NV = logits_BCV[is_token_BC.to(device)].float().log_softmax(-1).cpu()
+        return list(logprobs_NV.split(lengths_B.tolist()))
 
     def _locate(self, chunks: list[Chunk], device: torch.device) -> None:
         """Where the layers write the chunks' tokens, and where they find the texts."""
@@ -106,25 +110,24 @@ class KVCache(Cache):
         if one and int(first.slots[first.end - 1]) - int(first.slots[0]) == first.end - 1:  # side by side: no copies
             begin = int(first.slots[0])
             self._written, self._texts = slice(begin + first.start, begin + first.end), slice(begin, begin + first.end)
-        else:
-            self._written = torch.cat([chunk.slots[chunk.start : chunk.end] for chunk in chunks]).to(device)
-            self._texts = pad_sequence([chunk.slots[: chunk.end] for chunk in chunks], batch_first=True).to(device)
-        lengths_B1 = torch.tensor([len(chunk.tokens) for chunk in chunks])[:, None]
-        self._tokens_BC = (torch.arange(int(lengths_B1.max())) < lengths_B1).to(device)
+            return
+        written = [chunk.slots[chunk.start : chunk.end] for chunk in chunks]
+        self._written = pad_sequence(written, batch_first=True, padding_value=self.trash).flatten().to(device)
+        self._texts = pad_sequence([chunk.slots[: chunk.end] for chunk in chunks], batch_first=True).to(device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """What a layer calls: keep its new keys and values (B, H, C, D), and give those of the whole texts, (B, H, L, D)."""
-        if layer_idx not in self._memory:
+        if layer_idx not in self.memory:
             # Zeros, for a weight of 0 does not hide what is no number.
-            shape = (self._n_slots, key_states.shape[1], key_states.shape[3])
-            self._memory[layer_idx] = key_states.new_zeros(shape), value_states.new_zeros(shape)
-        keys_SHD, values_SHD = self._memory[layer_idx]
+            shape = (self.trash + 1, key_states.shape[1], key_states.shape[3])
+            self.memory[layer_idx] = key_states.new_zeros(shape), value_states.new_zeros(shape)
+        keys_SHD, values_SHD = self.memory[layer_idx]
         return self._exchange(keys_SHD, key_states), self._exchange(values_SHD, value_states)
 
     def _exchange(self, memory_SHD: Tensor, new_BHCD: Tensor) -> Tensor:
-        memory_SHD[self._written] = new_BHCD.transpose(1, 2)[self._tokens_BC]
+        memory_SHD[self._written] = new_BHCD.transpose(1, 2).flatten(0, 1)
         found = memory_SHD[self._texts]
         return (found[None] if isinstance(self._texts, slice) else found).transpose(1, 2)
 

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
+import torch
 from transformers import PreTrainedModel
 
 from cbtm_ray.models import load_model
@@ -17,13 +18,14 @@ class PagedExperts(Mapping[int, PreTrainedModel]):
     For several threads: one that still holds a model which has given way keeps it in memory until it lets go.
     """
 
-    def __init__(self, folders: dict[int, str], resident: int) -> None:
+    def __init__(self, folders: dict[int, str], resident: int, device: str = "cpu") -> None:
         """
         Args:
             folders: of every expert, path or URI.
             resident: experts that have their weights in memory at a time; so many are loaded at once.
+            device: where that memory is.
         """
-        self._folders, self._resident = folders, resident
+        self._folders, self.resident, self._device = folders, resident, device
         self._loaded: OrderedDict[int, PreTrainedModel] = OrderedDict()
         self._lock = threading.Lock()
         for cluster in list(folders)[:resident]:
@@ -38,9 +40,9 @@ class PagedExperts(Mapping[int, PreTrainedModel]):
         with self._lock:
             if cluster not in self._loaded:
                 folder = self._folders[cluster]
-                while len(self._loaded) >= self._resident:
+                while len(self._loaded) >= self.resident:
                     self._loaded.popitem(last=False)
-                self._loaded[cluster] = load_model(folder).eval()
+                self._loaded[cluster] = torch.nn.Module.to(load_model(folder).eval(), self._device)
             self._loaded.move_to_end(cluster)
             return self._loaded[cluster]
 
