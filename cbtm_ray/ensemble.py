@@ -104,13 +104,14 @@ class PrefixRouter:
 
 
 def load_ensemble(
-    run_dir: str, clusters: Collection[int] | None = None, *, resident: int | None = None
+    run_dir: str, clusters: Collection[int] | None = None, *, resident: int | None = None, device: str = "cpu"
 ) -> tuple[Ensemble, PreTrainedTokenizerBase]:
     """The ensemble of a finished run directory with the routing that its evaluation tuned, and the tokenizer.
 
     Args:
         clusters: whose experts are to be here; all, if not said.
         resident: how many of them have their weights in memory at a time; all, if not said.
+        device: where they run.
 
     Raises:
         ValueError: the run is not finished.
@@ -127,7 +128,7 @@ def load_ensemble(
     tokenizer = load_tokenizer(files.join(run_dir, "tokenizer"))
     embedder, centers_KD = load_clusterer(files.join(run_dir, "clusterer"), tokenizer)
     ensemble = Ensemble(
-        experts=PagedExperts(folders, resident or len(folders)),
+        experts=PagedExperts(folders, resident or len(folders), device),
         embedder=embedder,
         centers_KD=centers_KD,
         end_of_text=tokenizer.eos_token_id,

@@ -39,7 +39,7 @@ def build(arguments: AppArguments) -> Application:
         group_class.options(
             name=name,
             max_ongoing_requests=UNLIMITED,
-            ray_actor_options={"num_cpus": arguments.group_cpus},
+            ray_actor_options={"num_cpus": arguments.group_cpus, "num_gpus": arguments.group_gpus},
             **drain,
             **scaling,
         ).bind(

@@ -26,6 +26,8 @@ class AppArguments(BaseModel):
     """Experts that score the prefix of a prompt, those nearest to it, so that other groups may rest; None: all."""
     group_cpus: float = Field(default=1.0, ge=0)
     """CPUs that Ray sets aside for a replica of a group."""
+    group_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of a replica of a group, fractions allowed. Above 0 its experts and their caches are on the GPU."""
     autoscaling: dict[str, Any] | None = None
     """Serve's AutoscalingConfig of every group, each scaled by its own load; `min_replicas: 0` lets cold ones go.
     None: one replica each, or what `deployments` of a configuration say."""

@@ -13,6 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ray
+import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util import metrics
@@ -31,6 +33,9 @@ from .groups import DENSE, ENSEMBLE, Layout
 logger = logging.getLogger("ray.serve")
 
 REPORT_EVERY_S = 1.0
+MESSAGE_S = 0.002
+"""What a message of a stream costs the processes on its way, measured on a processor. Where many streams would spend more on
+messages than on tokens, a message waits for more of them."""
 
 
 @serve.deployment(health_check_period_s=2)
@@ -49,11 +54,12 @@ class ExpertGroup:
         resident_experts: int | None,
         roster: DeploymentHandle,
     ) -> None:
-        ensemble, _ = load_ensemble(run_dir, layout.clusters[index], resident=resident_experts)
+        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        ensemble, _ = load_ensemble(run_dir, layout.clusters[index], resident=resident_experts, device=device)
         room: dict[str, Any] = {"max_sequences": max_sequences, "cache_tokens": cache_tokens}
         self.engines = {ENSEMBLE: Engine(ensemble, **room, elsewhere=Asking(layout).ask)}
         if dense and index == 0:  # an ensemble of one
-            model = load_model(files.join(run_dir, DENSE_FOLDER)).eval()
+            model = torch.nn.Module.to(load_model(files.join(run_dir, DENSE_FOLDER)).eval(), device)
             alone = replace(ensemble, experts={0: model}, centers_KD=ensemble.centers_KD[:1])
             self.engines[DENSE] = Engine(alone, **room)
         self.answering = Answering(Contexts(ensemble, cache_tokens))
@@ -100,7 +106,7 @@ class ExpertGroup:
         return [rows_CV.numpy() for rows_CV in await self.answering.read(reads)]
 
     async def generate(self, model: str, request: Request) -> AsyncIterator[list[Step]]:
-        """Decode one sequence: its steps, together those that were made while the one before was on its way.
+        """Decode one sequence: its steps, together those that were made since the last message.
 
         Raises:
             ValueError: it can never run.
@@ -122,6 +128,8 @@ class ExpertGroup:
                 ended = batch[-1].finish_reason is not None
                 experts.update(step.expert for step in batch)
                 yield batch
+                if not ended:
+                    await asyncio.sleep(MESSAGE_S * (len(self._streams) - 1))
         finally:
             del self._streams[sequence]
             if not ended:
