@@ -39,7 +39,7 @@ NOISE = 0.3
 """Standard deviation of an expert's own weights against that of the weights it shares."""
 
 
-def make_experts(size: str, seed: int) -> list[PreTrainedModel]:
+def make_experts(size: str, seed: int, device: str = "cpu") -> list[PreTrainedModel]:
     config = LlamaConfig(**SIZES[size], max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=None)
     torch.manual_seed(seed)
     shared = LlamaForCausalLM(config).state_dict()
@@ -51,7 +51,7 @@ def make_experts(size: str, seed: int) -> list[PreTrainedModel]:
                 parameter.data = shared[name] + NOISE * parameter.data
         # Logits of a random model hardly differ; these have a standard deviation of about 3.
         model.model.norm.weight.data *= 3 / (config.hidden_size**0.5 * 0.02)
-        experts.append(model.eval())
+        experts.append(torch.nn.Module.to(model.eval(), device))
     return experts
 
 
@@ -84,7 +84,7 @@ Decoder = Callable[[], int]
 
 
 def hugging_face(model: Any, prompts: list[list[int]], args: argparse.Namespace) -> Decoder:
-    input_ids = torch.tensor(prompts)
+    input_ids = torch.tensor(prompts, device=model.device)
 
     def decode() -> int:
         torch.manual_seed(args.seed)
@@ -118,7 +118,7 @@ def ours(ensemble: Ensemble, strategy: str, top_k: int, prompts: list[list[int]]
 
 def compare_speed(size: str, batch: int, args: argparse.Namespace, table: Table) -> dict[str, float]:
     """Tokens a second over those of Hugging Face's generate, the best of all rounds each."""
-    experts = make_experts(size, args.seed)
+    experts = make_experts(size, args.seed, args.device)
     prompts = make_prompts(batch, args, experts[0].config.vocab_size)
     decoders = {"one expert, HF generate": hugging_face(experts[0], prompts, args)}
     for top_k in (2, 4):
@@ -142,7 +142,7 @@ def compare_speed(size: str, batch: int, args: argparse.Namespace, table: Table)
 
 def compare_acceptance(size: str, args: argparse.Namespace, table: Table) -> None:
     """Rounds of speculative sampling with top-2: a step of the engine that gives tokens is one."""
-    experts = make_experts(size, args.seed)
+    experts = make_experts(size, args.seed, args.device)
     prompt = make_prompts(1, args, experts[0].config.vocab_size)[0]
     for top in (0.5, 0.7, 0.9, 0.99):
         for temperature in (1.0, 0.0):
@@ -174,6 +174,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--refresh-tokens", type=int, default=Request.refresh_tokens)
     parser.add_argument("--top-weight", type=float, default=0.7, help="weight of the first expert")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads, for all")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
