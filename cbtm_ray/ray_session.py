@@ -31,8 +31,8 @@ def capacity(kind: str) -> float:
 def check_fits(field: str, kind: str, wanted: float) -> None:
     """ValueError: what one process is to have is more than this machine has. A cluster is not asked: it may grow."""
     if not os.environ.get("RAY_ADDRESS") and wanted > capacity(kind):
-        unit = f"{kind}s of this machine"
-        raise ValueError(f"{field}={wanted:g} must be at most the {unit}, {capacity(kind):g}. Lower it.")
+        most = f"the {kind}s of this machine, {capacity(kind):g}"
+        raise ValueError(f"{field}={wanted:g} must be at most {most}. Lower it.")
 
 
 @contextlib.contextmanager

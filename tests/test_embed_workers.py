@@ -49,6 +49,6 @@ def test_documents_go_to_the_nearest_centre_of_the_chosen_embedder(
     assert (distances_NK.argmin(axis=1) == [row["cluster"] for row in rows])[clear].all()
 
 
-def test_gpus_that_the_cluster_lacks_are_refused(ray_cluster: str) -> None:
+def test_gpus_that_the_machine_lacks_are_refused(ray_cluster: str) -> None:
     with pytest.raises(ValueError, match=r"embed\.gpus=0\.5 must be at most the GPUs of this machine, 0\."):
         map_embedding([{"n": 1}], lambda row: row, 0.5)
