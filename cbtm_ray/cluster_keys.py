@@ -155,8 +155,9 @@ _POD: Keys = {
     "spec": {
         **_any(
             "affinity", "automountServiceAccountToken", "hostNetwork", "imagePullSecrets", "initContainers",
-            "nodeName", "nodeSelector", "priorityClassName", "restartPolicy", "runtimeClassName", "securityContext",
-            "serviceAccountName", "terminationGracePeriodSeconds", "tolerations", "topologySpreadConstraints", "volumes",
+            "nodeName", "nodeSelector", "priorityClassName", "resourceClaims", "restartPolicy", "runtimeClassName",
+            "securityContext", "serviceAccountName", "terminationGracePeriodSeconds", "tolerations",
+            "topologySpreadConstraints", "volumes",
         ),
         "containers": {**_CONTAINER, "resources": {"limits": None, "requests": None, "claims": None}},
     },
@@ -170,23 +171,25 @@ _CLUSTER: Keys = {
     "authOptions": {"enableK8sTokenAuth": None, "mode": ("token",), "secretName": None},
     "autoscalerOptions": {
         **_any(
-            "env", "envFrom", "idleTimeoutSeconds", "image", "imagePullPolicy", "resources", "securityContext",
-            "volumeMounts",
+            "args", "command", "env", "envFrom", "idleTimeoutSeconds", "image", "imagePullPolicy", "resources",
+            "securityContext", "volumeMounts",
         ),
         "upscalingMode": ("Aggressive", "Conservative", "Default"),
         "version": ("v1", "v2"),
     },
     "enableInTreeAutoscaling": None,
     "headGroupSpec": {
-        **_any("enableIngress", "headService", "labels", "rayStartParams", "resources", "serviceType"),
+        **_any(
+            "enableIngress", "headService", "ingressOptions", "labels", "rayStartParams", "resources", "serviceType",
+        ),
         "template": _POD,
     },
     "tlsOptions": _any("enabled"),
     "upgradeStrategy": {"type": ("None", "Recreate")},
     "workerGroupSpecs": {
         **_any(
-            "groupName", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams",
-            "replicas", "resources", "scaleStrategy", "suspend",
+            "groupName", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "numOfHosts", "priority",
+            "rayStartParams", "replicas", "resources", "scaleStrategy", "suspend",
         ),
         "template": _POD,
     },
@@ -198,18 +201,21 @@ KUBERAY: dict[str, Keys] = {
         **_any(
             "activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint",
             "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId", "managedBy", "metadata",
-            "runtimeEnvYAML", "shutdownAfterJobFinishes", "submitterConfig", "submitterPodTemplate", "suspend",
-            "ttlSecondsAfterFinished",
+            "preRunningDeadlineSeconds", "runtimeEnvYAML", "shutdownAfterJobFinishes", "submitterConfig",
+            "submitterPodTemplate", "suspend", "ttlSecondsAfterFinished",
         ),
         "rayClusterSpec": _CLUSTER,
         "submissionMode": ("HTTPMode", "InteractiveMode", "K8sJobMode", "SidecarMode"),
     },
     "RayService": {
         **_any(
-            "excludeHeadPodFromServeSvc", "rayClusterDeletionDelaySeconds", "serveConfigV2", "serveService", "suspend",
-            "upgradeStrategy",
+            "excludeHeadPodFromServeSvc", "managedBy", "rayClusterDeletionDelaySeconds", "serveConfigV2", "serveService",
+            "suspend", "upgradeStrategy",
         ),
         "rayClusterConfig": _CLUSTER,
     },
 }  # fmt: skip
-"""`spec` of KubeRay's ray.io/v1 kinds, version 1.6, and of the pods in them what these manifests may need."""
+"""`spec` of KubeRay's ray.io/v1 kinds, version 1.7, and of the pods in them what these manifests may need.
+
+Without the service's two thresholds that 1.7 itself calls unused. The manifests here use nothing that 1.6 lacks.
+"""

@@ -2,8 +2,9 @@
 
 What they know: the names of KubeRay's fields down to the containers of a pod (`cluster_keys.py`), replica bounds, the
 head without work, the token, the Ray version of requirements.txt, that the job's entrypoint is a job of ours with a
-configuration that loads, and that the service's application takes its arguments. What a cluster's admission would refuse
-beyond that shows only there: kubectl apply --dry-run=server.
+configuration that loads, that the service's application takes its arguments, and two combinations that KubeRay refuses.
+A cluster's schemas say more: kubectl apply --dry-run=server. Combinations KubeRay refuses only after it has taken a manifest,
+in the events of kubectl describe.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def check_manifest(tree: dict[str, Any]) -> str:
     _check_cluster(cluster, where)
     if kind == "RayJob":
         _check_entrypoint(spec.get("entrypoint", ""))
+        if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
+            raise ValueError("spec.ttlSecondsAfterFinished needs shutdownAfterJobFinishes: true. Set it.")
     if kind == "RayService":
         _check_serve_config(spec.get("serveConfigV2", ""))
     groups = ", ".join(f"{group['groupName']} up to {group['maxReplicas']}" for group in cluster["workerGroupSpecs"])
@@ -77,7 +80,8 @@ def _check_cluster(cluster: dict[str, Any], where: str) -> None:
         raise ValueError(f'{where}.headGroupSpec.rayStartParams.num-cpus must be "0": no work on the head. Set it.')
     if not cluster.get("workerGroupSpecs"):
         raise ValueError(f"{where}.workerGroupSpecs is empty, and the head does no work. Add a group.")
-    _check_pod(head, f"{where}.headGroupSpec")
+    v2 = cluster.get("autoscalerOptions", {}).get("version") == "v2"
+    _check_pod(head, f"{where}.headGroupSpec", v2)
     for index, group in enumerate(cluster["workerGroupSpecs"]):
         place = f"{where}.workerGroupSpecs[{index}]"
         for key in ("groupName", "minReplicas", "maxReplicas"):
@@ -89,11 +93,14 @@ def _check_cluster(cluster: dict[str, Any], where: str) -> None:
                 f"{place}: minReplicas={least}, replicas={group.get('replicas', least)} and maxReplicas={most} must be in "
                 "order, from 0. Change one of them."
             )
-        _check_pod(group, place)
+        _check_pod(group, place, v2)
 
 
-def _check_pod(group: dict[str, Any], where: str) -> None:
-    containers = group.get("template", {}).get("spec", {}).get("containers")
+def _check_pod(group: dict[str, Any], where: str, autoscaler_v2: bool) -> None:
+    pod = group.get("template", {}).get("spec", {})
+    restart, containers = pod.get("restartPolicy", "Never"), pod.get("containers")
+    if autoscaler_v2 and restart != "Never":
+        raise ValueError(f"{where}.template.spec.restartPolicy={restart!r} must be 'Never' with version v2. Remove it.")
     if not containers:
         raise ValueError(f"{where}.template.spec.containers is missing. Add one with an image.")
     check_version(containers[0].get("image", ""), f"{where}.template.spec.containers[0].image")

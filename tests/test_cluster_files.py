@@ -41,6 +41,12 @@ def test_a_shipped_file_passes(name: str) -> None:
     assert "up to" in check_file(name)
 
 
+def test_the_manifests_can_stand_in_one_namespace() -> None:
+    """KubeRay names the head's Service after its owner, of whichever kind, and overwrites one that is there."""
+    names = {read(name)["metadata"]["name"] for name in MANIFESTS}
+    assert len(names) == len(MANIFESTS)
+
+
 AWS_MISTAKES: list[tuple[Change, str]] = [
     (lambda t: t["provider"].update(regoin="a"), r"^provider\.regoin is not a key\. Did you mean provider\.region\?$"),
     (lambda t: t["provider"].update(type="awz"), r"^provider\.type='awz' must be one of aws, gcp\.$"),
@@ -224,6 +230,11 @@ JOB_MISTAKES: list[tuple[Change, str]] = [
     (
         lambda t: t["spec"].update(entrypoint="python -m jobs.run_all --config configs/small.yaml run.dir=runs/a"),
         r"^spec\.entrypoint: run\.dir=runs/a must be a URI",
+    ),
+    (lambda t: t["spec"].update(shutdownAfterJobFinishes=False), r"^spec\.ttlSecondsAfterFinished needs shutdownAfter"),
+    (
+        lambda t: t["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"].update(restartPolicy="Always"),
+        r"headGroupSpec\.template\.spec\.restartPolicy='Always' must be 'Never'",
     ),
 ]
 
