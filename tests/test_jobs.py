@@ -21,6 +21,7 @@ from cbtm_ray import files, pipeline
 from cbtm_ray.branch import DENSE, expert_folder
 from cbtm_ray.findings import curves
 from cbtm_ray.run import Run
+from tests.artefacts import artefacts
 from tests.tiny import tiny_tree, write_corpus
 
 pytestmark = pytest.mark.ray
@@ -174,12 +175,6 @@ def kill_when(tmp_path: Path, config: Path, there: str, environment: dict[str, s
         process.wait()
 
 
-def check_same_end(folder: Path, undisturbed: Run) -> None:
-    for name in ARTEFACTS:
-        assert (folder / name).read_bytes() == files.read_bytes(undisturbed.uri(name)), name
-    assert files.read_json(str(folder / "evaluation" / "results.json"))["rows"] == rows(undisturbed)
-
-
 @pytest.mark.slow
 def test_a_driver_killed_among_its_experts_continues_to_the_same_artefacts(
     tmp_path: Path, finished_run: Run, ray_cluster: str
@@ -194,7 +189,7 @@ def test_a_driver_killed_among_its_experts_continues_to_the_same_artefacts(
     kill_when(tmp_path, config, "experts/cluster=*/manifest.json", environment)
     assert not (tmp_path / "run" / "experts" / "manifest.json").exists()
     subprocess.run(command("run_all", config), check=True, stdout=subprocess.DEVNULL, env=environment)
-    check_same_end(tmp_path / "run", finished_run)
+    assert artefacts(str(tmp_path / "run")) == artefacts(finished_run.dir)
 
 
 @pytest.mark.slow
@@ -214,4 +209,4 @@ def test_a_run_killed_in_every_stage_continues_to_the_same_artefacts(tmp_path: P
         stage = there.split("/")[0].replace("checkpoints", "seed")
         assert not (tmp_path / "run" / stage / "manifest.json").exists(), f"{stage} was over before the kill"
     subprocess.run(command("run_all", config), check=True, stdout=subprocess.DEVNULL)
-    check_same_end(tmp_path / "run", finished_run)
+    assert artefacts(str(tmp_path / "run")) == artefacts(finished_run.dir)

@@ -30,6 +30,7 @@ from cbtm_ray.config import CorpusConfig
 from cbtm_ray.documents import list_shards, read_shard
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
+from tests.artefacts import artefacts
 from tests.local_head import free_ports
 from tests.tiny import tiny_tree, write_corpus
 
@@ -231,15 +232,7 @@ def test_a_run_in_a_bucket_killed_among_its_experts_ends_as_one_on_the_disk(
         process.wait()
     assert not files.exists(files.join(run_dir, "experts", "manifest.json"))
     subprocess.run(job, check=True, stdout=subprocess.DEVNULL)
-    names = [uri.removeprefix(f"{run_dir}/") for uri in files.list_files(run_dir)]
-    assert sorted(names) == [uri.removeprefix(f"{finished_run.dir}/") for uri in files.list_files(finished_run.dir)]
-    for name in names:
-        if name.endswith((".safetensors", ".npy", ".parquet", "tokenizer.json")):
-            assert files.read_bytes(files.join(run_dir, name)) == files.read_bytes(finished_run.uri(name)), name
-    ours, theirs = (
-        files.read_json(files.join(place, "evaluation", "results.json")) for place in (run_dir, finished_run.dir)
-    )
-    assert ours["rows"] == theirs["rows"]
+    assert artefacts(run_dir) == artefacts(finished_run.dir)
 
 
 @pytest.mark.slow
