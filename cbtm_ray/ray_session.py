@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from cbtm_ray.progress import note
+
 _POLL_S = "0.5"
 TRAINING_ENV = {
     "GLIBC_TUNABLES": ":".join(
@@ -29,10 +31,13 @@ def capacity(kind: str) -> float:
 
 
 def check_fits(field: str, kind: str, wanted: float) -> None:
-    """ValueError: what one process is to have is more than this machine has. A cluster is not asked: it may grow."""
-    if not os.environ.get("RAY_ADDRESS") and wanted > capacity(kind):
-        most = f"the {kind}s of this machine, {capacity(kind):g}"
-        raise ValueError(f"{field}={wanted:g} must be at most {most}. Lower it.")
+    """ValueError: what one process is to have is more than this machine has. On a cluster, which may grow, a note of it."""
+    most = capacity(kind)
+    if wanted <= most:
+        return
+    if not os.environ.get("RAY_ADDRESS"):
+        raise ValueError(f"{field}={wanted:g} must be at most the {kind}s of this machine, {most:g}. Lower it.")
+    note(f"{field}={wanted:g} is more than the {kind}s that Ray knows of, {most:g}: waits for nodes, see `ray status`.")
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from cbtm_ray.ray_session import check_fits
+
 LISTENING = """
 import json, psutil
 from cbtm_ray.ray_session import ray_session
@@ -53,3 +55,15 @@ def test_what_a_machine_does_not_have_is_not_waited_for() -> None:
     first, second = found.stdout.splitlines()
     assert first == "train.cpus_per_expert=999 must be at most the CPUs of this machine, 1. Lower it."
     assert second.startswith("train.gpus_per_expert=999 must be at most the GPUs of this machine, ")
+
+
+@pytest.mark.ray
+def test_what_a_cluster_does_not_have_yet_is_waited_for_with_a_word(
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    check_fits("train.cpus_per_expert", "CPU", 2)
+    assert capsys.readouterr().out == ""
+    check_fits("train.cpus_per_expert", "CPU", 3)
+    said = "train.cpus_per_expert=3 is more than the CPUs that Ray knows of, 2: waits for nodes, see `ray status`.\n"
+    assert capsys.readouterr().out == said
