@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from cbtm_ray.embed import TokenTfidf
 from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.sampling import Sampling
-from cbtm_ray.sequence import Request
+from cbtm_ray.sequence import Request, Step
+from cbtm_ray.strategies import STRATEGIES, Speculative
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": {"vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -37,6 +38,19 @@ SIZES: dict[str, dict[str, Any]] = {
 N_EXPERTS, PREFIX_TOKENS = 4, 16
 NOISE = 0.3
 """Standard deviation of an expert's own weights against that of the weights it shares."""
+
+
+class Counted(Speculative):
+    """Speculative sampling that says what became of its drafts."""
+
+    rounds: ClassVar[list[tuple[int, int]]] = []
+    """Of each round the drafts, and the tokens: those that were accepted, and one more."""
+
+    def advance(self) -> list[Step]:
+        drafts, steps = len(self.sequence.drafts), super().advance()
+        if steps:
+            self.rounds.append((drafts, len(steps)))
+        return steps
 
 
 def make_experts(size: str, seed: int, device: str = "cpu") -> list[PreTrainedModel]:
@@ -141,25 +155,22 @@ def compare_speed(size: str, batch: int, args: argparse.Namespace, table: Table)
 
 
 def compare_acceptance(size: str, args: argparse.Namespace, table: Table) -> None:
-    """Rounds of speculative sampling with top-2: a step of the engine that gives tokens is one."""
+    """What becomes of the drafts of speculative sampling with top-2."""
+    STRATEGIES["counted"] = Counted
     experts = make_experts(size, args.seed, args.device)
     prompt = make_prompts(1, args, experts[0].config.vocab_size)[0]
     for top in (0.5, 0.7, 0.9, 0.99):
         for temperature in (1.0, 0.0):
             engine = Engine(make_ensemble(experts, top_weights(top, 2)), max_sequences=1, cache_tokens=1000)
             sampling = Sampling(seed=args.seed, temperature=temperature)
-            engine.add(
-                Request(prompt=prompt, max_tokens=args.tokens, top_k=2, sampling=sampling, strategy="speculative")
-            )
-            sizes = []
+            engine.add(Request(prompt=prompt, max_tokens=args.tokens, top_k=2, sampling=sampling, strategy="counted"))
+            Counted.rounds.clear()
             while engine.running or engine.waiting:
-                sizes.append(len(engine.step()))
-            rounds = sum(size > 0 for size in sizes)
-            drafts = len(sizes) - rounds
-            accepted = sum(sizes) - rounds
-            table.add_row(
-                size, f"{top:g}", f"{temperature:g}", f"{accepted / max(drafts, 1):.0%}", f"{sum(sizes) / rounds:.2f}"
-            )
+                engine.step()
+            drafts, tokens = map(sum, zip(*Counted.rounds, strict=True))
+            rounds = len(Counted.rounds)
+            share = f"{(tokens - rounds) / max(drafts, 1):.0%} of {drafts}"
+            table.add_row(size, f"{top:g}", f"{temperature:g}", share, f"{tokens / rounds:.2f}")
 
 
 def parse_args() -> argparse.Namespace:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.kv_cache import Chunk, KVCache, passes
@@ -46,13 +46,13 @@ class Contexts:
         self._held: dict[int, OrderedDict[str, _Held]] = {expert: OrderedDict() for expert in ensemble.experts}
         self._free = {expert: list(range(cache_tokens)) for expert in ensemble.experts}
 
-    def read(self, reads: list[FarRead]) -> list[Tensor]:
+    def read(self, reads: list[FarRead]) -> list[np.ndarray]:
         """Log-probabilities that each asks for, float32 (C, V).
 
         Raises:
             ValueError: a text is longer than the cache.
         """
-        found: dict[int, Tensor] = {}
+        found: dict[int, np.ndarray] = {}
         by_expert: dict[int, list[tuple[int, FarRead]]] = {}
         for number, read in enumerate(reads):
             by_expert.setdefault(read.expert, []).append((number, read))
@@ -97,7 +97,7 @@ class Contexts:
         mine.tokens = read.text
         return Chunk(read.text[start:], start, torch.tensor(mine.slots))
 
-    def _read_batch(self, expert: int, batch: list[tuple[tuple[int, FarRead], Chunk]]) -> dict[int, Tensor]:
+    def _read_batch(self, expert: int, batch: list[tuple[tuple[int, FarRead], Chunk]]) -> dict[int, np.ndarray]:
         found = {}
         for group in passes(batch):
             rows = self._caches[expert].read(self._ensemble.experts[expert], [chunk for _, chunk in group])

@@ -16,8 +16,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from cbtm_ray.batching import Wanted, choose_pass
 from cbtm_ray.contexts import FarRead
@@ -33,7 +33,7 @@ PROMPT_TOKENS = 128
 ARRIVAL_S = 0.05
 """The longest that a step waits for experts elsewhere where it has nothing else to do."""
 
-Elsewhere: TypeAlias = "Callable[[list[FarRead]], list[Future[Tensor]]]"
+Elsewhere: TypeAlias = "Callable[[list[FarRead]], list[Future[np.ndarray]]]"
 """Asks experts that are not here; each answer arrives by itself."""
 
 
@@ -45,7 +45,7 @@ class _Running:
     """How far which experts have to read before the sequence goes on; None: not said yet."""
     waited: int = 0
     """Steps since it went on."""
-    asked: dict[int, Future[Tensor]] = field(default_factory=dict)
+    asked: dict[int, Future[np.ndarray]] = field(default_factory=dict)
     """By expert elsewhere: what the sequence waits for."""
 
 

@@ -64,16 +64,13 @@ class PrefixRouter:
         """Tokens read."""
         self.observed = 0
         """Tokens whose evidence has been taken in, at most `length`."""
-        self._context = ensemble.embedder.context()
+        self._context, self._running_R = ensemble.embedder.context(), np.array(self.running)
         self._centers_RD, self._evidence_R = ensemble.centers_KD.numpy()[self.running], np.zeros(len(self.running))
 
     def weights(self) -> np.ndarray:
         """Weights for the next token, (K,): 0 for all but `top_k` of the experts that run."""
         weights_K = np.zeros(self.ensemble.n_experts)
-        if len(self.running) == 1:
-            weights_K[self.running] = 1
-        else:
-            weights_K[self.running] = sparse_weights(self._scores_R()[None], self.top_k)[0]
+        weights_K[self._running_R] = 1 if len(self.running) == 1 else sparse_weights(self._scores_R()[None], self.top_k)
         return weights_K
 
     def read(self, token: int) -> None:
@@ -92,14 +89,14 @@ class PrefixRouter:
         if self.observed == self.ensemble.prefix_tokens:
             assert self.length == self.observed
             best = np.sort(np.argsort(-self._scores_R(), kind="stable")[: self.top_k])
-            self.running = [self.running[place] for place in best]
-            self._centers_RD, self._evidence_R = self._centers_RD[best], self._evidence_R[best]
+            self._running_R, self._centers_RD = self._running_R[best], self._centers_RD[best]
+            self._evidence_R, self.running = self._evidence_R[best], self._running_R.tolist()
 
     def _scores_R(self) -> np.ndarray:
         settings = self.ensemble.settings
         # Of one context, and in numpy: PyTorch takes longer to begin than this takes.
         offsets_RD = self._context.embedding() - self._centers_RD
-        distances_R = np.einsum("rd,rd->r", offsets_RD, offsets_RD)
+        distances_R = np.vecdot(offsets_RD, offsets_RD)
         return posterior_scores(distances_R, self._evidence_R, settings["temperature"], settings["beta"])
 
 

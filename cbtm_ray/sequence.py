@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cbtm_ray.ensemble import Ensemble, PrefixRouter
@@ -71,16 +70,16 @@ class Reading:
         """Tokens read."""
         self.heard: list[float] = []
         """Log-probabilities of the tokens after position 0, as far as known."""
-        self._rows_NV: Tensor | None = None  # after the last N tokens read
+        self._rows_NV: np.ndarray | None = None  # after the last N tokens read
 
-    def predicted(self, position: int) -> Tensor:
+    def predicted(self, position: int) -> np.ndarray:
         """Log-probabilities (V,) of the token after a position."""
         assert self._rows_NV is not None
         return self._rows_NV[position - self.length + len(self._rows_NV)]
 
-    def take(self, rows_CV: Tensor, text: list[int], keep_from: int) -> None:
+    def take(self, rows_CV: np.ndarray, text: list[int], keep_from: int) -> None:
         """Take in the predictions after the next C tokens; those before the position `keep_from` are used and dropped."""
-        rows_NV = rows_CV if self._rows_NV is None else torch.cat([self._rows_NV, rows_CV])
+        rows_NV = rows_CV if self._rows_NV is None else np.concatenate([self._rows_NV, rows_CV])
         self.length, self._rows_NV = self.length + len(rows_CV), rows_NV
         self.hear(text)
         first = self.length - len(rows_NV)
@@ -91,8 +90,8 @@ class Reading:
         known, done = min(self.length, len(text) - 1), len(self.heard)
         if known > done:
             assert self._rows_NV is not None
-            rows = torch.arange(done, known) - self.length + len(self._rows_NV)
-            self.heard += self._rows_NV[rows, torch.tensor(text[done + 1 : known + 1])].tolist()
+            rows = np.arange(done, known) - self.length + len(self._rows_NV)
+            self.heard += self._rows_NV[rows, text[done + 1 : known + 1]].tolist()
 
     def go_back(self, length: int) -> None:
         """Forget what was read after the first `length` tokens."""
@@ -152,7 +151,7 @@ class Sequence:
         start, length = self.readings[expert].length, len(self.text)
         return self.text[start:end] + self.drafts[max(start - length, 0) : max(end - length, 0)]
 
-    def take(self, expert: int, rows_CV: Tensor) -> None:
+    def take(self, expert: int, rows_CV: np.ndarray) -> None:
         """Take in what an expert predicts after the next C tokens."""
         keep_from = len(self.text) - 1 if self._echoed == len(self.request.prompt) else self._echoed
         self.readings[expert].take(rows_CV, self.text, keep_from)
@@ -194,7 +193,7 @@ class Sequence:
         """Log-probabilities of the token after a position under the mixture (V,), and the weights behind them (K,)."""
         weights_K = self.router.weights()
         experts = np.flatnonzero(weights_K)
-        logprobs_KV = torch.stack([self.readings[int(expert)].predicted(position) for expert in experts]).numpy()
+        logprobs_KV = np.stack([self.readings[int(expert)].predicted(position) for expert in experts])
         return mix_logprobs(logprobs_KV.T, weights_K[experts]), weights_K
 
     def probabilities(self, logprobs_V: np.ndarray) -> np.ndarray:

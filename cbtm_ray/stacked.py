@@ -12,6 +12,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -138,7 +139,7 @@ class StackedExperts:
             own = slice(row * self._stride, (row + 1) * self._stride)
             cache.memory = {layer: (keys[own], values[own]) for layer, (keys, values) in self._cache.memory.items()}
 
-    def read(self, chunks: dict[int, list[Chunk]]) -> dict[int, list[Tensor]]:
+    def read(self, chunks: dict[int, list[Chunk]]) -> dict[int, list[np.ndarray]]:
         """What `KVCache.read` gives, for every expert that is named; the others run too, for nobody."""
         rows = max((len(theirs) for theirs in chunks.values()), default=1)
         padded = []

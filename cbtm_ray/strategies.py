@@ -57,7 +57,7 @@ class Ancestral:
         sequence.refresh()
         expert, weights_K = self._drawn or self._draw_expert()
         self._drawn = None
-        logprobs_V = sequence.readings[expert].predicted(len(sequence.text) - 1).numpy()
+        logprobs_V = sequence.readings[expert].predicted(len(sequence.text) - 1)
         token = draw(sequence.probabilities(logprobs_V), sequence.random)
         return [sequence.append(token, None, weights_K, expert)]
 
@@ -94,7 +94,7 @@ class Speculative:
         sequence, drafts = self.sequence, self.sequence.drafts
         if not self._drafting:
             return self._verify()
-        logprobs_V = sequence.readings[self._drafter].predicted(len(sequence.text) + len(drafts) - 1).numpy()
+        logprobs_V = sequence.readings[self._drafter].predicted(len(sequence.text) + len(drafts) - 1)
         probabilities_V = sequence.probabilities(logprobs_V)
         drafts.append(draw(probabilities_V, sequence.random))
         self._drafted_with.append(probabilities_V)
