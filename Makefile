@@ -10,7 +10,7 @@ demo: .venv/runtime
 	$(BIN)/python -m jobs.run_all --config configs/quickstart.yaml
 
 serve: .venv/runtime
-	$(BIN)/serve run serve.app:build run_dir=runs/quickstart
+	RAY_SERVE_PROXY_USE_GRPC=1 $(BIN)/serve run serve.app:build run_dir=runs/quickstart
 
 validate-cluster: .venv/runtime
 	$(BIN)/python -m jobs.validate_cluster cluster.yaml cluster-gcp.yaml $(wildcard kuberay/*.yaml)

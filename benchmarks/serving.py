@@ -49,6 +49,7 @@ CACHE_TOKENS = 32768
 @contextlib.contextmanager
 def our_server(run_dir: str, port: int, **arguments: Any) -> Iterator[str]:
     """The whole application on a Ray of its own; the address of its completions."""
+    os.environ["RAY_SERVE_PROXY_USE_GRPC"] = "1"  # as `make serve` has it
     with ray_session(local_cpus=2):
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build(AppArguments(run_dir=run_dir, cache_tokens=CACHE_TOKENS, **arguments)), route_prefix="/")

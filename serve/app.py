@@ -14,6 +14,11 @@ from .groups import spread
 from .roster import Roster
 
 UNLIMITED = 10_000  # requests in an expert group: the gateways limit what they send
+ONE_LOOP = {
+    "env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+}
+"""For replicas: Serve's own tasks, its router and our code in one event loop, not in three that wake each other for a message.
+Nothing of ours holds a loop up: engines and tokenizers have threads of their own."""
 
 
 def build(arguments: AppArguments) -> Application:
@@ -39,7 +44,11 @@ def build(arguments: AppArguments) -> Application:
         group_class.options(
             name=name,
             max_ongoing_requests=UNLIMITED,
-            ray_actor_options={"num_cpus": arguments.group_cpus, "num_gpus": arguments.group_gpus},
+            ray_actor_options={
+                "num_cpus": arguments.group_cpus,
+                "num_gpus": arguments.group_gpus,
+                "runtime_env": ONE_LOOP,
+            },
             **drain,
             **scaling,
         ).bind(
@@ -56,5 +65,10 @@ def build(arguments: AppArguments) -> Application:
     ]
     # Beyond its own limit a gateway refuses politely; Serve, which knows no format, only far beyond.
     requests = 2 * arguments.max_in_flight
-    options = {"max_ongoing_requests": requests, "max_queued_requests": requests, **drain}
+    options = {
+        "max_ongoing_requests": requests,
+        "max_queued_requests": requests,
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": ONE_LOOP},
+        **drain,
+    }
     return gateway_class.options(**options).bind(arguments, layout, groups, roster)

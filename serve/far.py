@@ -7,11 +7,9 @@ import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import torch
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import ReplicaUnavailableError
-from torch import Tensor
 
 from cbtm_ray.contexts import Contexts, FarRead
 
@@ -29,13 +27,13 @@ class Answering:
 
     def __init__(self, contexts: Contexts) -> None:
         self._contexts, self._thread = contexts, ThreadPoolExecutor(1)
-        self._waiting: list[tuple[list[FarRead], asyncio.Future[list[Tensor]]]] = []
+        self._waiting: list[tuple[list[FarRead], asyncio.Future[list[np.ndarray]]]] = []
         self._work = asyncio.Event()
         self.n_reads = 0
         """Texts read, each time one expert."""
 
-    async def read(self, reads: list[FarRead]) -> list[Tensor]:
-        answer: asyncio.Future[list[Tensor]] = asyncio.get_running_loop().create_future()
+    async def read(self, reads: list[FarRead]) -> list[np.ndarray]:
+        answer: asyncio.Future[list[np.ndarray]] = asyncio.get_running_loop().create_future()
         self._waiting.append((reads, answer))
         self._work.set()
         return await answer
@@ -62,9 +60,9 @@ class Asking:
     def __init__(self, layout: Layout) -> None:
         self._layout, self._loop = layout, asyncio.get_running_loop()
 
-    def ask(self, reads: list[FarRead]) -> list[Future[Tensor]]:
+    def ask(self, reads: list[FarRead]) -> list[Future[np.ndarray]]:
         """See `Elsewhere` in cbtm_ray/engine.py."""
-        answers: list[Future[Tensor]] = [Future() for _ in reads]
+        answers: list[Future[np.ndarray]] = [Future() for _ in reads]
         by_group: dict[int, list[int]] = {}
         for number, read in enumerate(reads):
             by_group.setdefault(self._layout.group_of(read.expert), []).append(number)
@@ -73,7 +71,7 @@ class Asking:
             asyncio.run_coroutine_threadsafe(self._pass_on(self._layout.names[group], *theirs), self._loop)
         return answers
 
-    async def _pass_on(self, name: str, reads: list[FarRead], answers: list[Future[Tensor]]) -> None:
+    async def _pass_on(self, name: str, reads: list[FarRead], answers: list[Future[np.ndarray]]) -> None:
         try:
             rows = await self._call(name, reads)
         except Exception as problem:
@@ -82,7 +80,7 @@ class Asking:
                 answer.set_exception(problem)
             return
         for answer, rows_CV in zip(answers, rows, strict=True):
-            answer.set_result(torch.from_numpy(rows_CV.copy()))
+            answer.set_result(rows_CV)
 
     async def _call(self, name: str, reads: list[FarRead]) -> list[np.ndarray]:
         handle = serve.get_deployment_handle(name).options(_by_reference=False)

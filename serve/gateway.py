@@ -74,7 +74,7 @@ def _metrics() -> dict[str, Any]:
     }
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
+@serve.deployment
 @serve.ingress(web)
 class Gateway:
     """Validates requests, sends their sequences to the expert group, and makes answers of what comes back."""

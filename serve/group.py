@@ -103,7 +103,7 @@ class ExpertGroup:
 
     async def read(self, reads: list[FarRead]) -> list[np.ndarray]:
         """What experts of this group predict after tokens of texts that another group decodes."""
-        return [rows_CV.numpy() for rows_CV in await self.answering.read(reads)]
+        return await self.answering.read(reads)
 
     async def generate(self, model: str, request: Request) -> AsyncIterator[list[Step]]:
         """Decode one sequence: its steps, together those that were made since the last message.

@@ -37,6 +37,7 @@ def ray_cluster() -> Iterator[str]:
     from cbtm_ray.ray_session import ray_session
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+    os.environ["RAY_SERVE_PROXY_USE_GRPC"] = "1"  # as `make serve` has it
     with ray_session(local_cpus=2):
         import ray
 

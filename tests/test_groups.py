@@ -196,10 +196,12 @@ def test_a_hot_expert_gets_its_second_replica(instance: None, random_run: str) -
             ask(LONG, max_tokens=200)
 
     threads = [threading.Thread(target=load) for _ in range(8)]
+    started = time.monotonic()
     for thread in threads:
         thread.start()
     try:
         wait_for(f"ExpertGroup{hot}", 2)
+        print(f"from the load's start to a second replica: {time.monotonic() - started:.1f} s")
         assert replicas(f"ExpertGroup{1 - hot}") == 1
     finally:
         over.set()
