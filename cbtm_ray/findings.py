@@ -101,7 +101,8 @@ def print_results(run: Run) -> None:
     if evaluation["fewshot"]:
         progress.console.print(_fewshot_table(evaluation["fewshot"]))
     progress.console.print(f"Report: {run.uri('report.html')}", soft_wrap=True)
-    progress.console.print(f"Next, serve it: {serve_command(run.dir)}", soft_wrap=True)
+    if not run.config.run.shared:  # a sweep's point lacks the stages that its folders share
+        progress.console.print(f"Next, serve it: {serve_command(run.dir)}", soft_wrap=True)
 
 
 def serve_command(run_dir: str) -> str:

@@ -35,7 +35,8 @@ def sweep_clusters(sweep: Run) -> None:
     """Do what is missing of a sweep, then write and print its table.
 
     Raises:
-        ValueError: a point is not valid, before any is begun; or a run to compare with is of another corpus.
+        ValueError: a point is not valid, or was made with another configuration, before any is begun; or a run to compare
+            with is of another corpus.
     """
     config = sweep.config
     clusters = sorted(set(config.sweep.clusters)) or [config.cluster.n_clusters]
@@ -43,16 +44,17 @@ def sweep_clusters(sweep: Run) -> None:
     points = {(k, tokens): point_config(config, k, tokens) for k in clusters for tokens in budgets}
     first = points[clusters[0], budgets[0]]
     compared = [_dense_row(config, uri) for uri in config.sweep.dense_runs]
-    shared = sweep.uri("shared")
+    shared, folders = sweep.uri("shared"), {k: sweep.uri(f"clusters={k:04d}") for k in clusters}
+    for (k, tokens), point in points.items():
+        _point_run(point, folders[k], shared, tokens).check()
     _do(_run(first, shared), "build_corpus")
-    folders = {k: sweep.uri(f"clusters={k:04d}") for k in clusters}
     for k, folder in folders.items():
         _do(_run(points[k, budgets[0]], folder, shared), "fit_clusters", "partition_corpus")
     _do(_run(first, shared, folders[clusters[0]]), "train_seed")
     found = []
     for (k, tokens), point in points.items():
         progress.note(f"{k} clusters, {tokens:,} tokens")
-        run = _run(point, files.join(folders[k], f"tokens={tokens}"), folders[k], shared)
+        run = _point_run(point, folders[k], shared, tokens)
         _do(run, *pipeline.JOBS)
         rows = files.read_json(run.uri("evaluation", "results.json"))["rows"]
         found.append({"n_clusters": k, "total_tokens": tokens, "run": run.dir, "rows": rows})
@@ -72,6 +74,10 @@ def point_config(config: Config, n_clusters: int, total_tokens: int) -> Config:
 
 def _run(config: Config, folder: str, *shared: str) -> Run:
     return Run(replace(config, run=replace(config.run, dir=folder, shared=shared)))
+
+
+def _point_run(point: Config, folder: str, shared: str, tokens: int) -> Run:
+    return _run(point, files.join(folder, f"tokens={tokens}"), folder, shared)
 
 
 def _do(run: Run, *jobs: str) -> None:

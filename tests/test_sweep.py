@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,18 @@ def test_a_point_that_cannot_be_is_refused_before_anything_is_made(tmp_path: Pat
     assert point_config(swept.config, 4, 512).cluster.n_clusters == 4
 
 
+def test_a_point_of_another_configuration_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    swept = Run(config(tmp_path, sweep={"clusters": [2, 4], "total_tokens": [2048]}))
+    with_controls = point_config(
+        config(tmp_path, train={**tiny_tree(tmp_path, tmp_path)["train"], "controls": ["random"]}), 4, 2048
+    )
+    folder = swept.uri("clusters=0004", "tokens=2048")
+    Run(replace(with_controls, run=replace(with_controls.run, dir=folder))).start("evaluation")
+    with pytest.raises(ValueError, match=r"tokens=2048 was made with another configuration: train\.controls=\[\]"):
+        sweep_clusters(swept)
+    assert not files.exists(swept.uri("shared"))
+
+
 def finished(folder: Path, **more: Any) -> str:
     """A run directory with the evaluation of its dense control alone."""
     run = Run(build_config({**tiny_tree(folder, folder.parent / "corpus"), **more}))
@@ -100,11 +113,14 @@ def test_a_larger_model_is_compared_only_on_the_same_held_out_tokens(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_points_share_what_they_can_and_a_second_call_only_adds(tmp_path: Path, ray_cluster: None) -> None:
+def test_points_share_what_they_can_and_a_second_call_only_adds(
+    tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_corpus(tmp_path / "corpus")
     swept = Run(config(tmp_path, sweep={"clusters": [2, 4], "total_tokens": [2048]}))
     swept.begin()
     sweep_clusters(swept)
+    assert "serve" not in capsys.readouterr().out  # a point cannot be served as it is
     found = sorted(str(path.parent.relative_to(swept.dir)) for path in Path(swept.dir).rglob("settings.json"))
     points = [f"clusters={k:04d}/tokens=2048/{stage}" for k in (2, 4) for stage in ("evaluation", "experts")]
     parts = [f"clusters={k:04d}/{stage}" for k in (2, 4) for stage in ("clusterer", "shards")]
