@@ -18,7 +18,7 @@ ONE_LOOP = {
     "env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 }
 """For replicas: Serve's own tasks, its router and our code in one event loop, not in three that wake each other for a message.
-Nothing of ours holds a loop up: engines and tokenizers have threads of their own."""
+Nothing of ours holds a loop up for long: engines and the reading of prompts have threads of their own."""
 
 
 def build(arguments: AppArguments) -> Application:
