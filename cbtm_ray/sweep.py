@@ -77,6 +77,7 @@ def _run(config: Config, folder: str, *shared: str) -> Run:
 
 
 def _point_run(point: Config, folder: str, shared: str, tokens: int) -> Run:
+    """Made anew for every use: which folder has a stage is looked up when it is made."""
     return _run(point, files.join(folder, f"tokens={tokens}"), folder, shared)
 
 

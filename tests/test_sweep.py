@@ -120,7 +120,9 @@ def test_points_share_what_they_can_and_a_second_call_only_adds(
     swept = Run(config(tmp_path, sweep={"clusters": [2, 4], "total_tokens": [2048]}))
     swept.begin()
     sweep_clusters(swept)
-    assert "serve" not in capsys.readouterr().out  # a point cannot be served as it is
+    printed = capsys.readouterr().out
+    assert "report.html" in printed
+    assert "Next, serve it" not in printed  # a point cannot be served as it is
     found = sorted(str(path.parent.relative_to(swept.dir)) for path in Path(swept.dir).rglob("settings.json"))
     points = [f"clusters={k:04d}/tokens=2048/{stage}" for k in (2, 4) for stage in ("evaluation", "experts")]
     parts = [f"clusters={k:04d}/{stage}" for k in (2, 4) for stage in ("clusterer", "shards")]
