@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbtm_ray import files
 from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.paging import PagedExperts
-from cbtm_ray.route import posterior_scores, sparse_weights
+from cbtm_ray.route import sparse_weights
 from cbtm_ray.tokens import load_tokenizer
 
 
@@ -65,39 +65,45 @@ class PrefixRouter:
         self.observed = 0
         """Tokens whose evidence has been taken in, at most `length`."""
         self._context, self._running_R = ensemble.embedder.context(), np.array(self.running)
-        self._centers_RD, self._evidence_R = ensemble.centers_KD.numpy()[self.running], np.zeros(len(self.running))
+        self._evidence_R = np.zeros(len(self.running))  # times beta
+        # -||h - c||^2 / T is h @ slope + offset, but for what all experts have in common: 3 steps less a token.
+        centers_RD = ensemble.centers_KD.double().numpy()[self.running]
+        self._slopes_RD = 2 / ensemble.settings["temperature"] * centers_RD
+        self._offsets_R = -np.vecdot(centers_RD, centers_RD) / ensemble.settings["temperature"]
 
     def weights(self) -> np.ndarray:
         """Weights for the next token, (K,): 0 for all but `top_k` of the experts that run."""
         weights_K = np.zeros(self.ensemble.n_experts)
-        weights_K[self._running_R] = 1 if len(self.running) == 1 else sparse_weights(self._scores_R()[None], self.top_k)
+        weights_K[self._running_R] = 1 if len(self.running) == 1 else sparse_weights(self._scores_R(), self.top_k)
         return weights_K
 
-    def read(self, token: int) -> None:
-        """Take in the next token, O(D)."""
-        self._context.append(token)
-        self.length += 1
+    def read(self, tokens: Iterable[int]) -> None:
+        """Take in the next tokens, O(D) each."""
+        for token in tokens:
+            self._context.append(token)
+            self.length += 1
 
-    def observe(self, logprobs: list[float]) -> None:
-        """Take in what each running expert thought of the next token not observed yet.
+    def observe(self, logprobs_RT: list[list[float]]) -> None:
+        """Take in what each running expert thought of the next tokens not observed yet.
 
         The end of the prefix has to be observed before anything after it is read: it decides who runs on.
         """
-        assert self.observed < self.length
-        self._evidence_R = self.ensemble.settings["gamma"] * self._evidence_R + logprobs
-        self.observed += 1
-        if self.observed == self.ensemble.prefix_tokens:
-            assert self.length == self.observed
+        settings, prefix = self.ensemble.settings, self.ensemble.prefix_tokens
+        end = self.observed + len(logprobs_RT[0])
+        assert end <= self.length
+        assert not self.observed < prefix < end
+        for evidence_R in settings["beta"] * np.array(logprobs_RT).T:
+            self._evidence_R = settings["gamma"] * self._evidence_R + evidence_R
+        self.observed = end
+        if end == prefix:
+            assert self.length == end
             best = np.sort(np.argsort(-self._scores_R(), kind="stable")[: self.top_k])
-            self._running_R, self._centers_RD = self._running_R[best], self._centers_RD[best]
-            self._evidence_R, self.running = self._evidence_R[best], self._running_R.tolist()
+            self._slopes_RD, self._offsets_R = self._slopes_RD[best], self._offsets_R[best]
+            self._running_R, self._evidence_R = self._running_R[best], self._evidence_R[best]
+            self.running = self._running_R.tolist()
 
     def _scores_R(self) -> np.ndarray:
-        settings = self.ensemble.settings
-        # Of one context, and in numpy: PyTorch takes longer to begin than this takes.
-        offsets_RD = self._context.embedding() - self._centers_RD
-        distances_R = np.vecdot(offsets_RD, offsets_RD)
-        return posterior_scores(distances_R, self._evidence_R, settings["temperature"], settings["beta"])
+        return self._slopes_RD @ self._context.embedding() + self._offsets_R + self._evidence_R
 
 
 def load_ensemble(

@@ -61,12 +61,15 @@ def check_top_k(top_k: int, n_experts: int) -> None:
 
 
 def sparse_weights(scores_TK: np.ndarray, top_k: int) -> np.ndarray:
-    """Softmax of the scores, kept for the `top_k` largest of each row and renormalised; ties go to the lower expert."""
-    n_experts = scores_TK.shape[1]
+    """Softmax of the scores, kept for the `top_k` largest of each row and renormalised; ties go to the lower expert.
+
+    Also of one row, (K,).
+    """
+    n_experts = scores_TK.shape[-1]
     check_top_k(top_k, n_experts)
     if top_k < n_experts:
-        order_TK = np.argsort(-scores_TK, axis=1, kind="stable")
+        order_TK = np.argsort(-scores_TK, axis=-1, kind="stable")
         scores_TK = scores_TK.copy()
-        np.put_along_axis(scores_TK, order_TK[:, top_k:], -np.inf, axis=1)
-    weights_TK = np.exp(scores_TK - scores_TK.max(axis=1, keepdims=True))
-    return weights_TK / weights_TK.sum(axis=1, keepdims=True)
+        np.put_along_axis(scores_TK, order_TK[..., top_k:], -np.inf, axis=-1)
+    weights_TK = np.exp(scores_TK - scores_TK.max(axis=-1, keepdims=True))
+    return weights_TK / weights_TK.sum(axis=-1, keepdims=True)

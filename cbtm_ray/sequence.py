@@ -159,16 +159,20 @@ class Sequence:
     def route_prompt(self) -> list[Step]:
         """Route as much of the given text as its experts have read; steps of the prompt where they are wanted."""
         steps, router = list[Step](), self.router
-        while router.length < len(self.text) - 1:
+        while (start := router.length) < len(self.text) - 1:
             heard = [self.readings[expert].heard for expert in router.running]
-            if any(len(logprobs) <= router.length for logprobs in heard):
+            ends = [len(self.text) - 1, *map(len, heard)]
+            if start < self.ensemble.prefix_tokens:  # its end decides who runs on
+                ends.append(self.ensemble.prefix_tokens)
+            if self._echoed < len(self.request.prompt):  # from there on every token's mixture is wanted
+                ends.append(max(self._echoed, start + 1))
+            if (end := min(ends)) <= start:
                 return steps
-            token = self.text[router.length + 1]
-            if router.length == self._echoed < len(self.request.prompt):
-                steps.append(self._step(token, *self.mixture(router.length), in_prompt=True))
+            if start == self._echoed < len(self.request.prompt):
+                steps.append(self._step(self.text[start + 1], *self.mixture(start), in_prompt=True))
                 self._echoed += 1
-            router.read(token)
-            router.observe([logprobs[router.observed] for logprobs in heard])
+            router.read(self.text[start + 1 : end + 1])
+            router.observe([logprobs[start:end] for logprobs in heard])
         self.routed = all(self.readings[expert].length >= len(self.text) for expert in router.running)
         return steps
 
@@ -186,8 +190,7 @@ class Sequence:
             for expert in self.router.running:
                 self.readings[expert].hear(self.text)
                 heard.append(self.readings[expert].heard)
-            while self.router.observed < self.router.length:
-                self.router.observe([logprobs[self.router.observed] for logprobs in heard])
+            self.router.observe([logprobs[self.router.observed : self.router.length] for logprobs in heard])
 
     def mixture(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities of the token after a position under the mixture (V,), and the weights behind them (K,)."""
@@ -207,7 +210,7 @@ class Sequence:
     ) -> Step:
         """Add a token to the text."""
         self.text.append(token)
-        self.router.read(token)
+        self.router.read([token])
         return self._step(token, logprobs_V, weights_K, expert=expert)
 
     def _step(

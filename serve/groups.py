@@ -82,10 +82,9 @@ class Groups:
             request = replace(request, max_tokens=min(request.max_tokens, n_prefix - len(request.prompt)))
         router = PrefixRouter(self.ensemble, request.top_k, candidates)
         heard = {} if request.echo_logprobs else await self._score(prefix, candidates)
-        for position, token in enumerate(prefix):
-            router.read(token)
-            if heard:
-                router.observe([heard[expert][position] for expert in router.running])
+        router.read(prefix)
+        if heard:
+            router.observe([heard[expert] for expert in router.running])
         weights_K = router.weights()
         shares = [weights_K[clusters].sum() for clusters in self.layout.clusters]
         return self.streams[int(np.argmax(shares))], replace(request, heard=heard)
