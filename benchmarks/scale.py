@@ -10,6 +10,8 @@ What can overlap is `lanes`: the slots, or the machine's cores where those are f
                      processes as there are lanes, without Ray, before and after all else
     fixed tax        makespan of K experts of one step each x lanes / K: Ray, imports, reading, the model's files
     makespan ratio   (makespan of K experts of all steps - makespan of K experts of one step) / ideal
+    slots ratio      the same over an ideal of the slots' own: seconds that the experts of all steps took where they were
+                     trained, less those of one step, / slots. How slots are kept at work, however fast what is in them
 
 Starting and ending take computing as steps do, so the two makespans can be subtracted; where they take waiting instead,
 other experts' steps fill it, and the ratio may fall below 1. Memory is what would be free without the processes, at its peak:
@@ -91,7 +93,7 @@ def watch_memory(over: threading.Event, peak: dict[str, float]) -> None:
 
 
 def measure(k: int, args: argparse.Namespace) -> dict[str, float]:
-    """K experts trained once, in this process."""
+    """K experts trained once, in this process: seconds until all are done and those that experts took, summed; memory."""
     peak, over = dict[str, float](), threading.Event()
     with tempfile.TemporaryDirectory() as folder, ray_session(local_cpus=args.slots):
         run = make_run(Path(folder), argparse.Namespace(**vars(args), ray_steps=args.steps), n_clusters=k)
@@ -103,7 +105,8 @@ def measure(k: int, args: argparse.Namespace) -> dict[str, float]:
         makespan = time.perf_counter() - started
         over.set()
         watcher.join()
-    return {"makespan_s": makespan, **{f"{kind}_mib": mib for kind, mib in peak.items()}}
+        busy = sum(run.need(each.spec.name, "train_experts")["seconds"] for each in experts)
+    return {"makespan_s": makespan, "busy_s": busy, **{f"{kind}_mib": mib for kind, mib in peak.items()}}
 
 
 def per_run(k: int, args: argparse.Namespace) -> int:
@@ -143,15 +146,20 @@ def main() -> None:
         f"{args.seed}; seconds of them without Ray: {before:.2f} before, {after:.2f} after"
     )
     memory = ("driver_mib", "head_mib", "helpers_mib", "workers_mib")
-    table = Table("K", "runs", "one step, s", "all steps, s", "ideal, s", "ratio", "fixed tax, s", *memory)
+    table = Table(
+        "K", "runs", "one step, s", "all steps, s", "ideal, s", "ratio", "slots' ratio", "fixed tax, s", *memory
+    )
     rows = []
     for k, (one, all_steps) in found.items():
         ideal, tax = k * (before + after) / 2 / lanes(args), one["makespan_s"] * lanes(args) / k
         ratio = (all_steps["makespan_s"] - one["makespan_s"]) / ideal
-        rows.append({"k": k, "makespan_ratio": round(ratio, 3), "fixed_tax_s": round(tax, 2)})
+        of_slots = (all_steps["makespan_s"] - one["makespan_s"]) / (all_steps["busy_s"] - one["busy_s"]) * args.slots
+        rows.append(
+            {"k": k, "makespan_ratio": round(ratio, 3), "slots_ratio": round(of_slots, 3), "fixed_tax_s": round(tax, 2)}
+        )
         table.add_row(
             str(k), str(-(-k // per_run(k, args))), f"{one['makespan_s']:.1f}", f"{all_steps['makespan_s']:.1f}",
-            f"{ideal:.1f}", f"{ratio:.3f}", f"{tax:.2f}", *(f"{all_steps[kind]:.0f}" for kind in memory),
+            f"{ideal:.1f}", f"{ratio:.3f}", f"{of_slots:.3f}", f"{tax:.2f}", *(f"{all_steps[kind]:.0f}" for kind in memory),
         )  # fmt: skip
     console.print(table)
     first, last = args.k[0], args.k[-1]
