@@ -18,6 +18,7 @@ from cbtm_ray.ensemble import Ensemble, load_ensemble
 from cbtm_ray.generate import generate, run
 from cbtm_ray.run import Run
 from cbtm_ray.sampling import Sampling, token_probabilities
+from cbtm_ray.strategies import drafts_that_pay
 from tests.tiny_ensemble import drain, make_ensemble, make_request, text_logprobs, tokens_of, with_experts
 
 TEXT = [7, 3, 3, 9, 21, 14, 8, 8, 30, 2, 41, 5, 6, 17, 19, 1, 44, 12, 12, 27]
@@ -149,16 +150,38 @@ def test_greedy_speculation_gives_the_greedy_text(refresh_tokens: int, sampling:
         assert texts[0] == texts[1]
 
 
-def test_speculation_needs_fewer_steps_where_experts_agree() -> None:
-    """Equal experts accept every draft: each round of one draft more gives one token more, up to 9 a round."""
-    alike = dataclasses.replace(with_experts(make_ensemble(), [0, 0]), end_of_text=25)  # it does not come for long
-    request = make_request([5], max_tokens=40, sampling=GREEDY, strategy="speculative")
-    engine = Engine(alike, max_sequences=1, cache_tokens=60)
+def passes(ensemble: Ensemble, strategy: str) -> list[int]:
+    """How many tokens each pass gave, of 40 after a prompt."""
+    request = make_request([5], max_tokens=40, sampling=GREEDY, strategy=strategy)
+    engine, found = Engine(ensemble, max_sequences=1, cache_tokens=60), list[int]()
     engine.add(request)
-    sizes = []
     while engine.running or engine.waiting:
-        sizes.append(len(engine.step()))
-    assert [size for size in sizes if size] == [5, 6, 7, 8, 9, 5]
+        found.append(len(engine.step()))
+    return found
+
+
+def test_speculation_drafts_more_where_experts_agree() -> None:
+    """Equal experts accept every draft: up to 9 tokens a round."""
+    ensemble = dataclasses.replace(with_experts(make_ensemble(), [0, 0]), end_of_text=25)  # it does not come for long
+    rounds = [tokens for tokens in passes(ensemble, "speculative") if tokens]
+    assert sum(rounds) == 40
+    assert rounds[:-1] == sorted(rounds[:-1])
+    assert (rounds[0], max(rounds)) == (3, 9)
+
+
+def test_speculation_becomes_lockstep_where_experts_disagree() -> None:
+    ensemble = dataclasses.replace(make_ensemble(), end_of_text=25)
+    rounds = [tokens for tokens in passes(ensemble, "speculative") if tokens]
+    assert rounds[10:] == [1] * len(rounds[10:])
+    assert len(passes(ensemble, "speculative")) < 1.2 * len(passes(ensemble, "lockstep"))
+
+
+def test_as_many_drafts_as_pay() -> None:
+    """By hand, for 0.45, tokens a pass without drafts, with one and two: 1/2 and 1.45/3 of two experts, 1/4, 1.45/5 and
+    1.65/6 of four."""
+    assert [drafts_that_pay(agreement, 2) for agreement in (0.0, 0.45, 1.0)] == [0, 0, 8]
+    assert drafts_that_pay(0.45, 4) == 1
+    assert drafts_that_pay(1.0, 1) == 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
