@@ -5,7 +5,9 @@ A task is a JSONL file (also .gz) of examples, those of 'train' to be shown and 
     {"text": "A film with a heart.", "label": "positive", "split": "train"}
 
 A label is its own wording: what is scored is the probability of its tokens after the prompt, which shows every example as
-text, new line, label, empty line. All models get the same prompts.
+text, new line, label, empty line. All models get the same prompts. Two scorings: `likelihood` takes the most probable label,
+`calibrated` the one that the text makes more probable most, over the same shots and an empty text (Zhao et al. 2021; Holtzman
+et al. 2021 without the shots), since a label of few tokens, or one that is shown often, is probable whatever the text.
 
 S sequences (a prompt and one of the labels), T tokens (of one sequence after the other), K experts, N examples, C labels.
 """
@@ -42,9 +44,9 @@ class Prompts:
     """The same test examples behind the shots of every seed; each prompt stands once for every label."""
 
     tokens: list[np.ndarray]
-    """S = seeds x N x C sequences, the labels of a prompt beside each other."""
+    """S = seeds x N x C sequences, the labels of a prompt beside each other; then seeds x C with an empty text."""
     label_lengths: np.ndarray
-    """Tokens of the label that ends each sequence, int64 (S,)."""
+    """Tokens of the label that ends each of the S sequences, int64 (S,)."""
     answers: np.ndarray
     """Index of the right label of each test example, int64 (N,)."""
     n_seeds: int
@@ -53,26 +55,48 @@ class Prompts:
     def lengths(self) -> np.ndarray:
         return np.array([len(sequence) for sequence in self.tokens])
 
-    def label_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every label token's row among all tokens, and the row of the first token of its label."""
-        first_S = np.cumsum(self.lengths) - self.label_lengths
+    def label_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every label token of the S sequences: its row among all tokens, that of its label's first token, and its row
+        behind the same shots and an empty text."""
+        n_sequences, n_examples = len(self.label_lengths), len(self.answers)
+        ends = np.cumsum(self.lengths)
+        first_S = ends[:n_sequences] - self.label_lengths
+        shape = self.n_seeds, n_examples, -1
+        lengths_of_empty = self.label_lengths.reshape(shape)[:, 0].ravel()
+        empty = (ends[n_sequences:] - lengths_of_empty).reshape(self.n_seeds, 1, -1)
+        first_empty_S = np.broadcast_to(empty, (self.n_seeds, n_examples, empty.shape[2])).ravel()
         within = np.concatenate([np.arange(length) for length in self.label_lengths])
-        first = np.repeat(first_S, self.label_lengths)
-        return first + within, first
+        first, first_empty = (np.repeat(rows_S, self.label_lengths) for rows_S in (first_S, first_empty_S))
+        return first + within, first, first_empty + within
 
-    def accuracies(self, label_logprobs: np.ndarray) -> np.ndarray:
-        """Share of test examples whose right label is the most probable, for every seed, from its tokens' logprobs."""
-        totals_S = np.add.reduceat(label_logprobs, np.cumsum(self.label_lengths) - self.label_lengths)
-        chosen = totals_S.reshape(self.n_seeds, len(self.answers), -1).argmax(axis=2)
+    def accuracies(self, label_logprobs: np.ndarray, empty_logprobs: np.ndarray) -> dict[str, np.ndarray]:
+        """Share of test examples whose right label is chosen, for every seed, by scoring.
+
+        Args:
+            label_logprobs: of the label tokens of the S sequences, one after the other.
+            empty_logprobs: of the same tokens behind an empty text.
+        """
+        starts_S = np.cumsum(self.label_lengths) - self.label_lengths
+        totals_S, empty_S = (np.add.reduceat(logprobs, starts_S) for logprobs in (label_logprobs, empty_logprobs))
+        return {"likelihood": self._right(totals_S), "calibrated": self._right(totals_S - empty_S)}
+
+    def _right(self, scores_S: np.ndarray) -> np.ndarray:
+        chosen = scores_S.reshape(self.n_seeds, len(self.answers), -1).argmax(axis=2)
         return (chosen == self.answers).mean(axis=1)
 
-    def mixture_accuracies(self, held_out: evaluate.HeldOut, route: evaluate.Route) -> dict[str, np.ndarray]:
-        """Those of a mixture: with the weights of the whole prompt held for the label, and running on from token to token."""
+    def mixture_accuracies(
+        self, held_out: evaluate.HeldOut, route: evaluate.Route
+    ) -> dict[tuple[str, str], np.ndarray]:
+        """Those of a mixture, by weights and scoring: with the weights of the whole prompt held for the label, and running
+        on from token to token. The empty text is scored with the same weights."""
         weights_TK = evaluate.routing_weights(held_out, route)
-        rows, first = self.label_rows()
+        rows, first, empty = self.label_rows()
         return {
-            weights: self.accuracies(mix_logprobs(held_out.logprobs_TK[rows], weights_TK[chosen]))
+            (weights, scoring): found
             for weights, chosen in (("held", first), ("running", rows))
+            for scoring, found in self.accuracies(
+                *(mix_logprobs(held_out.logprobs_TK[these], weights_TK[chosen]) for these in (rows, empty))
+            ).items()
         }
 
 
@@ -145,15 +169,16 @@ def make_prompts(
             f"{sequence_length // (around // (shots + 1) + 1) - 1}."
         )
     questions = [np.append(text[:room], new_line) for text in encode(tokenizer, [text for text, _ in asked])]
-    sequences = []
+    sequences, without_text = list[np.ndarray](), list[np.ndarray]()
     for seed in seeds:
         shown = [train[i] for i in np.random.default_rng(seed).permutation(len(train))[:shots]]
         texts = encode(tokenizer, [text for text, _ in shown])
         parts = [[text[:room], new_line, labels[c], empty_line] for text, (_, c) in zip(texts, shown, strict=True)]
         prefix = np.concatenate([piece for part in parts for piece in part])
         sequences += [np.concatenate([prefix, question, label]) for question in questions for label in labels]
+        without_text += [np.concatenate([prefix, new_line, label]) for label in labels]
     return Prompts(
-        tokens=sequences,
+        tokens=sequences + without_text,
         label_lengths=np.tile([len(label) for label in labels], len(seeds) * len(asked)),
         answers=np.array([c for _, c in asked]),
         n_seeds=len(seeds),

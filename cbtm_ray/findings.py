@@ -14,7 +14,7 @@ from cbtm_ray import files, progress
 from cbtm_ray.branch import DENSE, MOE, control_branches, expert_folder
 from cbtm_ray.config import SPLIT_CONTROLS
 from cbtm_ray.load_config import dump_config
-from cbtm_ray.report import ReportData, fewshot_by_system, render_report
+from cbtm_ray.report import ReportData, fewshot_by_system, fewshot_columns, render_report
 from cbtm_ray.run import Run
 
 PERPLEXITY = "Held-out perplexity, with 95 % intervals over documents"
@@ -112,13 +112,12 @@ def serve_command(run_dir: str) -> str:
 
 
 def _fewshot_table(rows: list[dict[str, Any]]) -> Table:
-    """Accuracy in %, a column a task; of the mixtures with the weights of the prompt held, the others are in the report."""
+    """Accuracy in %, a column a task and scoring; of the mixtures with held weights, the others are in the report."""
     by_system = fewshot_by_system([row for row in rows if row["weights"] != "running"])
-    tasks = tuple(dict.fromkeys(row["task"] for row in rows))
     table = _table(
         f"Few-shot accuracy in %, mean and deviation of {len(rows[0]['accuracies'])} draws",
         ("system", "routing"),
-        tasks,
+        tuple(fewshot_columns(rows)),
     )
     for found in by_system.values():
         cells = [f"{100 * row['accuracy']:.1f} +- {100 * row['accuracy_std']:.1f}" for row in found]

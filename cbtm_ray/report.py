@@ -32,7 +32,8 @@ _KEYS = {
     ),
     "domain_rows": ("domain", "tokens", "dense_ppl", "cbtm_ppl", "weights"),
     "sample_text": ("token", "expert", "weight"),
-    "fewshot": ("task", "system", "n_clusters", "top_k", "routing", "weights", "examples", "accuracy", "accuracy_std"),
+    "fewshot": ("task", "system", "n_clusters", "top_k", "routing", "weights", "scoring", "examples", "accuracy",
+                "accuracy_std"),
 }  # fmt: skip
 
 
@@ -105,7 +106,8 @@ def render_report(data: ReportData) -> str:
     return page_template("report.html.j2").render(
         data=data, dense=dense, best=best, ensembles=ensembles, plots=figures, speeds=speeds, domain_ratios=ratios,
         heat_map=heat_map(data.clusters), max_domains=MAX_HEAT_MAP_DOMAINS, palette=plots.PALETTE,
-        fewshot=fewshot_by_system(data.fewshot),
+        fewshot=fewshot_by_system(data.fewshot), fewshot_columns=fewshot_columns(data.fewshot),
+        fewshot_means=_fewshot_means(data.fewshot),
     )  # fmt: skip
 
 
@@ -135,11 +137,22 @@ def heat_map(clusters: list[Row]) -> list[Row]:
 
 
 def fewshot_by_system(rows: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """A system's rows on all tasks together, by (system, routing, top_k, weights), in the order they stand."""
+    """A system's rows of all tasks and scorings together, by (system, routing, top_k, weights), in the order they stand."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in ("system", "routing", "top_k", "weights")), []).append(row)
     return found
+
+
+def fewshot_columns(rows: list[Row]) -> list[str]:
+    """What the rows of each system are of."""
+    return list(dict.fromkeys(f"{row['task']}, {row['scoring']}" for row in rows))
+
+
+def _fewshot_means(rows: list[Row]) -> list[tuple[str, str]]:
+    """Over several tasks a mean of each scoring."""
+    several = len({row["task"] for row in rows}) > 1
+    return [("Mean", scoring) for scoring in dict.fromkeys(row["scoring"] for row in rows)] if several else []
 
 
 def _number(value: float, text: str | Markup) -> Markup:

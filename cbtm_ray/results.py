@@ -205,21 +205,26 @@ def _fewshot_rows(
 ) -> list[dict[str, Any]]:
     """Accuracy of every model and mixture on a task, mixtures with the routing that perplexity was tuned for.
 
-    `weights` says whether a mixture holds the weights of the whole prompt for the label's tokens, or they run on.
+    `weights` says whether a mixture holds the weights of the whole prompt for the label's tokens, or they run on; `scoring`
+    how the label is chosen (fewshot.py).
     """
     prompts = fewshot_prompts(run, task)
     logprobs = score_models(run, [*singles.values(), *(name for system in systems for name in system.experts)], task)
-    label_rows, _ = prompts.label_rows()
-    most = np.bincount(prompts.answers).max() / len(prompts.answers)
-    found: list[tuple[dict[str, Any], np.ndarray]] = [({"system": "majority"}, np.full(prompts.n_seeds, most))]
-    found += [({"system": s}, prompts.accuracies(logprobs[name][label_rows])) for s, name in singles.items()]
+    label_rows, _, empty_rows = prompts.label_rows()
+    most = np.full(prompts.n_seeds, np.bincount(prompts.answers).max() / len(prompts.answers))
+    found: list[tuple[dict[str, Any], np.ndarray]] = [
+        ({"system": "majority", "scoring": scoring}, most) for scoring in ("likelihood", "calibrated")
+    ]
+    for single, name in singles.items():
+        for scoring, accuracies in prompts.accuracies(logprobs[name][label_rows], logprobs[name][empty_rows]).items():
+            found.append(({"system": single, "scoring": scoring}, accuracies))
     for system, measured in zip(systems, _distances(run, systems, prompts.tokens), strict=True):
         experts_TK = np.stack([logprobs[name] for name in system.experts], axis=1)
         held_out = evaluate.HeldOut(prompts.lengths, experts_TK, measured)
         for route in routes[system.name]:
             about = {"n_clusters": len(system.experts), "routing": route.routing, "top_k": route.top_k}
-            for weights, accuracies in prompts.mixture_accuracies(held_out, route).items():
-                found.append(({"system": system.name, **about, "weights": weights}, accuracies))
+            for (weights, scoring), accuracies in prompts.mixture_accuracies(held_out, route).items():
+                found.append(({"system": system.name, **about, "weights": weights, "scoring": scoring}, accuracies))
     empty = {"n_clusters": 1, "routing": None, "top_k": 1, "weights": None}
     return [
         {

@@ -73,7 +73,7 @@ def test_a_missing_file_and_a_task_named_twice_are_refused(tmp_path: Path) -> No
 def test_a_prompt_shows_the_shots_of_its_seed_and_ends_in_each_label() -> None:
     prompts = make_prompts(TASK, TOKENIZER, **OPTIONS)
     texts = [TOKENIZER.decode(sequence) for sequence in prompts.tokens]
-    assert len(texts) == 2 * 3 * 2
+    assert len(texts) == 2 * 3 * 2 + 2 * 2
     assert all(len(sequence) <= 60 for sequence in prompts.tokens)
     room = (60 - 3 * (1 + 4 + 2)) // 3
     shots = [[TASK.examples["train"][i] for i in np.random.default_rng(seed).permutation(6)[:2]] for seed in (13, 21)]
@@ -85,12 +85,23 @@ def test_a_prompt_shows_the_shots_of_its_seed_and_ends_in_each_label() -> None:
         for text, _ in asked
         for label in TASK.labels
     ]
+    expected += [
+        "".join(f"{text[:room]}\n{TASK.labels[c]}\n\n" for text, c in shown) + f"\n{label}"
+        for shown in shots
+        for label in TASK.labels
+    ]
     assert texts == expected
     assert prompts.answers.tolist() == [c for _, c in asked]
-    rows, first = prompts.label_rows()
+    rows, first, empty = prompts.label_rows()
     stream = np.concatenate(prompts.tokens)
     assert TOKENIZER.decode(stream[rows]) == "badgood" * 6
     assert TOKENIZER.decode(stream[np.unique(first)]) == "bg" * 6
+    assert TOKENIZER.decode(stream[empty]) == "badgood" * 6
+    ends = np.cumsum(prompts.lengths)
+    for seed in (0, 1):  # the label tokens behind the empty text of the same seed, whatever the example
+        bad, good = ends[12 + 2 * seed : 14 + 2 * seed]
+        behind = [*range(bad - 3, bad), *range(good - 4, good)]
+        assert empty.reshape(2, 21)[seed].tolist() == behind * 3
 
 
 def test_examples_and_room_are_checked() -> None:
@@ -103,25 +114,44 @@ def test_examples_and_room_are_checked() -> None:
 
 def test_accuracies_by_hand() -> None:
     """Two seeds, two examples, labels of one and two tokens."""
-    prompts = Prompts([np.zeros(3), np.zeros(4)] * 4, np.array([1, 2] * 4), np.array([1, 0]), n_seeds=2)
+    tokens = [np.zeros(3), np.zeros(4)] * 4 + [np.zeros(2), np.zeros(3)] * 2
+    prompts = Prompts(tokens, np.array([1, 2] * 4), np.array([1, 0]), n_seeds=2)
     label_logprobs = np.log([
         0.4, 0.9, 0.5,  # 0.4 against 0.45: right
         0.4, 0.9, 0.5,  # the other example, whose label is the first: wrong
         0.4, 0.9, 0.4,  # wrong
         0.4, 0.9, 0.4,  # right
     ])  # fmt: skip
-    assert prompts.accuracies(label_logprobs).tolist() == [0.5, 0.5]
-    assert prompts.accuracies(np.log([0.1, 0.9, 0.5, 0.6, 0.9, 0.5] * 2)).tolist() == [1.0, 1.0]
+    # Without a text 0.6 against 0.5 * 0.9: the first label gains 4/6, the second 1 in the first seed, 0.8 in the other.
+    empty_logprobs = np.log([0.6, 0.9, 0.5] * 4)
+    found = prompts.accuracies(label_logprobs, empty_logprobs)
+    assert {scoring: each.tolist() for scoring, each in found.items()} == {
+        "likelihood": [0.5, 0.5],
+        "calibrated": [0.5, 0.5],
+    }
+    found = prompts.accuracies(np.log([0.4, 0.9, 0.4, 0.7, 0.9, 0.5] * 2), empty_logprobs)
+    assert {scoring: each.tolist() for scoring, each in found.items()} == {
+        "likelihood": [0.5, 0.5],  # the first label both times
+        "calibrated": [1.0, 1.0],  # 4/6 against 0.8, 7/6 against 1
+    }
 
 
 def test_weights_are_held_from_the_prompt_or_run_on() -> None:
     """Expert 0 is nearest before the label, expert 1 from its second token on."""
-    prompts = Prompts([np.zeros(3), np.zeros(3)], np.array([2, 2]), np.array([0]), n_seeds=1)
-    distances_TK = np.array([[0, 9], [0, 9], [9, 0]] * 2, np.float32)
-    logprobs_TK = np.log([[0.5, 0.5], [0.5, 0.5], [0.9, 0.1], [0.5, 0.5], [0.5, 0.5], [0.1, 0.9]]).astype(np.float32)
+    tokens = [np.zeros(3), np.zeros(3), np.zeros(2), np.zeros(2)]
+    prompts = Prompts(tokens, np.array([2, 2]), np.array([0]), n_seeds=1)
+    distances_TK = np.array([[0, 9], [0, 9], [9, 0]] * 2 + [[0, 9]] * 4, np.float32)
+    with_text = [[0.5, 0.5], [0.5, 0.5], [0.9, 0.1], [0.5, 0.5], [0.5, 0.5], [0.1, 0.9]]
+    empty = [[0.5, 0.5], [0.9, 0.1], [0.5, 0.5], [0.09, 0.95]]
+    logprobs_TK = np.log(with_text + empty).astype(np.float32)
     route = Route(routing="embedding", top_k=1, settings={"temperature": 1.0}, prefix_tokens=1)
     found = prompts.mixture_accuracies(HeldOut(prompts.lengths, logprobs_TK, distances_TK), route)
-    assert {weights: accuracies.tolist() for weights, accuracies in found.items()} == {"held": [1.0], "running": [0.0]}
+    assert {key: accuracies.tolist() for key, accuracies in found.items()} == {
+        ("held", "likelihood"): [1.0],
+        ("held", "calibrated"): [0.0],  # 0.9 / 0.9 against 0.1 / 0.09
+        ("running", "likelihood"): [0.0],
+        ("running", "calibrated"): [1.0],  # 0.1 / 0.1 against 0.9 / 0.95: the empty text has the same weights
+    }
 
 
 @pytest.fixture(scope="module")
@@ -151,19 +181,22 @@ def test_the_domains_of_held_out_documents_are_a_task(fewshot_run: Run) -> None:
 def test_every_system_has_its_accuracy(fewshot_run: Run, capsys: pytest.CaptureFixture) -> None:
     results = files.read_json(fewshot_run.uri("evaluation", "results.json"))
     rows = results["fewshot"]
-    single = [(row["system"], row["weights"]) for row in rows[:3]]
-    assert single == [("majority", None), ("seed", None), ("dense", None)]
+    single = [(row["system"], row["weights"], row["scoring"]) for row in rows[:6]]
+    scorings = ("likelihood", "calibrated")
+    assert single == [(system, None, scoring) for system in ("majority", "seed", "dense") for scoring in scorings]
     mixtures = {(row["routing"], row["top_k"]) for row in results["rows"] if row["system"] == "cbtm"}
-    found = {(row["routing"], row["top_k"], row["weights"]) for row in rows[3:]}
-    assert found == {(*mixture, weights) for mixture in mixtures for weights in ("held", "running")}
+    found = {(row["routing"], row["top_k"], row["weights"], row["scoring"]) for row in rows[6:]}
+    assert found == {
+        (*mixture, w, scoring) for mixture in mixtures for w in ("held", "running") for scoring in scorings
+    }
     for row in rows:
         assert row["accuracy"] == pytest.approx(np.mean(row["accuracies"]))
         assert row["accuracy_std"] == pytest.approx(np.std(row["accuracies"]))
         assert len(row["accuracies"]) == 5
         assert row["examples"] == 8
     findings.print_results(fewshot_run)
-    assert f"{100 * rows[2]['accuracy']:.1f} +- {100 * rows[2]['accuracy_std']:.1f}" in capsys.readouterr().out
-    assert f'value="{100 * rows[2]["accuracy"]}"' in files.read_bytes(fewshot_run.uri("report.html")).decode()
+    assert f"{100 * rows[5]['accuracy']:.1f} +- {100 * rows[5]['accuracy_std']:.1f}" in capsys.readouterr().out
+    assert f'value="{100 * rows[5]["accuracy"]}"' in files.read_bytes(fewshot_run.uri("report.html")).decode()
 
 
 @pytest.mark.ray
@@ -172,10 +205,11 @@ def test_the_dense_accuracy_is_that_of_its_own_probabilities(fewshot_run: Run) -
     end = load_tokenizer(fewshot_run.uri("tokenizer")).convert_tokens_to_ids(END_OF_TEXT)
     model = load_model(fewshot_run.uri(DENSE))
     logprobs = score_documents(model, prompts.tokens, sequence_length=32, end_of_text=end, batch_tokens=999)
-    totals, ends = [], np.cumsum(prompts.lengths)
-    for last, length in zip(ends, prompts.label_lengths, strict=True):
-        totals.append(logprobs[last - length : last].sum())
-    best = np.reshape(totals, (5, 8, 4)).argmax(axis=2)
+    ends = np.cumsum(prompts.lengths)
+    lengths = [*prompts.label_lengths, *prompts.label_lengths[:4].tolist() * 5]
+    totals = [logprobs[last - length : last].sum() for last, length in zip(ends, lengths, strict=True)]
+    with_text, empty = np.reshape(totals[:160], (5, 8, 4)), np.reshape(totals[160:], (5, 1, 4))
     rows = files.read_json(fewshot_run.uri("evaluation", "results.json"))["fewshot"]
-    dense = next(row for row in rows if row["system"] == "dense")
-    assert dense["accuracies"] == pytest.approx((best == prompts.answers).mean(axis=1).tolist())
+    for scoring, scores in (("likelihood", with_text), ("calibrated", with_text - empty)):
+        dense = next(row for row in rows if (row["system"], row["scoring"]) == ("dense", scoring))
+        assert dense["accuracies"] == pytest.approx((scores.argmax(axis=2) == prompts.answers).mean(axis=1).tolist())

@@ -177,19 +177,36 @@ def test_domains_have_the_perplexity_of_every_system_and_the_weights_of_the_expe
     assert [row for row in page.rows if row[0] == HOSTILE][-1][1:] == ["0", "25", "25", "50"]
 
 
-def accuracy(task: str, value: float, weights: str | None = None, **system: Any) -> dict[str, Any]:
-    about = {"system": "dense", "n_clusters": 1, "routing": None, "top_k": 1, **system}
-    return {"task": task, **about, "weights": weights, "examples": 200, "accuracy": value, "accuracy_std": value / 10}
+def accuracies(task: str, value: float, weights: str | None = None, **system: Any) -> list[dict[str, Any]]:
+    about = {
+        "task": task,
+        "system": "dense",
+        "n_clusters": 1,
+        "routing": None,
+        "top_k": 1,
+        "weights": weights,
+        **system,
+    }
+    return [
+        {**about, "scoring": scoring, "examples": 200, "accuracy": accuracy, "accuracy_std": accuracy / 10}
+        for scoring, accuracy in (("likelihood", value), ("calibrated", value + 0.05))
+    ]
 
 
-def test_few_shot_accuracies_are_a_row_a_system_and_a_column_a_task() -> None:
+def test_few_shot_accuracies_are_a_row_a_system_and_columns_a_task() -> None:
     best = {"system": "cbtm", "n_clusters": 4, "routing": "posterior", "top_k": 2}
     systems = [(0.25, None, {"system": "majority"}), (0.5, None, {}), (0.625, "held", best), (0.75, "running", best)]
-    rows = [accuracy(task, v + more, w, **s) for task, more in ((HOSTILE, 0), ("mood", 0.1)) for v, w, s in systems]
+    tasks = ((HOSTILE, 0), ("mood", 0.1))
+    rows = [row for task, more in tasks for v, w, s in systems for row in accuracies(task, v + more, w, **s)]
     page = Page(render_report(make_data(fewshot=rows)))
-    assert ["System", HOSTILE, "mood", "Mean"] in page.rows
-    assert page.row("the most frequent label")[1:] == ["25.0 \u00b1 2.5", "35.0 \u00b1 3.5", "30.0"]
-    assert page.row("posterior, top-2, held")[1:] == ["62.5 \u00b1 6.2", "72.5 \u00b1 7.2", "67.5"]
+    columns = [f"{task}, {scoring}" for task in (HOSTILE, "mood", "Mean") for scoring in ("likelihood", "calibrated")]
+    assert ["System", *columns] in page.rows
+    values = ["25.0 \u00b1 2.5", "30.0 \u00b1 3.0", "35.0 \u00b1 3.5", "40.0 \u00b1 4.0", "30.0", "35.0"]
+    assert page.row("the most frequent label")[1:] == values
+    values = ["62.5 \u00b1 6.2", "67.5 \u00b1 6.8", "72.5 \u00b1 7.2", "77.5 \u00b1 7.8", "67.5", "72.5"]
+    assert page.row("posterior, top-2, held")[1:] == values
+    one = Page(render_report(make_data(fewshot=accuracies("mood", 0.5))))
+    assert ["System", "mood, likelihood", "mood, calibrated"] in one.rows
     assert page.row("posterior, top-2, running")[1] == "75.0 \u00b1 7.5"
     assert "Few-shot" not in render_report(make_data())
 
