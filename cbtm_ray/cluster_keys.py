@@ -147,27 +147,29 @@ NODE_CONFIG_NEEDS = {"aws": "InstanceType", "gcp": "machineType"}
 
 _CONTAINER = _any(
     "args", "command", "env", "envFrom", "image", "imagePullPolicy", "lifecycle", "livenessProbe", "name", "ports",
-    "readinessProbe", "securityContext", "startupProbe", "volumeMounts", "workingDir",
+    "readinessProbe", "resizePolicy", "restartPolicy", "restartPolicyRules", "securityContext", "startupProbe", "stdin",
+    "stdinOnce", "terminationMessagePath", "terminationMessagePolicy", "tty", "volumeDevices", "volumeMounts", "workingDir",
 )  # fmt: skip
 
 _POD: Keys = {
-    "metadata": _any("annotations", "labels"),
+    "metadata": _any("annotations", "finalizers", "labels", "name", "namespace"),
     "spec": {
         **_any(
-            "affinity", "automountServiceAccountToken", "hostNetwork", "imagePullSecrets", "initContainers",
-            "nodeName", "nodeSelector", "priorityClassName", "resourceClaims", "restartPolicy", "runtimeClassName",
-            "securityContext", "serviceAccountName", "terminationGracePeriodSeconds", "tolerations",
-            "topologySpreadConstraints", "volumes",
+            "activeDeadlineSeconds", "affinity", "automountServiceAccountToken", "dnsConfig", "dnsPolicy",
+            "enableServiceLinks", "ephemeralContainers", "hostAliases", "hostIPC", "hostNetwork", "hostPID", "hostUsers",
+            "hostname", "hostnameOverride", "imagePullSecrets", "initContainers", "nodeName", "nodeSelector", "os",
+            "overhead", "preemptionPolicy", "priority", "priorityClassName", "readinessGates", "resourceClaims", "resources",
+            "restartPolicy", "runtimeClassName", "schedulerName", "schedulingGates", "securityContext", "serviceAccount",
+            "serviceAccountName", "setHostnameAsFQDN", "shareProcessNamespace", "subdomain",
+            "terminationGracePeriodSeconds", "tolerations", "topologySpreadConstraints", "volumes", "workloadRef",
         ),
         "containers": {**_CONTAINER, "resources": {"limits": None, "requests": None, "claims": None}},
     },
 }  # fmt: skip
+"""Of a pod, as KubeRay's CustomResourceDefinitions repeat Kubernetes' own."""
 
 _CLUSTER: Keys = {
-    **_any(
-        "gcsFaultToleranceOptions", "headServiceAnnotations", "historyServerOptions", "managedBy", "networkPolicy",
-        "rayVersion", "suspend",
-    ),
+    **_any("headServiceAnnotations", "historyServerOptions", "managedBy", "networkPolicy", "rayVersion", "suspend"),
     "authOptions": {"enableK8sTokenAuth": None, "mode": ("token",), "secretName": None},
     "autoscalerOptions": {
         **_any(
@@ -178,6 +180,9 @@ _CLUSTER: Keys = {
         "version": ("v1", "v2"),
     },
     "enableInTreeAutoscaling": None,
+    "gcsFaultToleranceOptions": _any(
+        "backend", "externalStorageNamespace", "redisAddress", "redisPassword", "redisUsername", "storage"
+    ),
     "headGroupSpec": {
         **_any(
             "enableIngress", "headService", "ingressOptions", "labels", "rayStartParams", "resources", "serviceType",
@@ -195,27 +200,38 @@ _CLUSTER: Keys = {
     },
 }  # fmt: skip
 
+_DELETION: Keys = {"policy": ("DeleteCluster", "DeleteNone", "DeleteSelf", "DeleteWorkers")}
+
 KUBERAY: dict[str, Keys] = {
     "RayCluster": _CLUSTER,
     "RayJob": {
         **_any(
-            "activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint",
+            "activeDeadlineSeconds", "backoffLimit", "clusterSelector", "entrypoint",
             "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId", "managedBy", "metadata",
             "preRunningDeadlineSeconds", "runtimeEnvYAML", "shutdownAfterJobFinishes", "submitterConfig",
             "submitterPodTemplate", "suspend", "ttlSecondsAfterFinished",
         ),
+        "deletionStrategy": {
+            "deletionRules": {"condition": _any("jobDeploymentStatus", "jobStatus", "ttlSeconds"), **_DELETION},
+            "onFailure": _DELETION,
+            "onSuccess": _DELETION,
+        },
         "rayClusterSpec": _CLUSTER,
         "submissionMode": ("HTTPMode", "InteractiveMode", "K8sJobMode", "SidecarMode"),
     },
     "RayService": {
         **_any(
             "excludeHeadPodFromServeSvc", "managedBy", "rayClusterDeletionDelaySeconds", "serveConfigV2", "serveService",
-            "suspend", "upgradeStrategy",
+            "suspend",
         ),
+        "upgradeStrategy": {
+            "clusterUpgradeOptions": _any("gatewayClassName", "intervalSeconds", "maxSurgePercent", "stepSizePercent"),
+            "type": ("NewCluster", "NewClusterWithIncrementalUpgrade", "None"),
+        },
         "rayClusterConfig": _CLUSTER,
     },
 }  # fmt: skip
-"""`spec` of KubeRay's ray.io/v1 kinds, version 1.7, and of the pods in them what these manifests may need.
+"""`spec` of KubeRay's ray.io/v1 kinds, version 1.7.
 
 Without the service's two thresholds that 1.7 itself calls unused. The manifests here use nothing that 1.6 lacks.
 """

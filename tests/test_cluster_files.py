@@ -231,6 +231,10 @@ JOB_MISTAKES: list[tuple[Change, str]] = [
         lambda t: t["spec"].update(entrypoint="python -m jobs.run_all --config configs/small.yaml run.dir=runs/a"),
         r"^spec\.entrypoint: run\.dir=runs/a must be a URI",
     ),
+    (
+        lambda t: t["spec"].update(deletionStrategy={"onFailure": {"policy": "Delete"}}),
+        r"^RayJob\.spec\.deletionStrategy\.onFailure\.policy='Delete' must be one of DeleteCluster, ",
+    ),
     (lambda t: t["spec"].update(shutdownAfterJobFinishes=False), r"^spec\.ttlSecondsAfterFinished needs shutdownAfter"),
     (
         lambda t: t["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"].update(restartPolicy="Always"),
@@ -245,6 +249,14 @@ def test_a_mistake_in_a_job_is_named(change: Change, message: str) -> None:
     change(tree)
     with pytest.raises(ValueError, match=message):
         check_manifest(tree)
+
+
+def test_what_kuberay_and_kubernetes_allow_passes() -> None:
+    tree = read("kuberay/rayjob.yaml")
+    rule = {"policy": "DeleteCluster", "condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 60}}
+    tree["spec"]["deletionStrategy"] = {"deletionRules": [rule]}
+    group(tree)["template"]["spec"] |= {"schedulerName": "volcano", "dnsPolicy": "ClusterFirst"}
+    assert check_manifest(tree).startswith("RayJob cbtm-run, workers: corpus-cpu up to 16")
 
 
 @pytest.mark.parametrize(
