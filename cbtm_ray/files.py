@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,19 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 def _bucket(scheme: str, name: str) -> fs.FileSystem:
     """A store's client that gives up within half a minute; credentials are those that its vendor's tools would use."""
     if scheme == "gs":
-        return fs.FileSystem.from_uri(f"gs://{name}?retry_limit_seconds={_GCS_RETRY_S}")[0]
+        return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=_GCS_RETRY_S), **_gcs_server())
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return fs.S3FileSystem(
         endpoint_override=endpoint,
         region=None if endpoint else fs.resolve_s3_region(name),
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
     )
+
+
+def _gcs_server() -> dict[str, Any]:
+    """Google's own, or what is at STORAGE_EMULATOR_HOST (http://HOST:PORT), where Google's clients go without credentials."""
+    scheme, _, host = os.environ.get("STORAGE_EMULATOR_HOST", "").rpartition("://")
+    return {"anonymous": True, "scheme": scheme or "http", "endpoint_override": host} if host else {}
 
 
 def refusal(error: BaseException) -> str | None:
@@ -120,7 +127,9 @@ def delete(uri: str) -> None:
     """Remove a file or a folder with all it holds; nothing happens if there is none."""
     filesystem, path = resolve(uri)
     kind = filesystem.get_file_info(path).type
-    if kind == fs.FileType.Directory:
+    if kind == fs.FileType.Directory and filesystem.type_name == "gcs":
+        filesystem.delete_dir_contents(path)  # a folder there is but how names begin, which delete_dir does not find
+    elif kind == fs.FileType.Directory:
         filesystem.delete_dir(path)
     elif kind == fs.FileType.File:
         filesystem.delete_file(path)
@@ -211,5 +220,7 @@ def local_folder(uri: str) -> Iterator[str]:
         yield path
         return
     with tempfile.TemporaryDirectory() as copy:
+        for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True)):  # Google's store lists no folders
+            Path(copy, posixpath.relpath(info.path, path)).parent.mkdir(parents=True, exist_ok=True)
         fs.copy_files(path, copy, source_filesystem=filesystem, chunk_size=_COPY_CHUNK_BYTES)
         yield copy

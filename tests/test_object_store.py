@@ -1,4 +1,4 @@
-"""Files, corpus and run directory on an S3-compatible server, and what a user is told when it refuses."""
+"""Files, corpus and run directory on servers that speak S3 and Google's protocol, and what a user is told when S3 refuses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from gcp_storage_emulator.server import create_server
 from moto.core.authorization import enable_iam_authentication
 from moto.server import ThreadedMotoServer
 
@@ -53,6 +55,21 @@ def endpoint() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def google() -> Iterator[str]:
+    """The same for Google's protocol."""
+    (port,) = free_ports(1)
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    server = create_server("127.0.0.1", port, in_memory=True)
+    server.start()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        files._bucket.cache_clear()
+        yield f"http://127.0.0.1:{port}"
+    files._bucket.cache_clear()
+    server.stop()
+
+
 @pytest.fixture
 def bucket(endpoint: str) -> str:
     """The URI of an empty bucket."""
@@ -61,34 +78,48 @@ def bucket(endpoint: str) -> str:
     return f"s3://{name}"
 
 
+@pytest.fixture(params=["s3", "gs"])
+def any_bucket(request: pytest.FixtureRequest) -> str:
+    """The same in either store."""
+    if request.param == "s3":
+        return request.getfixturevalue("bucket")
+    address, name = request.getfixturevalue("google"), f"bucket-{uuid.uuid4().hex[:8]}"
+    httpx.post(f"{address}/storage/v1/b", json={"name": name}).raise_for_status()
+    return f"gs://{name}"
+
+
 def keys(bucket: str) -> list[str]:
     """Every object of a bucket; folders that pyarrow marks by an empty object are left out."""
-    found = boto3.client("s3").list_objects_v2(Bucket=bucket.removeprefix("s3://")).get("Contents", [])
+    scheme, _, name = bucket.partition("://")
+    if scheme == "gs":
+        found = httpx.get(f"{os.environ['STORAGE_EMULATOR_HOST']}/storage/v1/b/{name}/o").json().get("items", [])
+        return sorted(entry["name"] for entry in found if not entry["name"].endswith("/"))
+    found = boto3.client("s3").list_objects_v2(Bucket=name).get("Contents", [])
     return sorted(entry["Key"] for entry in found if not entry["Key"].endswith("/"))
 
 
 @pytest.mark.parametrize("name", ["a/b.bin", "two words 50%.txt", "caf\u00e9+?&=#/x.gz"])
-def test_bytes_come_back_whatever_the_name(bucket: str, name: str) -> None:
-    uri = files.join(bucket, name)
+def test_bytes_come_back_whatever_the_name(any_bucket: str, name: str) -> None:
+    uri = files.join(any_bucket, name)
     files.write_bytes(uri, b"\x00\xffhello")
-    assert keys(bucket) == [name]
-    assert files.list_files(bucket) == [uri]
+    assert keys(any_bucket) == [name]
+    assert files.list_files(any_bucket) == [uri]
     assert files.read_bytes(uri) == b"\x00\xffhello"
 
 
-def test_a_file_of_several_parts_comes_back(bucket: str) -> None:
+def test_a_file_of_several_parts_comes_back(any_bucket: str) -> None:
     array = np.random.default_rng(0).integers(0, 1 << 30, 3 << 19)  # 12 MiB; parts are of 10
-    files.write_array(files.join(bucket, "a.npy"), array)
-    assert np.array_equal(files.read_array(files.join(bucket, "a.npy")), array)
+    files.write_array(files.join(any_bucket, "a.npy"), array)
+    assert np.array_equal(files.read_array(files.join(any_bucket, "a.npy")), array)
 
 
-def test_nothing_is_seen_before_the_block_ends_or_if_it_fails(bucket: str) -> None:
-    uri = files.join(bucket, "folder", "a.txt")
+def test_nothing_is_seen_before_the_block_ends_or_if_it_fails(any_bucket: str) -> None:
+    uri = files.join(any_bucket, "folder", "a.txt")
     with pytest.raises(RuntimeError, match="halfway"), files.writing(uri) as stream:  # noqa: PT012
         stream.write(b"half" * (4 << 20))
-        assert keys(bucket) == []
+        assert keys(any_bucket) == []
         raise RuntimeError("halfway")
-    assert keys(bucket) == []
+    assert keys(any_bucket) == []
     files.write_bytes(uri, b"old")
     with pytest.raises(KeyboardInterrupt), files.writing(uri) as stream:  # noqa: PT012
         stream.write(b"new and longer")
@@ -96,31 +127,31 @@ def test_nothing_is_seen_before_the_block_ends_or_if_it_fails(bucket: str) -> No
     assert files.read_bytes(uri) == b"old"
     files.write_bytes(uri, b"new")
     assert files.read_bytes(uri) == b"new"
-    assert keys(bucket) == ["folder/a.txt"]
+    assert keys(any_bucket) == ["folder/a.txt"]
 
 
-def test_exists_delete_and_list_know_folders(bucket: str) -> None:
+def test_exists_delete_and_list_know_folders(any_bucket: str) -> None:
     for name in ["a.txt", "folder/inner/b.txt", "folder/_state.npz", "kept.txt"]:
-        files.write_bytes(files.join(bucket, name), b"x")
-    found = [files.exists(files.join(bucket, name)) for name in ["folder", "folder/", "a.txt", "b.txt", "fold"]]
+        files.write_bytes(files.join(any_bucket, name), b"x")
+    found = [files.exists(files.join(any_bucket, name)) for name in ["folder", "folder/", "a.txt", "b.txt", "fold"]]
     assert found == [True, True, True, False, False]
-    assert files.list_files(files.join(bucket, "folder")) == [files.join(bucket, "folder/inner/b.txt")]
-    assert files.list_files(files.join(bucket, "nowhere")) == []
+    assert files.list_files(files.join(any_bucket, "folder")) == [files.join(any_bucket, "folder/inner/b.txt")]
+    assert files.list_files(files.join(any_bucket, "nowhere")) == []
     for _ in range(2):
-        files.delete(files.join(bucket, "a.txt"))
-        files.delete(files.join(bucket, "folder"))
-    assert keys(bucket) == ["kept.txt"]
-    assert not files.exists(files.join(bucket, "folder"))
+        files.delete(files.join(any_bucket, "a.txt"))
+        files.delete(files.join(any_bucket, "folder"))
+    assert keys(any_bucket) == ["kept.txt"]
+    assert not files.exists(files.join(any_bucket, "folder"))
 
 
-def test_a_folder_goes_up_and_comes_down(bucket: str, tmp_path: Path) -> None:
+def test_a_folder_goes_up_and_comes_down(any_bucket: str, tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.bin").write_bytes(b"a" * 100_000)
     (tmp_path / "b.txt").write_bytes(b"new")
-    files.write_bytes(files.join(bucket, "model", "kept.txt"), b"kept")
-    files.publish_folder(str(tmp_path), files.join(bucket, "model"))
-    assert keys(bucket) == ["model/b.txt", "model/inner/a.bin", "model/kept.txt"]
-    with files.local_folder(files.join(bucket, "model")) as folder:
+    files.write_bytes(files.join(any_bucket, "model", "kept.txt"), b"kept")
+    files.publish_folder(str(tmp_path), files.join(any_bucket, "model"))
+    assert keys(any_bucket) == ["model/b.txt", "model/inner/a.bin", "model/kept.txt"]
+    with files.local_folder(files.join(any_bucket, "model")) as folder:
         assert (Path(folder) / "inner" / "a.bin").read_bytes() == b"a" * 100_000
         assert sorted(path.name for path in Path(folder).iterdir()) == ["b.txt", "inner", "kept.txt"]
     assert not Path(folder).exists()
@@ -149,12 +180,12 @@ def config_file(tmp_path: Path, run_dir: str) -> list[str]:
     return ["--config", str(tmp_path / "config.yaml"), f"run.dir={run_dir}"]
 
 
-def test_a_stage_is_finished_by_its_manifest_there_too(bucket: str, tmp_path: Path) -> None:
-    run = Run(build_config(tiny_tree(tmp_path, tmp_path) | {"run": {"dir": files.join(bucket, "runs", "mine")}}))
+def test_a_stage_is_finished_by_its_manifest_there_too(any_bucket: str, tmp_path: Path) -> None:
+    run = Run(build_config(tiny_tree(tmp_path, tmp_path) | {"run": {"dir": files.join(any_bucket, "runs", "mine")}}))
     run.begin()
     assert run.stage("corpus", lambda: {"documents": 3})[1]
     assert not run.stage("corpus", lambda: {"documents": 4})[1]
-    assert keys(bucket) == [
+    assert keys(any_bucket) == [
         f"runs/mine/{name}" for name in ("config.yaml", "corpus/manifest.json", "corpus/settings.json")
     ]
 
