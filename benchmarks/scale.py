@@ -152,8 +152,8 @@ def main() -> None:
     rows = []
     for k, (one, all_steps) in found.items():
         ideal, tax = k * (before + after) / 2 / lanes(args), one["makespan_s"] * lanes(args) / k
-        ratio = (all_steps["makespan_s"] - one["makespan_s"]) / ideal
-        of_slots = (all_steps["makespan_s"] - one["makespan_s"]) / (all_steps["busy_s"] - one["busy_s"]) * args.slots
+        steps = all_steps["makespan_s"] - one["makespan_s"]
+        ratio, of_slots = steps / ideal, steps / (all_steps["busy_s"] - one["busy_s"]) * args.slots
         rows.append(
             {"k": k, "makespan_ratio": round(ratio, 3), "slots_ratio": round(of_slots, 3), "fixed_tax_s": round(tax, 2)}
         )

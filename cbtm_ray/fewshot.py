@@ -58,13 +58,10 @@ class Prompts:
     def label_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of every label token of the S sequences: its row among all tokens, that of its label's first token, and its row
         behind the same shots and an empty text."""
-        n_sequences, n_examples = len(self.label_lengths), len(self.answers)
-        ends = np.cumsum(self.lengths)
+        n_sequences, ends = len(self.label_lengths), np.cumsum(self.lengths)
         first_S = ends[:n_sequences] - self.label_lengths
-        shape = self.n_seeds, n_examples, -1
-        lengths_of_empty = self.label_lengths.reshape(shape)[:, 0].ravel()
-        empty = (ends[n_sequences:] - lengths_of_empty).reshape(self.n_seeds, 1, -1)
-        first_empty_S = np.broadcast_to(empty, (self.n_seeds, n_examples, empty.shape[2])).ravel()
+        lengths = self.label_lengths.reshape(self.n_seeds, len(self.answers), -1)
+        first_empty_S = (ends[n_sequences:].reshape(self.n_seeds, 1, -1) - lengths).ravel()
         within = np.concatenate([np.arange(length) for length in self.label_lengths])
         first, first_empty = (np.repeat(rows_S, self.label_lengths) for rows_S in (first_S, first_empty_S))
         return first + within, first, first_empty + within

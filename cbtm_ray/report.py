@@ -149,10 +149,10 @@ def fewshot_columns(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(f"{row['task']}, {row['scoring']}" for row in rows))
 
 
-def _fewshot_means(rows: list[Row]) -> list[tuple[str, str]]:
-    """Over several tasks a mean of each scoring."""
+def _fewshot_means(rows: list[Row]) -> dict[str, str]:
+    """Over several tasks a column more for the mean of each scoring, by its name."""
     several = len({row["task"] for row in rows}) > 1
-    return [("Mean", scoring) for scoring in dict.fromkeys(row["scoring"] for row in rows)] if several else []
+    return {f"Mean, {row['scoring']}": row["scoring"] for row in rows} if several else {}
 
 
 def _number(value: float, text: str | Markup) -> Markup:
