@@ -273,6 +273,7 @@ def _slots(cpus: float, gpus: float) -> int:
 def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) -> dict[str, ValueError]:
     """One Ray Train run, and another when it left a node that will be taken away; what refused its input, by name."""
     storage, name = run.uri("checkpoints", "_ray"), _run_name(group)
+    filesystem, path = files.resolve(storage)
     workers = run.config.train.workers_per_expert
     resources = {"CPU": cpus / workers, **({"GPU": gpus / workers} if gpus else {})}
     left = True
@@ -283,7 +284,8 @@ def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) ->
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
             run_config=RunConfig(  # type: ignore[call-arg]  # mypy takes it for the older class of this name
                 name=name,
-                storage_path=storage,
+                storage_path=path,
+                storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=run.config.train.max_failures),
                 worker_runtime_env={"env_vars": TRAINING_ENV},
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
@@ -22,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from gcp_storage_emulator.server import create_server
 from moto.core.authorization import enable_iam_authentication
 from moto.server import ThreadedMotoServer
 
@@ -55,19 +55,30 @@ def endpoint() -> Iterator[str]:
     server.stop()
 
 
+@contextlib.contextmanager
+def server_of_its_own(port: int, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python module that serves a port of localhost, in a process of its own, for as long as the block."""
+    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert process.poll() is None, "the store did not start"
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture(scope="module")
 def google() -> Iterator[str]:
-    """The same for Google's protocol."""
+    """The same for Google's protocol; not in this process, whose interpreter pyarrow holds while it asks for a size."""
     (port,) = free_ports(1)
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
-    server = create_server("127.0.0.1", port, in_memory=True)
-    server.start()
-    with pytest.MonkeyPatch.context() as environment:
+    command = "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory"
+    with server_of_its_own(port, *command), pytest.MonkeyPatch.context() as environment:
         environment.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
         files._bucket.cache_clear()
         yield f"http://127.0.0.1:{port}"
     files._bucket.cache_clear()
-    server.stop()
 
 
 @pytest.fixture
@@ -157,13 +168,13 @@ def test_a_folder_goes_up_and_comes_down(any_bucket: str, tmp_path: Path) -> Non
     assert not Path(folder).exists()
 
 
-def test_documents_of_every_kind_are_read_by_uri(bucket: str) -> None:
+def test_documents_of_every_kind_are_read_by_uri(any_bucket: str) -> None:
     lines = b"".join(json.dumps({"text": f"line {row}"}).encode() + b"\n" for row in range(3))
-    files.write_bytes(files.join(bucket, "corpus", "a.jsonl.gz"), gzip.compress(lines))
-    with files.writing(files.join(bucket, "corpus", "b.parquet")) as stream:
+    files.write_bytes(files.join(any_bucket, "corpus", "a.jsonl.gz"), gzip.compress(lines))
+    with files.writing(files.join(any_bucket, "corpus", "b.parquet")) as stream:
         pq.write_table(pa.table({"text": ["row 1"]}), stream)
-    files.write_bytes(files.join(bucket, "corpus", "c d.txt"), b"a whole file")
-    corpus = CorpusConfig(paths=(files.join(bucket, "corpus"),))
+    files.write_bytes(files.join(any_bucket, "corpus", "c d.txt"), b"a whole file")
+    corpus = CorpusConfig(paths=(files.join(any_bucket, "corpus"),))
     read = [document for shard in list_shards(corpus.paths) for document in read_shard(shard, corpus)]
     assert [document.id for document in read] == [
         "a.jsonl.gz:1",
@@ -248,14 +259,14 @@ def test_a_disk_s_own_error_is_no_store_s() -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_run_in_a_bucket_killed_among_its_experts_ends_as_one_on_the_disk(
-    bucket: str, finished_run: Run, tmp_path: Path
+    any_bucket: str, finished_run: Run, tmp_path: Path
 ) -> None:
-    files.publish_folder(str(write_corpus(tmp_path / "corpus")), files.join(bucket, "corpus"))
-    run_dir = files.join(bucket, "runs", "mine")
-    job = [sys.executable, "-m", "jobs.run_all", *config_file(tmp_path, run_dir), f"corpus.paths=[{bucket}/corpus]"]
+    files.publish_folder(str(write_corpus(tmp_path / "corpus")), files.join(any_bucket, "corpus"))
+    run_dir = files.join(any_bucket, "runs", "mine")
+    job = [sys.executable, "-m", "jobs.run_all", *config_file(tmp_path, run_dir), f"corpus.paths=[{any_bucket}/corpus]"]
     process = subprocess.Popen(job, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        while not any(key.startswith("runs/mine/experts/cluster=") and "manifest" in key for key in keys(bucket)):
+        while not any(key.startswith("runs/mine/experts/cluster=") and "manifest" in key for key in keys(any_bucket)):
             assert process.poll() is None, "the run ended before an expert was finished"
             time.sleep(0.1)
     finally:
@@ -274,12 +285,7 @@ def test_a_run_whose_bucket_goes_away_ends_with_one_line(tmp_path: Path) -> None
     environment = {**os.environ, **CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], aws_access_key_id="tests",
                           aws_secret_access_key="tests", region_name="us-east-1")  # fmt: skip
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert server.poll() is None, "the store did not start"
-            time.sleep(0.1)
+    with server_of_its_own(port, "moto.server", "-H", "127.0.0.1", "-p", str(port)):
         client.create_bucket(Bucket="bucket")
         write_corpus(tmp_path / "corpus")
         job = [sys.executable, "-m", "jobs.run_all", *config_file(tmp_path, "s3://bucket/run")]
@@ -289,9 +295,6 @@ def test_a_run_whose_bucket_goes_away_ends_with_one_line(tmp_path: Path) -> None
         while "Contents" not in client.list_objects_v2(**checkpoints):
             assert process.poll() is None, "the run ended before an expert had a checkpoint"
             time.sleep(0.1)
-    finally:
-        server.kill()
-        server.wait()
     _, said = process.communicate()
     assert process.returncode == 2
     *_, line = said.splitlines()
