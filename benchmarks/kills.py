@@ -1,11 +1,12 @@
-"""A run killed again and again: python -m benchmarks.kills [--kills 20 --seed 0]
+"""A run killed again and again: python -m benchmarks.kills [--kills 20 --seed 0 | --each-stage]
 
 A small run by `ray job submit` on a head and two worker nodes, which are namespaces of this machine (tests/hosts.py: Linux,
 root, iproute2) and share the run directory; once undisturbed, then again while something is killed at random moments: a
 worker process, a worker node, the driver, or the head, in whose place a new one starts, which knows nothing. Where the job
 has ended it is submitted again. After a few kills a run is left to finish, and another follows until all kills are done, so
-that the early stages, which take seconds, are struck too. Each finished run must have the undisturbed one's models, clusterer,
-shards and results, hash by hash, and the same losses. The last line of the output is one JSON object.
+that the early stages, which take seconds, are struck too. With --each-stage it is one run, and in every stage that has work
+for the nodes a worker node at that work is killed. Each finished run must have the undisturbed one's models, clusterer, shards
+and results, hash by hash, and the same losses. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -103,14 +104,13 @@ def finished(run_dir: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in run_dir.rglob("manifest.json")}
 
 
-def job_processes(cluster: Cluster) -> list[psutil.Process]:
+def at_work(node: Host) -> list[psutil.Process]:
     """Processes of Ray's that work for the job now."""
     found = []
-    for node in [*cluster.workers, cluster.head]:
-        for process in node.processes("ray::"):
-            title = " ".join(process.cmdline())
-            if not any(idle in title for idle in ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "JobSupervisor")):
-                found.append(process)
+    for process in node.processes("ray::"):
+        title = " ".join(process.cmdline())
+        if not any(idle in title for idle in ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "JobSupervisor")):
+            found.append(process)
     return found
 
 
@@ -121,13 +121,14 @@ def driver_of(cluster: Cluster) -> list[psutil.Process]:
 
 def kill(kind: str, cluster: Cluster, rng: random.Random) -> str:
     """Kill one of the kind, and put back what a cluster's owner would; what it was."""
-    if kind == "worker" and (processes := job_processes(cluster)):
+    nodes = [*cluster.workers, cluster.head]
+    if kind == "worker" and (processes := [process for node in nodes for process in at_work(node)]):
         process = rng.choice(processes)
         title = process.cmdline()[0]
         process.kill()
         return f"worker {title.removeprefix('ray::').split(' ')[0][:32]}"
     if kind == "node":
-        lost = rng.choice(cluster.workers)
+        lost = rng.choice([worker for worker in cluster.workers if at_work(worker)] or cluster.workers)
         cluster.lose_worker(lost)
         cluster.add_worker()
         return f"node {lost.name}"
@@ -144,7 +145,8 @@ def disturb(
     cluster: Cluster, config: Path, run_dir: Path, args: argparse.Namespace, rng: random.Random, rows: list[Any]
 ) -> None:
     """One run from corpus to results, with kills as long as it has had few of them; a row for each kill."""
-    most = min(args.kills, len(rows) + args.per_run)
+    most = len(STAGES) if args.each_stage else min(args.kills, len(rows) + args.per_run)
+    kinds = {"node": 1} if args.each_stage else KINDS
     with (run_dir.parent / f"{run_dir.name}.log").open("w") as log:
         job, submitted, at = submit(cluster, config, run_dir, log), 1, None
         while (code := job.poll()) != 0:
@@ -152,11 +154,16 @@ def disturb(
                 assert submitted <= len(rows) + 3, f"the job fails by itself: see {log.name}"
                 job, submitted, at = submit(cluster, config, run_dir, log), submitted + 1, None
             elif len(rows) < most and driver_of(cluster):
-                # From when the driver runs: time that passes while a new head starts would kill the next job as it begins.
-                at = at or time.monotonic() + rng.uniform(0, 2) * args.pause
-                if time.monotonic() > at:
-                    kind, at = rng.choices(list(KINDS), list(KINDS.values()))[0], None
-                    stage, before = stage_of(run_dir), finished(run_dir)
+                stage = stage_of(run_dir)
+                if args.each_stage:
+                    begun = (run_dir / stage / "settings.json").exists()  # and what came before it is ended
+                    due = begun and stage not in {row[4] for row in rows} and any(map(at_work, cluster.workers))
+                else:  # from when the driver runs: what a new head takes to start would kill the next job as it begins
+                    at = at or time.monotonic() + rng.uniform(0, 2) * args.pause
+                    due = time.monotonic() > at
+                if due:
+                    kind, at = rng.choices(list(kinds), list(kinds.values()))[0], None
+                    before = finished(run_dir)
                     what = kill(kind, cluster, rng)
                     rows.append([len(rows) + 1, run_dir.name, submitted, what, stage, kept(run_dir), before])
                     Console().print(*map(str, rows[-1][:-1]), sep=" | ")
@@ -172,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--per-run", type=int, default=4, help="kills after which a run is left to finish")
+    parser.add_argument("--each-stage", action="store_true", help="one run, a worker node killed in every stage")
     parser.add_argument("--pause", type=float, default=20, help="mean seconds of a driver's life before a kill")
     parser.add_argument("--steps", type=int, default=500, help="of the seed and of each expert")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
@@ -185,7 +193,7 @@ def main() -> None:
         with (folder / "calm.log").open("w") as log:
             assert submit(cluster, config, folder / "calm", log).wait() == 0, "the undisturbed run failed"
         calm = artefacts(str(folder / "calm"))
-        while len(rows) < args.kills:
+        while not same if args.each_stage else len(rows) < args.kills:
             run_dir = folder / f"run-{len(same) + 1}"
             disturb(cluster, config, run_dir, args, rng, rows)
             same.append(artefacts(str(run_dir)) == calm)
