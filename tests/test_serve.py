@@ -6,10 +6,12 @@ import inspect
 import itertools
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import openai
@@ -20,6 +22,7 @@ import torch
 from ray import serve
 from test_report_browser import CHROMIUM
 
+from benchmarks.served_run import replicas
 from cbtm_ray import evaluate
 from cbtm_ray.branch import DENSE
 from cbtm_ray.distances import squared_distances
@@ -449,6 +452,20 @@ def test_malformed_requests_are_refused_in_openai_form(endpoint: openai.OpenAI, 
 def test_the_server_answers_after_all_that(endpoint: openai.OpenAI) -> None:
     assert len(MALFORMED) > 60
     assert endpoint.completions.create(**SEEDED).choices[0].text
+
+
+def refused_call(port: int) -> grpc.StatusCode:
+    """How a port refuses what Serve's replicas ask each other, from somebody without the cluster's token."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=20)
+    return refused.value.code()
+
+
+def test_a_replica_s_port_wants_the_cluster_s_token(endpoint: openai.OpenAI) -> None:
+    """Serve opens it to all interfaces, whatever Ray is told; another one is Ray's own, which knows no such call."""
+    connections = [one for process in replicas() for one in process.net_connections("tcp")]
+    codes = Counter(refused_call(one.laddr.port) for one in connections if one.status == psutil.CONN_LISTEN)
+    assert codes == {grpc.StatusCode.UNAUTHENTICATED: 3, grpc.StatusCode.UNIMPLEMENTED: 3}
 
 
 def test_too_much_at_once_is_refused_and_comes_in_later(endpoint: openai.OpenAI) -> None:
