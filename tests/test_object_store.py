@@ -56,14 +56,14 @@ def endpoint() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def server_of_its_own(port: int, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+def server_of_its_own(port: int, *command: str) -> Iterator[None]:
     """A Python module that serves a port of localhost, in a process of its own, for as long as the block."""
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while socket.socket().connect_ex(("127.0.0.1", port)):
             assert process.poll() is None, "the store did not start"
             time.sleep(0.1)
-        yield process
+        yield
     finally:
         process.kill()
         process.wait()
