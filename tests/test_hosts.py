@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,8 +42,9 @@ def python(host: Host, code: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    with network(tmp_path_factory.mktemp("hosts")) as made:
+def net() -> Iterator[Network]:
+    # Not pytest's folder, whose name grows: sockets of Ray's below it may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="hosts-") as folder, network(Path(folder)) as made:
         yield made
 
 
