@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--per-run", type=int, default=4, help="kills after which a run is left to finish")
-    parser.add_argument("--each-stage", action="store_true", help="one run, a worker node killed in every stage")
+    parser.add_argument("--each-stage", action="store_true", help="not --kills: one run, a worker node in every stage")
     parser.add_argument("--pause", type=float, default=20, help="mean seconds of a driver's life before a kill")
     parser.add_argument("--steps", type=int, default=500, help="of the seed and of each expert")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")

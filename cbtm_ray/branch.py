@@ -273,7 +273,7 @@ def _slots(cpus: float, gpus: float) -> int:
 def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) -> dict[str, ValueError]:
     """One Ray Train run, and another when it left a node that will be taken away; what refused its input, by name."""
     storage, name = run.uri("checkpoints", "_ray"), _run_name(group)
-    filesystem, path = files.resolve(storage)
+    filesystem, path = files.resolve(storage)  # of a URI Ray would make one that knows no other server for gs://
     workers = run.config.train.workers_per_expert
     resources = {"CPU": cpus / workers, **({"GPU": gpus / workers} if gpus else {})}
     left = True

@@ -33,7 +33,7 @@ from cbtm_ray.documents import list_shards, read_shard
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
 from tests.artefacts import artefacts
-from tests.local_head import free_ports
+from tests.local_head import free_ports, wait_for
 from tests.tiny import tiny_tree, write_corpus
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -59,10 +59,14 @@ def endpoint() -> Iterator[str]:
 def server_of_its_own(port: int, *command: str) -> Iterator[None]:
     """A Python module that serves a port of localhost, in a process of its own, for as long as the block."""
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def answers() -> bool:
+        assert process.poll() is None, "the store did not start"
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
     try:
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert process.poll() is None, "the store did not start"
-            time.sleep(0.1)
+        wait_for(answers, "the store")
         yield
     finally:
         process.kill()
