@@ -23,6 +23,7 @@ from cbtm_ray import files, progress
 from cbtm_ray.board import Board
 from cbtm_ray.branch_worker import train_group
 from cbtm_ray.config import Config
+from cbtm_ray.errors import UserError
 from cbtm_ray.ray_session import TRAINING_ENV, capacity, check_fits
 from cbtm_ray.run import Run, Unfinished
 from cbtm_ray.train import TrainSpec
@@ -103,7 +104,7 @@ def control_branches(run: Run, control: str) -> list[Branch]:
 
 
 def _moe_branch(run: Run) -> Branch:
-    """The seed upcycled, with the steps of the dense control. ValueError if it cannot be."""
+    """The seed upcycled, with the steps of the dense control. UserError if it cannot be."""
     branch = _branch(run, MOE, None, sum(expert_steps(run)))
     if run.config.train.warm_start:  # from a mixture of experts
         return branch
@@ -119,10 +120,10 @@ def _check_upcyclable(uri_or_name: str) -> None:
 
 
 def _steps_each(config: Config, n_experts: int) -> int:
-    """Optimiser steps that the budget gives each expert; ValueError if it is not one."""
+    """Optimiser steps that the budget gives each expert; UserError if it is not one."""
     per_step = config.train.batch_size * config.tokens.sequence_length
     if (steps := config.train.total_tokens // n_experts // per_step) == 0:
-        raise ValueError(
+        raise UserError(
             f"train.total_tokens={config.train.total_tokens} must give each of {n_experts} experts at least one step of "
             f"{per_step} tokens; raise it to {n_experts * per_step}."
         )
@@ -176,7 +177,7 @@ def train_branches(
     A failing run leaves the others alone; when all have ended, the failures are raised together.
 
     Raises:
-        ValueError: a branch refused its input, as its message says.
+        UserError: a branch refused its input, as its message says.
         RuntimeError: a run failed for another reason, with the names of what it left untrained.
     """
     unfinished = [(group, left) for group in _groups(branches, per_run) if (left := _untrained(run, group))]
@@ -270,7 +271,7 @@ def _slots(cpus: float, gpus: float) -> int:
     return max(1, int(min(fits, capacity("GPU") / gpus) if gpus else fits))
 
 
-def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) -> dict[str, ValueError]:
+def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) -> dict[str, UserError]:
     """One Ray Train run, and another when it left a node that will be taken away; what refused its input, by name."""
     storage, name = run.uri("checkpoints", "_ray"), _run_name(group)
     filesystem, path = files.resolve(storage)  # of a URI Ray would make one that knows no other server for gs://
@@ -293,12 +294,12 @@ def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) ->
         refused, left = trainer.fit().return_value
     if not refused:
         files.delete(files.join(storage, name))
-    return {name: ValueError(message) for name, message in refused.items()}
+    return {name: UserError(message) for name, message in refused.items()}
 
 
 def _raise_failures(failed: dict[str, BaseException], untrained: list[str]) -> NoReturn:
     for error in failed.values():
-        if isinstance(error, ValueError):
+        if isinstance(error, UserError):
             raise error
     name, error = next(iter(failed.items()))
     raise RuntimeError(

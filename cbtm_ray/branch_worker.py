@@ -19,6 +19,7 @@ import torch
 
 from cbtm_ray import files, flops, parallel
 from cbtm_ray.checkpoints import Checkpoints
+from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.trackers import tracking
 from cbtm_ray.train import Leaving, train_model
@@ -55,7 +56,7 @@ def train_group(task: dict[str, Any]) -> tuple[dict[str, str], bool]:
         except Leaving:
             state = "waiting"
             return refused, True
-        except ValueError as error:
+        except UserError as error:
             refused[name] = str(error)
         except OSError as error:
             if error.errno != errno.ENOSPC or parallel.workers() > 1:

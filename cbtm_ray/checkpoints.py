@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cbtm_ray import files
+from cbtm_ray.errors import UserError
 
 KEEP = 2
 
@@ -32,7 +33,7 @@ class Checkpoints:
         """The newest state, on the CPU; None without one.
 
         Raises:
-            ValueError: it is damaged.
+            UserError: it is damaged.
         """
         found = files.list_files(self.uri)
         if not found:
@@ -40,7 +41,7 @@ class Checkpoints:
         try:
             return torch.load(io.BytesIO(files.read_bytes(found[-1])), weights_only=True, map_location="cpu")
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{found[-1]} is damaged. Delete it, and training goes on from the one before.") from error
+            raise UserError(f"{found[-1]} is damaged. Delete it, and training goes on from the one before.") from error
 
     def save(self, state: dict[str, Any]) -> None:
         """Take the state as it is now, and write it in the background. Waits for the one before.

@@ -7,6 +7,7 @@ import errno
 import sys
 
 from cbtm_ray import files, progress
+from cbtm_ray.errors import UserError
 from cbtm_ray.inputs import check_inputs
 from cbtm_ray.load_config import dump_config, load_config
 from cbtm_ray.ray_session import ray_session
@@ -36,7 +37,7 @@ def main(description: str, job: str, arguments: list[str] | None = None) -> int:
             whole[job](run) if job in whole else pipeline.run_job(run, job)
     except Unfinished as part:
         progress.note(str(part))
-    except ValueError as error:
+    except UserError as error:
         return refuse(str(_cause(error)))
     except OSError as error:
         cause = _cause(error)

@@ -26,6 +26,7 @@ from sklearn.utils.validation import check_array, check_is_fitted
 from torch import Tensor
 
 from cbtm_ray.distances import squared_distances
+from cbtm_ray.errors import UserError
 from cbtm_ray.rounding import round_sizes
 from cbtm_ray.shard_steps import (
     LocalShards,
@@ -133,12 +134,12 @@ class Assignment:
 def balanced_assignment(squared_distances_NK: Tensor) -> Assignment:
     """The cheapest assignment with cluster sizes floor(N / K) or ceil(N / K), from a matrix of squared distances.
 
-    Raises ValueError if N < K or an entry is not finite.
+    Raises UserError if N < K or an entry is not finite.
     """
     n, n_clusters = squared_distances_NK.shape
     _check_counts(n, n_clusters)
     if not squared_distances_NK.isfinite().all():
-        raise ValueError("squared_distances must be finite, but some entries are NaN or infinite. Look for empty rows.")
+        raise UserError("squared_distances must be finite, but some entries are NaN or infinite. Look for empty rows.")
     return _assign(LocalShards(cut(squared_distances_NK)), None, torch.zeros(n_clusters, dtype=torch.double), HOTTEST)
 
 
@@ -205,17 +206,17 @@ class Progress:
 def check_documents(shards: Shards, n_clusters: int) -> tuple[list[int], float]:
     """Documents in each shard, and their variance averaged over dimensions (the unit of `tol`, as in scikit-learn).
 
-    Raises ValueError if there are fewer documents than clusters, an embedding is not finite or too large, or shards differ
+    Raises UserError if there are fewer documents than clusters, an embedding is not finite or too large, or shards differ
     in D.
     """
     parts = shards.each(moments)
     dimensions = sorted({len(sums) for _, sums, _ in parts})
     if len(dimensions) > 1:
-        raise ValueError(f"embeddings have {dimensions} dimensions, but must all have as many. Embed all shards again.")
+        raise UserError(f"embeddings have {dimensions} dimensions, but must all have as many. Embed all shards again.")
     n, sums, squares = add_up(parts)
     _check_counts(n, n_clusters)
     if not squares.sum() < LARGEST_SQUARES:
-        raise ValueError(
+        raise UserError(
             f"embeddings must be finite with squares that sum to less than {LARGEST_SQUARES:g}, but some are NaN, infinite or "
             "too large. Find the documents they come from."
         )
@@ -272,9 +273,9 @@ def lloyd(shards: Shards, state: Progress, *, balanced: bool, max_iter: int, tol
 
 def _check_counts(n: int, n_clusters: int) -> None:
     if n_clusters < 1:
-        raise ValueError(f"n_clusters={n_clusters} must be at least 1. Raise cluster.n_clusters.")
+        raise UserError(f"n_clusters={n_clusters} must be at least 1. Raise cluster.n_clusters.")
     if n < n_clusters:
-        raise ValueError(
+        raise UserError(
             f"n_clusters={n_clusters} must be at most the number of documents, {n}. "
             "Lower cluster.n_clusters or give more documents."
         )
@@ -315,7 +316,7 @@ class BalancedKMeans(TransformerMixin, ClusterMixin, BaseEstimator):
     def fit(self, X: np.ndarray | Tensor, y: None = None) -> Self:
         """Fit to embeddings (N, D) of any real type.
 
-        Raises ValueError if N < K, a parameter is out of bounds, or X is not two-dimensional, finite and dense.
+        Raises UserError if N < K, a parameter is out of bounds, or X is not two-dimensional, finite and dense.
         """
         self._check_parameters()
         shards = LocalShards(cut(_as_points(X)))
@@ -360,12 +361,12 @@ class BalancedKMeans(TransformerMixin, ClusterMixin, BaseEstimator):
         check_is_fitted(self)
         points, centres = _as_points(X), torch.from_numpy(self.cluster_centers_)
         if points.shape[1] != centres.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"embeddings have {points.shape[1]} dimensions, but must have {centres.shape[1]} as the centres do. "
                 "Embed the documents as those of the fit."
             )
         if len(points) and not np.isfinite([float(end) for end in points.aminmax()]).all():
-            raise ValueError(
+            raise UserError(
                 "embeddings must be finite, but some are NaN or infinite. Find the documents they come from."
             )
         return LocalShards(cut(points)), centres
@@ -374,25 +375,25 @@ class BalancedKMeans(TransformerMixin, ClusterMixin, BaseEstimator):
         for name in ("n_clusters", "max_iter"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}={value!r} must be at least 1, a whole number.")
+                raise UserError(f"{name}={value!r} must be at least 1, a whole number.")
         if not isinstance(self.tol, Real) or not self.tol >= 0:
-            raise ValueError(f"tol={self.tol!r} must be a number of at least 0.")
+            raise UserError(f"tol={self.tol!r} must be a number of at least 0.")
         try:
             np.random.default_rng(self.random_state)
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"random_state={self.random_state!r} must be a whole number of at least 0, a numpy Generator or RandomState, "
                 "or None."
             ) from error
 
 
 def _as_points(X: np.ndarray | Tensor) -> Tensor:
-    """Float32 (N, D) of a tensor, where it is, or of whatever scikit-learn takes for an array. ValueError if it is none."""
+    """Float32 (N, D) of a tensor, where it is, or of whatever scikit-learn takes for an array. UserError if it is none."""
     if not isinstance(X, Tensor):
         array = check_array(
             X, dtype=np.float32, ensure_2d=False, allow_nd=True, ensure_all_finite=False, ensure_min_samples=0
         )
         X = torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
     if X.ndim != 2:
-        raise ValueError(f"embeddings have shape {tuple(X.shape)}, but must be (documents, dimensions).")
+        raise UserError(f"embeddings have shape {tuple(X.shape)}, but must be (documents, dimensions).")
     return X.detach().float()

@@ -27,6 +27,7 @@ from cbtm_ray.cluster_keys import (
     check_keys,
     did_you_mean,
 )
+from cbtm_ray.errors import UserError
 from cbtm_ray.kuberay_files import check_manifest, check_version
 
 TOKEN_FILE = "~/.ray/auth_token"
@@ -41,7 +42,7 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     for path in parser.parse_args(arguments).files:
         try:
             print(f"{path}: {check_file(path)}")
-        except ValueError as error:
+        except UserError as error:
             code = refuse(f"{path}: {error}")
     return code
 
@@ -50,31 +51,31 @@ def check_file(path: str) -> str:
     """What the file describes, in a line.
 
     Raises:
-        ValueError: one line that names the field, its value, what is allowed and what to do.
+        UserError: one line that names the field, its value, what is allowed and what to do.
     """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}. Give a file such as cluster.yaml.") from error
+        raise UserError(f"cannot be read: {error.strerror}. Give a file such as cluster.yaml.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"is not valid YAML: {' '.join(str(error).split())}") from error
     if isinstance(tree, dict) and "apiVersion" in tree:
         return check_manifest(tree)
     if isinstance(tree, dict) and "provider" in tree:
         return check_launcher(tree)
-    raise ValueError("must hold 'provider' (a file of the cluster launcher) or 'apiVersion' (a Kubernetes manifest).")
+    raise UserError("must hold 'provider' (a file of the cluster launcher) or 'apiVersion' (a Kubernetes manifest).")
 
 
 def check_launcher(tree: dict[str, Any]) -> str:
-    """A file for `ray up`: its clouds and node types in a line; ValueError as in `check_file`."""
+    """A file for `ray up`: its clouds and node types in a line; UserError as in `check_file`."""
     provider = tree["provider"]
     cloud = provider.get("type") if isinstance(provider, dict) else provider
     if cloud not in PROVIDER:
-        raise ValueError(f"provider.type={cloud!r} must be one of {', '.join(PROVIDER)}.")
+        raise UserError(f"provider.type={cloud!r} must be one of {', '.join(PROVIDER)}.")
     check_keys(provider, PROVIDER[cloud], "provider")
     for key in PROVIDER_NEEDS[cloud]:
         if not provider.get(key):
-            raise ValueError(f"provider.{key} is missing. {cloud} needs it.")
+            raise UserError(f"provider.{key} is missing. {cloud} needs it.")
     _check_with_ray(tree)
     types = tree["available_node_types"]
     for name, node_type in types.items():
@@ -94,7 +95,7 @@ def check_launcher(tree: dict[str, Any]) -> str:
 def _check_with_ray(tree: dict[str, Any]) -> None:
     for key in ("available_node_types", "head_node_type", "max_workers"):
         if key not in tree:  # for each of them Ray would quietly take a default of its own
-            raise ValueError(f"{key} is missing. Add it.")
+            raise UserError(f"{key} is missing. Add it.")
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             validate_config(prepare_config(tree))
@@ -105,26 +106,26 @@ def _check_with_ray(tree: dict[str, Any]) -> None:
             key = next(key for key in error.instance if key not in allowed)
             name = f"{where}.{key}" if where else key
             advice = did_you_mean(key, list(allowed), where).replace("mean .", "mean ")
-            raise ValueError(f"{name} is not a key. {advice}") from error
-        raise ValueError(f"{where}: {error.message}.") from error
+            raise UserError(f"{name} is not a key. {advice}") from error
+        raise UserError(f"{where}: {error.message}.") from error
     except (ValueError, AssertionError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise UserError(str(error).splitlines()[0]) from error
 
 
 def _check_node_type(node_type: dict[str, Any], cloud: str, where: str, max_workers: int) -> None:
     for resource in node_type["resources"]:
         if resource not in RESOURCES:
             advice = did_you_mean(resource, list(RESOURCES), f"{where}.resources")
-            raise ValueError(f"{where}.resources.{resource} is not a resource that this project asks for. {advice}")
+            raise UserError(f"{where}.resources.{resource} is not a resource that this project asks for. {advice}")
     check_keys(node_type["node_config"], NODE_CONFIG[cloud], f"{where}.node_config")
     needed = NODE_CONFIG_NEEDS[cloud]
     if not node_type["node_config"].get(needed):
-        raise ValueError(f"{where}.node_config.{needed} is missing. {cloud} needs it.")
+        raise UserError(f"{where}.node_config.{needed} is missing. {cloud} needs it.")
     least, most = node_type.get("min_workers", 0), node_type.get("max_workers")
     if most is None:
-        raise ValueError(f"{where}.max_workers is missing: without it the whole cluster may be of this type. Add it.")
+        raise UserError(f"{where}.max_workers is missing: without it the whole cluster may be of this type. Add it.")
     if not 0 <= least <= most <= max_workers:
-        raise ValueError(
+        raise UserError(
             f"{where}: min_workers={least} and max_workers={most} must be in order, from 0 to the cluster's "
             f"max_workers={max_workers}. Change one of them."
         )
@@ -134,7 +135,7 @@ def _check_head(tree: dict[str, Any]) -> None:
     name = tree["head_node_type"]
     resources = tree["available_node_types"][name]["resources"]
     if resources.get("CPU") != 0 or resources.get("GPU", 0) != 0:
-        raise ValueError(
+        raise UserError(
             f"available_node_types.{name}.resources={resources} must be {{CPU: 0}}: work on the head can end the cluster. "
             "Give the CPUs to a worker type."
         )
@@ -143,13 +144,13 @@ def _check_head(tree: dict[str, Any]) -> None:
 def _check_token(tree: dict[str, Any]) -> None:
     """Token authentication on every node: the mode where Ray starts, and the file to read the token from."""
     if TOKEN_FILE not in tree.get("file_mounts", {}):
-        raise ValueError(f"file_mounts lacks {TOKEN_FILE}: without it no node knows the cluster's token. Mount it.")
+        raise UserError(f"file_mounts lacks {TOKEN_FILE}: without it no node knows the cluster's token. Mount it.")
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         starts = [command for command in tree.get(key, []) if "ray start" in command]
         if not starts or not all("RAY_AUTH_MODE=token" in command for command in starts):
-            raise ValueError(f"{key} must say RAY_AUTH_MODE=token where it runs ray start, or anyone may send it code.")
+            raise UserError(f"{key} must say RAY_AUTH_MODE=token where it runs ray start, or anyone may send it code.")
         if any(re.search(r"--dashboard-host[= ]0\.0\.0\.0", command) for command in starts):
-            raise ValueError(f"{key}: --dashboard-host=0.0.0.0 opens the job API to the network. Use 127.0.0.1.")
+            raise UserError(f"{key}: --dashboard-host=0.0.0.0 opens the job API to the network. Use 127.0.0.1.")
 
 
 def _check_preemption(tree: dict[str, Any], cloud: str) -> None:
@@ -159,10 +160,10 @@ def _check_preemption(tree: dict[str, Any], cloud: str) -> None:
         return
     mounted = tree["file_mounts"].get(WATCHER)
     if mounted is None or not (Path(__file__).parent.parent / mounted).is_file():
-        raise ValueError(f"file_mounts lacks {WATCHER}: spot nodes run it. Mount cbtm_ray/preemption.py there.")
+        raise UserError(f"file_mounts lacks {WATCHER}: spot nodes run it. Mount cbtm_ray/preemption.py there.")
     last = tree["worker_start_ray_commands"][-1]
     if f"{WATCHER} --cloud {cloud} " not in last:
-        raise ValueError(
+        raise UserError(
             f"worker_start_ray_commands must end with python {WATCHER} --cloud {cloud}, in the background: spot notices "
             "are lost otherwise."
         )

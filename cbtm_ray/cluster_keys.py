@@ -9,25 +9,27 @@ from __future__ import annotations
 import difflib
 from typing import Any, Union
 
+from cbtm_ray.errors import UserError
+
 Keys = dict[str, Union["Keys", tuple[str, ...], None]]
 
 
 def check_keys(value: Any, keys: Keys, where: str) -> None:
-    """ValueError with the nearest key, if a mapping in `value` holds one that is not in the tree."""
+    """UserError with the nearest key, if a mapping in `value` holds one that is not in the tree."""
     if isinstance(value, list):
         for index, item in enumerate(value):
             check_keys(item, keys, f"{where}[{index}]")
         return
     if not isinstance(value, dict):
-        raise ValueError(f"{where}={value!r} must hold keys. Allowed there: {', '.join(sorted(keys))}.")
+        raise UserError(f"{where}={value!r} must hold keys. Allowed there: {', '.join(sorted(keys))}.")
     for key, inner in value.items():
         if key not in keys:
-            raise ValueError(f"{where}.{key} is not a key. {did_you_mean(key, list(keys), where)}")
+            raise UserError(f"{where}.{key} is not a key. {did_you_mean(key, list(keys), where)}")
         below = keys[key]
         if isinstance(below, dict):
             check_keys(inner, below, f"{where}.{key}")
         elif below is not None and inner not in below:
-            raise ValueError(f"{where}.{key}={inner!r} must be one of {', '.join(below)}.")
+            raise UserError(f"{where}.{key}={inner!r} must be one of {', '.join(below)}.")
 
 
 def did_you_mean(key: Any, allowed: list[str], where: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cbtm_ray.ensemble import Ensemble
+from cbtm_ray.errors import UserError
 from cbtm_ray.kv_cache import Chunk, KVCache, passes
 
 
@@ -50,7 +51,7 @@ class Contexts:
         """Log-probabilities that each asks for, float32 (C, V).
 
         Raises:
-            ValueError: a text is longer than the cache.
+            UserError: a text is longer than the cache.
         """
         found: dict[int, np.ndarray] = {}
         by_expert: dict[int, list[tuple[int, FarRead]]] = {}
@@ -64,7 +65,7 @@ class Contexts:
                     batch = []
                     if not self._make_room(read, set()):
                         size = f"cache_tokens={self._cache_tokens}"
-                        raise ValueError(f"{size} must be at least {len(read.text)}, the tokens of a text. Raise it.")
+                        raise UserError(f"{size} must be at least {len(read.text)}, the tokens of a text. Raise it.")
                 batch.append(((number, read), self._chunk(read)))
             found |= self._read_batch(expert, batch)
         return [found[number] for number in range(len(reads))]

@@ -30,6 +30,7 @@ from cbtm_ray.distances import squared_distances
 from cbtm_ray.documents import unit_hash
 from cbtm_ray.embed import load_centers, load_embedder
 from cbtm_ray.embed_workers import map_embedding
+from cbtm_ray.errors import UserError
 from cbtm_ray.partition import CHUNK_DOCUMENTS, Totals, tools
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import encode, load_tokenizer
@@ -43,7 +44,7 @@ def partition_control(run: Run, control: str) -> dict[str, Any]:
     """Stage `shards/controls/CONTROL/`: the cluster of every training document; and centres, but for random.
 
     Raises:
-        ValueError: a document has no domain (metadata), or a cluster no document.
+        UserError: a document has no domain (metadata), or a cluster no document.
     """
     run.need("shards", "partition_corpus")
     folder = partition_folder(control)
@@ -76,7 +77,7 @@ def _domains(run: Run) -> list[str]:
     for batch in dataset.to_batches(columns=["id", "domain"]):
         if batch["domain"].null_count:
             without = batch["id"].filter(batch["domain"].is_null())[0].as_py()
-            raise ValueError(
+            raise UserError(
                 f"train.controls has 'metadata', but document {without!r} has no domain. Give it one in "
                 f"corpus.domain_column={run.config.corpus.domain_column!r}, or leave the control out."
             )

@@ -15,6 +15,7 @@ import ray
 from cbtm_ray import files, progress
 from cbtm_ray.config import CorpusConfig
 from cbtm_ray.documents import Document, Shard, is_held_out, list_shards, read_shard, unit_hash
+from cbtm_ray.errors import UserError
 from cbtm_ray.installed_docs import package_documents
 from cbtm_ray.run import Run
 
@@ -28,7 +29,7 @@ def build_corpus(run: Run) -> dict[str, Any]:
     The sample holds the documents with the smallest hash of (seed, id), the same whatever order the shards come in.
 
     Raises:
-        ValueError: unreadable or empty corpus, or fewer training documents than clusters.
+        UserError: unreadable or empty corpus, or fewer training documents than clusters.
     """
     config = run.config
     if config.corpus.packages:
@@ -121,9 +122,9 @@ class Sample:
         self._largest: list[tuple[float, str]] = []  # a heap of (-hash, id)
 
     def offer(self, document: Document) -> None:
-        """ValueError if the sample has a document of this id already. Equal ids hash alike: both are kept, or neither."""
+        """UserError if the sample has a document of this id already. Equal ids hash alike: both are kept, or neither."""
         if document.id in self._kept:
-            raise ValueError(
+            raise UserError(
                 f"corpus.id_column={self._corpus.id_column!r}: two documents have the id {document.id!r}. Make ids unique, or "
                 "leave the field out: file and row are the id then."
             )
@@ -140,13 +141,13 @@ class Sample:
 def _check_counts(rows: list[dict[str, Any]], n_clusters: int) -> None:
     train, valid = (sum(row[f"{split}_documents"] for row in rows) for split in ("train", "valid"))
     if train == 0:
-        raise ValueError("corpus.paths: the corpus is empty, 0 documents with text. Give other files.")
+        raise UserError("corpus.paths: the corpus is empty, 0 documents with text. Give other files.")
     if train < n_clusters:
-        raise ValueError(
+        raise UserError(
             f"cluster.n_clusters={n_clusters} must be at most the number of training documents, {train}. Lower it."
         )
     if valid < 2:
-        raise ValueError(
+        raise UserError(
             f"corpus.valid_fraction leaves {valid} held-out documents, at least 2 are needed. "
             "Raise it or give corpus.valid_paths."
         )

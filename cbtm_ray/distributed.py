@@ -23,6 +23,7 @@ import torch
 
 from cbtm_ray import files
 from cbtm_ray.cluster import BalancedKMeans, Progress
+from cbtm_ray.errors import UserError
 from cbtm_ray.ray_session import capacity, check_fits
 from cbtm_ray.shard_actor import ShardActor
 from cbtm_ray.shard_steps import add_up, groups
@@ -65,13 +66,13 @@ def fit_distributed(
     the iteration (from 1) and the mean squared distance of the documents to the centres that it started from. There are
     at most 16 actors, and as many as shards, and as the cluster's CPUs and GPUs hold: one more would wait for ever.
 
-    Raises ValueError if there is no shard, n_actors < 1, no GPU where one is asked for, N < K, an embedding is not finite,
+    Raises UserError if there is no shard, n_actors < 1, no GPU where one is asked for, N < K, an embedding is not finite,
     or the state at `state_uri` belongs to other arguments.
     """
     if not shard_uris:
-        raise ValueError("shard_uris=[] must name at least one shard. Run the embedding stage first.")
+        raise UserError("shard_uris=[] must name at least one shard. Run the embedding stage first.")
     if n_actors < 1:
-        raise ValueError(f"n_actors={n_actors} must be at least 1. Raise cluster.actors.")
+        raise UserError(f"n_actors={n_actors} must be at least 1. Raise cluster.actors.")
     model = BalancedKMeans(n_clusters, balanced=balanced, max_iter=max_iter, tol=tol, random_state=random_state)
     shards = hashlib.sha256("\n".join(shard_uris).encode()).hexdigest()[:12]
     identity = f"n_clusters={n_clusters} balanced={balanced} random_state={random_state} shards={shards}"
@@ -116,7 +117,7 @@ def _load_state(uri: str, identity: str) -> Progress | None:
         return None
     with np.load(io.BytesIO(files.read_bytes(uri)), allow_pickle=False) as saved:
         if str(saved["identity"]) != identity:
-            raise ValueError(
+            raise UserError(
                 f"state_uri={uri} must be of the same fit, but holds {saved['identity']} where this one is {identity}. "
                 "Delete it, or give another."
             )

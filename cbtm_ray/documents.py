@@ -19,6 +19,7 @@ from pyarrow import fs
 
 from cbtm_ray import files
 from cbtm_ray.config import CorpusConfig
+from cbtm_ray.errors import UserError
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 TEXT_SUFFIX, PARQUET_SUFFIX = ".txt", ".parquet"
@@ -45,14 +46,14 @@ def list_shards(paths: tuple[str, ...], field: str = "corpus.paths") -> list[Sha
     """The corpus's shards in a fixed order: one a file, text files together up to 64 MiB.
 
     Raises:
-        ValueError: a path that does not exist, a folder without documents, or two files of one name.
+        UserError: a path that does not exist, a folder without documents, or two files of one name.
     """
     found: list[tuple[str, str]] = []
     for path in paths:
         with files.reaching(field, path):
             below = _documents_below(files.absolute(path))
         if not below:
-            raise ValueError(
+            raise UserError(
                 f"{field}: {path} holds no documents. Give files or folders with "
                 f"{', '.join([*JSON_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIX])}."
             )
@@ -60,7 +61,7 @@ def list_shards(paths: tuple[str, ...], field: str = "corpus.paths") -> list[Sha
     names = [name for name, _ in found]
     repeated = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if repeated:
-        raise ValueError(f"{field}: two files are called {repeated}. Give the folder above both instead.")
+        raise UserError(f"{field}: two files are called {repeated}. Give the folder above both instead.")
     return _group(sorted(found))
 
 
@@ -68,16 +69,14 @@ def read_shard(shard: Shard, corpus: CorpusConfig) -> Iterator[Document]:
     """Every document of a shard, in the order of its files and rows.
 
     Raises:
-        ValueError: undecodable bytes, malformed JSON, a missing column or a text that is not a string, with file and line.
+        UserError: undecodable bytes, malformed JSON, a missing column or a text that is not a string, with file and line.
     """
     for uri, name in zip(shard.uris, shard.names, strict=True):
         try:
             yield from _read_file(uri, name, corpus)
         except (OSError, pa.ArrowInvalid) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{name} cannot be read: {reason.rstrip('.')}. Replace the file or take it out."
-            ) from error
+            raise UserError(f"{name} cannot be read: {reason.rstrip('.')}. Replace the file or take it out.") from error
 
 
 def _read_file(uri: str, name: str, corpus: CorpusConfig) -> Iterator[Document]:
@@ -137,17 +136,15 @@ def _json_rows(uri: str, name: str) -> Iterator[dict]:
     with filesystem.open_input_stream(path) as stream:  # decompresses by suffix: .gz, .zst
         for number, line in enumerate(_lines(stream), start=1):
             if not line.strip():
-                raise ValueError(f"{name}:{number} is an empty line. Remove it: row numbers are document ids.")
+                raise UserError(f"{name}:{number} is an empty line. Remove it: row numbers are document ids.")
             try:
                 row = json.loads(_decode(line, f"{name}:{number}"))
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{name}:{number} is not JSON: {error.msg} at column {error.colno}. {_MEND}"
-                ) from error
+                raise UserError(f"{name}:{number} is not JSON: {error.msg} at column {error.colno}. {_MEND}") from error
             except RecursionError as error:
-                raise ValueError(f"{name}:{number} is JSON nested too deeply. Flatten it or take it out.") from error
+                raise UserError(f"{name}:{number} is JSON nested too deeply. Flatten it or take it out.") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{name}:{number} is not a JSON object with keys such as 'text'. {_MEND}")
+                raise UserError(f"{name}:{number} is not a JSON object with keys such as 'text'. {_MEND}")
             yield row
 
 
@@ -169,7 +166,7 @@ def _parquet_rows(uri: str, name: str, corpus: CorpusConfig) -> Iterator[dict]:
         table = pq.ParquetFile(stream)
         for field, column in wanted.items():
             if column not in table.schema_arrow.names:
-                raise ValueError(_missing(field, column, name, table.schema_arrow.names))
+                raise UserError(_missing(field, column, name, table.schema_arrow.names))
         for batch in table.iter_batches(batch_size=1024, columns=[*wanted.values()]):
             yield from batch.to_pylist()
 
@@ -177,18 +174,18 @@ def _parquet_rows(uri: str, name: str, corpus: CorpusConfig) -> Iterator[dict]:
 def _document(row: dict, position: str, corpus: CorpusConfig) -> Document:
     text = _value(row, "corpus.text_column", corpus.text_column, position)
     if not isinstance(text, str):
-        raise ValueError(
+        raise UserError(
             f"{position}: corpus.text_column={corpus.text_column!r} holds {text!r:.100}, which is not a text. {_MEND}"
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{position} holds half a surrogate pair, which UTF-8 cannot hold. Mend the text.") from error
+        raise UserError(f"{position} holds half a surrogate pair, which UTF-8 cannot hold. Mend the text.") from error
     document_id, domain = position, None
     if corpus.id_column is not None:
         key = _value(row, "corpus.id_column", corpus.id_column, position)
         if key is None:
-            raise ValueError(
+            raise UserError(
                 f"{position}: corpus.id_column={corpus.id_column!r} holds None, which is not an id. {_MEND}"
             )
         document_id = str(key)
@@ -200,7 +197,7 @@ def _document(row: dict, position: str, corpus: CorpusConfig) -> Document:
 
 def _value(row: dict, field: str, column: str, position: str) -> object:
     if column not in row:
-        raise ValueError(_missing(field, column, position, list(row)))
+        raise UserError(_missing(field, column, position, list(row)))
     return row[column]
 
 
@@ -212,6 +209,6 @@ def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}. Re-encode the file."
         ) from error

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from cbtm_ray import files
+from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
 from cbtm_ray.scoring import held_out_documents
 from cbtm_ray.tokens import load_tokenizer
@@ -21,14 +22,14 @@ def make_task(run: Run) -> dict[str, Any]:
     The half of the documents that routing is tuned on is 'train', the half that is reported on 'test'.
 
     Raises:
-        ValueError: the held-out documents are not of two domains.
+        UserError: the held-out documents are not of two domains.
     """
     run.need("shards", "partition_corpus")
     documents = held_out_documents(run)
     counts = Counter(domain for domain in documents.domains if domain)
     labels = sorted(sorted(counts, key=lambda domain: (-counts[domain], domain))[:MAX_LABELS])
     if len(labels) < 2:
-        raise ValueError(
+        raise UserError(
             f"the held-out documents have the domains {labels}, and a task needs 2. Name their column: corpus.domain_column."
         )
     tokenizer = load_tokenizer(run.uri("tokenizer"))

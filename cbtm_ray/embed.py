@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import files
 from cbtm_ray.config import EmbedConfig
+from cbtm_ray.errors import UserError
 
 
 class Context(Protocol):
@@ -79,7 +80,7 @@ class TokenTfidf:
         document_frequency_V = np.bincount(counts_NV.indices, minlength=len(silent_V))
         bound = min(len(documents), int((document_frequency_V > 0).sum()) - 1)
         if dimensions > bound:
-            raise ValueError(
+            raise UserError(
                 f"embed.dimensions={dimensions} must be at most {bound}, what the corpus sample has of documents and of "
                 "different tokens. Lower it or give more documents."
             )

@@ -17,7 +17,7 @@ def map_embedding(rows: list[Row], work: Callable[[Row], Row], gpus: float) -> D
     """`work(row)` for every row, each a task of its own; with `gpus` in a pool of actors that have as many each.
 
     Raises:
-        ValueError: this machine has fewer GPUs than one actor needs.
+        UserError: this machine has fewer GPUs than one actor needs.
     """
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     if not gpus:

@@ -22,6 +22,7 @@ import torch
 from cbtm_ray.batching import Wanted, choose_pass
 from cbtm_ray.contexts import FarRead
 from cbtm_ray.ensemble import Ensemble
+from cbtm_ray.errors import UserError
 from cbtm_ray.kv_cache import Chunk, KVCache, check_attention
 from cbtm_ray.route import check_top_k
 from cbtm_ray.sequence import Request, Sequence, Step
@@ -67,7 +68,7 @@ class Engine:
         """
         for name, value in (("max_sequences", max_sequences), ("cache_tokens", cache_tokens)):
             if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1. Raise it.")
+                raise UserError(f"{name}={value} must be at least 1. Raise it.")
         check_attention(ensemble.any_expert)
         self.ensemble, self._elsewhere = ensemble, elsewhere
         self.failed: list[tuple[int, BaseException]] = []
@@ -97,7 +98,7 @@ class Engine:
             The number that `step` and `cancel` know it by.
 
         Raises:
-            ValueError: it can never run.
+            UserError: it can never run.
         """
         self._check(request)
         number = next(self._ids)
@@ -114,11 +115,11 @@ class Engine:
         """Route to these experts only, from the next step on; running sequences as if it had always been so.
 
         Raises:
-            ValueError: none, or one that the ensemble does not have.
+            UserError: none, or one that the ensemble does not have.
         """
         known = range(self.ensemble.n_experts)
         if not experts or not experts <= set(known):
-            raise ValueError(f"experts={sorted(experts)} must be some of 0 to {known[-1]}. Name at least one.")
+            raise UserError(f"experts={sorted(experts)} must be some of 0 to {known[-1]}. Name at least one.")
         if experts == self.active:
             return
         self.active = set(experts)
@@ -218,20 +219,20 @@ class Engine:
         check_top_k(request.top_k, self.ensemble.n_experts)
         strategy_for(request)
         if request.refresh_tokens < 1:
-            raise ValueError(f"refresh_tokens={request.refresh_tokens} must be at least 1. Raise it.")
+            raise UserError(f"refresh_tokens={request.refresh_tokens} must be at least 1. Raise it.")
         least = 0 if request.echo_logprobs and request.prompt else 1
         if request.max_tokens < least:
-            raise ValueError(f"max_tokens={request.max_tokens} must be at least {least}. Raise it.")
+            raise UserError(f"max_tokens={request.max_tokens} must be at least {least}. Raise it.")
         vocabulary = self.ensemble.any_expert.config.vocab_size
         for token in request.prompt:
             if not 0 <= token < vocabulary:
-                raise ValueError(f"prompt={token} must be token ids from 0 to {vocabulary - 1}.")
+                raise UserError(f"prompt={token} must be token ids from 0 to {vocabulary - 1}.")
         for name, most, needed in (
             ("", self.ensemble.max_length, len(request.prompt) + request.max_tokens),
             (" (cache_tokens)", self._cache_tokens, slots_needed(request)),
         ):
             if needed > most:
-                raise ValueError(
+                raise UserError(
                     f"max_tokens={request.max_tokens} with a prompt of {len(request.prompt)} tokens must be at most "
                     f"{most}{name} together. Shorten the prompt or ask for less."
                 )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbtm_ray import files
 from cbtm_ray.embed import Embedder, load_clusterer
+from cbtm_ray.errors import UserError
 from cbtm_ray.paging import PagedExperts
 from cbtm_ray.route import sparse_weights
 from cbtm_ray.tokens import load_tokenizer
@@ -117,12 +118,12 @@ def load_ensemble(
         device: where they run.
 
     Raises:
-        ValueError: the run is not finished.
+        UserError: the run is not finished.
     """
     from cbtm_ray.branch import expert_folder  # brings Ray, which decoding does without
 
     if not files.exists(files.join(run_dir, "evaluation", "manifest.json")):
-        raise ValueError(f"run_dir={run_dir} is not a finished run. Run first: python -m jobs.run_all --config FILE")
+        raise UserError(f"run_dir={run_dir} is not a finished run. Run first: python -m jobs.run_all --config FILE")
     evaluation = files.read_json(files.join(run_dir, "evaluation", "results.json"))
     ensemble_rows = [row for row in evaluation["rows"] if row["system"] == "cbtm" and row["routing"] == "posterior"]
     tuned = next(row for row in ensemble_rows if row["top_k"] == min(2, row["n_clusters"]))

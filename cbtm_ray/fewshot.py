@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import evaluate, files
 from cbtm_ray.config import task_name
+from cbtm_ray.errors import UserError
 from cbtm_ray.merge import mix_logprobs
 from cbtm_ray.tokens import encode
 
@@ -101,16 +102,16 @@ def read_task(uri: str) -> Task:
     """Read a task's file.
 
     Raises:
-        ValueError: it is missing, a row is not an example, or there are less than two labels.
+        UserError: it is missing, a row is not an example, or there are less than two labels.
     """
     if not files.exists(uri):
-        raise ValueError(f"evaluate.fewshot={uri!r} is not a file. Give a JSONL file of examples.")
+        raise UserError(f"evaluate.fewshot={uri!r} is not a file. Give a JSONL file of examples.")
     data = files.read_bytes(uri)
     lines = (gzip.decompress(data) if uri.endswith(".gz") else data).splitlines()
     rows = [_example(uri, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     labels = sorted({label for _, label, _ in rows})
     if len(labels) < 2:
-        raise ValueError(f"evaluate.fewshot={uri!r} has the labels {labels}, at least 2 are needed. Add examples.")
+        raise UserError(f"evaluate.fewshot={uri!r} has the labels {labels}, at least 2 are needed. Add examples.")
     examples = {
         wanted: [(text, labels.index(label)) for text, label, split in rows if split == wanted] for wanted in SPLITS
     }
@@ -122,10 +123,10 @@ def _example(uri: str, number: int, line: bytes) -> tuple[str, str, str]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}. Correct it.") from error
+        raise UserError(f"{where} is not JSON: {error}. Correct it.") from error
     found: list[Any] = [row.get(key) if isinstance(row, dict) else None for key in ("text", "label", "split")]
     if not all(isinstance(value, str) and value.strip() for value in found) or found[2] not in SPLITS:
-        raise ValueError(f"{where} must have a text, a label and a split ('train' or 'test'), all strings. Correct it.")
+        raise UserError(f"{where} must have a text, a label and a split ('train' or 'test'), all strings. Correct it.")
     return found[0], found[1], found[2]
 
 
@@ -147,11 +148,11 @@ def make_prompts(
         sequence_length: tokens that a sequence may have; every text is cut to an equal share of what the labels leave.
 
     Raises:
-        ValueError: too few examples, or the sequence is too short for the labels.
+        UserError: too few examples, or the sequence is too short for the labels.
     """
     train, test = (task.examples[split] for split in SPLITS)
     if len(train) < shots or not test:
-        raise ValueError(
+        raise UserError(
             f"evaluate.fewshot: {task.name} has {len(train)} examples of 'train' and {len(test)} of 'test'; "
             f"evaluate.fewshot_shots={shots} and one are needed. Add examples or lower the shots."
         )
@@ -160,7 +161,7 @@ def make_prompts(
     longest = max(len(label) for label in labels)
     around = (shots + 1) * (len(new_line) + longest + len(empty_line))
     if (room := (sequence_length - around) // (shots + 1)) < 1:
-        raise ValueError(
+        raise UserError(
             f"tokens.sequence_length={sequence_length} is too short for {shots} examples of {task.name}, whose labels "
             f"have up to {longest} tokens. Lower evaluate.fewshot_shots to at most "
             f"{sequence_length // (around // (shots + 1) + 1) - 1}."

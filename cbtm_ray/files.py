@@ -27,6 +27,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
+from cbtm_ray.errors import UserError
+
 _COPY_CHUNK_BYTES = 8 << 20
 _LOCAL = fs.LocalFileSystem()
 _S3_ATTEMPTS = 5  # of one request: it fails after 8 s where nothing listens, after 25 s where nothing answers
@@ -90,7 +92,7 @@ def reaching(field: str, uri: str) -> Iterator[None]:
     """First contact with a place that the user named.
 
     Raises:
-        ValueError: it cannot be reached: the field, the URI, the reason and what to do.
+        UserError: it cannot be reached: the field, the URI, the reason and what to do.
     """
     try:
         yield
@@ -98,7 +100,7 @@ def reaching(field: str, uri: str) -> Iterator[None]:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         reason = refusal(error) or str(error).splitlines()[0]
-        raise ValueError(f"{field}={uri} cannot be reached: {reason}") from error
+        raise UserError(f"{field}={uri} cannot be reached: {reason}") from error
 
 
 def join(uri: str, *parts: str) -> str:

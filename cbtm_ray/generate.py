@@ -16,7 +16,7 @@ def generate(
     """Tokens after a prompt, as they come; ends after `max_tokens` or with the end-of-text token, which is given too.
 
     Raises:
-        ValueError: the request cannot run (see `Engine.add`).
+        UserError: the request cannot run (see `Engine.add`).
     """
     request = Request(prompt=prompt, max_tokens=max_tokens, top_k=top_k, sampling=sampling, strategy=strategy)
     return run(ensemble, request)

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from cbtm_ray.cli import refuse
+from cbtm_ray.errors import UserError
 from cbtm_ray.models import save_model
 
 
@@ -18,7 +19,7 @@ def convert(gguf_file: Path, uri: str) -> int:
     """Write model (float32, whatever it was quantised to) and tokenizer to a folder; how many parameters it has.
 
     Raises:
-        ValueError: it is not such a file, or the packages gguf and accelerate are not installed.
+        UserError: it is not such a file, or the packages gguf and accelerate are not installed.
     """
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     try:
@@ -27,7 +28,7 @@ def convert(gguf_file: Path, uri: str) -> int:
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError, ImportError, struct.error) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{gguf_file} cannot be read as a model: {first}") from error
+        raise UserError(f"{gguf_file} cannot be read as a model: {first}") from error
     save_model(_plain(model), tokenizer, uri)
     return model.num_parameters()
 
@@ -49,7 +50,7 @@ def main(description: str | None) -> int:
     options = parser.parse_args()
     try:
         n_parameters = convert(options.gguf_file, options.folder)
-    except ValueError as error:
+    except UserError as error:
         return refuse(str(error))
     print(f"{options.folder}: {n_parameters:,} parameters. Start from it with")
     print(f"seed_model.name_or_path={options.folder} tokens.tokenizer={options.folder}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cbtm_ray import files
 from cbtm_ray.documents import list_shards
+from cbtm_ray.errors import UserError
 from cbtm_ray.installed_docs import package_folder
 from cbtm_ray.run import Run
 
@@ -12,7 +13,7 @@ def check_inputs(run: Run) -> None:
     """Look for the documents, and for the folders of models, that the unfinished stages of a run begin with.
 
     Raises:
-        ValueError: one is not there; or a package is not installed on this machine.
+        UserError: one is not there; or a package is not installed on this machine.
     """
     config = run.config
     if run.manifest("corpus") is None:
@@ -34,7 +35,7 @@ def check_inputs(run: Run) -> None:
             continue
         with files.reaching(field, folder):
             if not files.exists(folder):
-                raise ValueError(f"{field}={folder!r} does not exist. Give a folder that does, or leave the field out.")
+                raise UserError(f"{field}={folder!r} does not exist. Give a folder that does, or leave the field out.")
 
 
 def _is_path(name: str) -> bool:

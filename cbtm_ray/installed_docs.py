@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cbtm_ray.documents import Document
+from cbtm_ray.errors import UserError
 
 MIN_CHARACTERS = 200
 _LONG_STRING = re.compile(rb'("""|\'\'\').{%d}' % MIN_CHARACTERS, re.DOTALL)
@@ -23,7 +24,7 @@ def package_documents(package: str, max_bytes: int) -> Iterator[Document]:
     Ids are hashes of the text. The package is read, never imported.
 
     Raises:
-        ValueError: the package is not installed.
+        UserError: the package is not installed.
     """
     seen: set[str] = set()
     budget_bytes = max_bytes
@@ -40,10 +41,10 @@ def package_documents(package: str, max_bytes: int) -> Iterator[Document]:
 
 
 def package_folder(package: str) -> Path:
-    """Where an installed package lies. ValueError if it does not, or is a single file."""
+    """Where an installed package lies. UserError if it does not, or is a single file."""
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"corpus.packages: {package!r} is not an installed package. Install it or take it out.")
+        raise UserError(f"corpus.packages: {package!r} is not an installed package. Install it or take it out.")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cbtm_ray.cluster_keys import KUBERAY, Keys, check_keys
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import load_config
 
 API_VERSION = "ray.io/v1"
@@ -28,25 +29,25 @@ CLUSTER_FIELD = {"RayCluster": None, "RayJob": "rayClusterSpec", "RayService": "
 
 
 def check_manifest(tree: dict[str, Any]) -> str:
-    """A manifest of one of KubeRay's kinds: what it is in a line; ValueError with the field if something is not right."""
+    """A manifest of one of KubeRay's kinds: what it is in a line; UserError with the field if something is not right."""
     if tree["apiVersion"] != API_VERSION:
-        raise ValueError(f"apiVersion={tree['apiVersion']!r} must be {API_VERSION!r}.")
+        raise UserError(f"apiVersion={tree['apiVersion']!r} must be {API_VERSION!r}.")
     kind = tree.get("kind")
     if kind not in KUBERAY:
-        raise ValueError(f"kind={kind!r} must be one of {', '.join(KUBERAY)}.")
+        raise UserError(f"kind={kind!r} must be one of {', '.join(KUBERAY)}.")
     check_keys(tree, {"apiVersion": None, "kind": None, "metadata": None, "spec": KUBERAY[kind]}, kind)
     if not (isinstance(tree.get("metadata"), dict) and tree["metadata"].get("name")):
-        raise ValueError("metadata.name is missing. Add it.")
+        raise UserError("metadata.name is missing. Add it.")
     spec, field = tree.get("spec", {}), CLUSTER_FIELD[kind]
     where = f"spec.{field}" if field else "spec"
     cluster = spec.get(field) if field else spec
     if not cluster:
-        raise ValueError(f"{where} is missing. Describe the cluster there.")
+        raise UserError(f"{where} is missing. Describe the cluster there.")
     _check_cluster(cluster, where)
     if kind == "RayJob":
         _check_entrypoint(spec.get("entrypoint", ""))
         if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
-            raise ValueError("spec.ttlSecondsAfterFinished needs shutdownAfterJobFinishes: true. Set it.")
+            raise UserError("spec.ttlSecondsAfterFinished needs shutdownAfterJobFinishes: true. Set it.")
     if kind == "RayService":
         _check_serve_config(spec.get("serveConfigV2", ""))
     groups = ", ".join(f"{group['groupName']} up to {group['maxReplicas']}" for group in cluster["workerGroupSpecs"])
@@ -54,10 +55,10 @@ def check_manifest(tree: dict[str, Any]) -> str:
 
 
 def check_version(ray: str, where: str) -> None:
-    """ValueError if an image's name or a version is not of the Ray that requirements.txt installs."""
+    """UserError if an image's name or a version is not of the Ray that requirements.txt installs."""
     wanted = ray_version()
     if not re.search(rf"(^|[:-]){re.escape(wanted)}($|-)", ray):
-        raise ValueError(
+        raise UserError(
             f"{where}={ray!r} must be of Ray {wanted}, as in requirements.txt: nodes and clients must agree."
         )
 
@@ -74,22 +75,22 @@ def ray_version() -> str:
 def _check_cluster(cluster: dict[str, Any], where: str) -> None:
     check_version(str(cluster.get("rayVersion", "")), f"{where}.rayVersion")
     if cluster.get("authOptions", {}).get("mode") != "token":
-        raise ValueError(f"{where}.authOptions.mode must be 'token', or anyone who reaches the head may send it code.")
+        raise UserError(f"{where}.authOptions.mode must be 'token', or anyone who reaches the head may send it code.")
     head = cluster.get("headGroupSpec", {})
     if head.get("rayStartParams", {}).get("num-cpus") != "0":
-        raise ValueError(f'{where}.headGroupSpec.rayStartParams.num-cpus must be "0": no work on the head. Set it.')
+        raise UserError(f'{where}.headGroupSpec.rayStartParams.num-cpus must be "0": no work on the head. Set it.')
     if not cluster.get("workerGroupSpecs"):
-        raise ValueError(f"{where}.workerGroupSpecs is empty, and the head does no work. Add a group.")
+        raise UserError(f"{where}.workerGroupSpecs is empty, and the head does no work. Add a group.")
     v2 = cluster.get("autoscalerOptions", {}).get("version") == "v2"
     _check_pod(head, f"{where}.headGroupSpec", v2)
     for index, group in enumerate(cluster["workerGroupSpecs"]):
         place = f"{where}.workerGroupSpecs[{index}]"
         for key in ("groupName", "minReplicas", "maxReplicas"):
             if key not in group:
-                raise ValueError(f"{place}.{key} is missing. Add it.")
+                raise UserError(f"{place}.{key} is missing. Add it.")
         least, most = group["minReplicas"], group["maxReplicas"]
         if not 0 <= least <= group.get("replicas", least) <= most:
-            raise ValueError(
+            raise UserError(
                 f"{place}: minReplicas={least}, replicas={group.get('replicas', least)} and maxReplicas={most} must be in "
                 "order, from 0. Change one of them."
             )
@@ -100,9 +101,9 @@ def _check_pod(group: dict[str, Any], where: str, autoscaler_v2: bool) -> None:
     pod = group.get("template", {}).get("spec", {})
     restart, containers = pod.get("restartPolicy", "Never"), pod.get("containers")
     if autoscaler_v2 and restart != "Never":
-        raise ValueError(f"{where}.template.spec.restartPolicy={restart!r} must be 'Never' with version v2. Remove it.")
+        raise UserError(f"{where}.template.spec.restartPolicy={restart!r} must be 'Never' with version v2. Remove it.")
     if not containers:
-        raise ValueError(f"{where}.template.spec.containers is missing. Add one with an image.")
+        raise UserError(f"{where}.template.spec.containers is missing. Add one with an image.")
     check_version(containers[0].get("image", ""), f"{where}.template.spec.containers[0].image")
 
 
@@ -110,18 +111,18 @@ def _check_entrypoint(entrypoint: str) -> None:
     """A command line of one of the jobs, with a configuration that loads and a run directory that all nodes reach."""
     words = shlex.split(entrypoint)
     if words[:2] != ["python", "-m"] or words[3:4] != ["--config"] or len(words) < 5:
-        raise ValueError(
+        raise UserError(
             f"spec.entrypoint={entrypoint!r} must be: python -m jobs.NAME --config FILE [section.key=value]."
         )
     name = words[2]
     if not name.startswith("jobs.") or importlib.util.find_spec(name) is None:
-        raise ValueError(f"spec.entrypoint: {name} is not a job. Give one of jobs/, such as jobs.run_all.")
+        raise UserError(f"spec.entrypoint: {name} is not a job. Give one of jobs/, such as jobs.run_all.")
     try:
         config = load_config(words[4], words[5:])
-    except ValueError as error:
-        raise ValueError(f"spec.entrypoint: {error}") from error
+    except UserError as error:
+        raise UserError(f"spec.entrypoint: {error}") from error
     if "://" not in config.run.dir:
-        raise ValueError(f"spec.entrypoint: run.dir={config.run.dir} must be a URI: pods share no disk.")
+        raise UserError(f"spec.entrypoint: run.dir={config.run.dir} must be a URI: pods share no disk.")
 
 
 def _check_serve_config(text: str) -> None:
@@ -138,14 +139,14 @@ def _check_serve_config(text: str) -> None:
         ServeDeploySchema.model_validate(tree)
         for application in tree["applications"]:
             if application["import_path"] != "serve.app:build":
-                raise ValueError(f"import_path={application['import_path']!r} must be 'serve.app:build'.")
+                raise UserError(f"import_path={application['import_path']!r} must be 'serve.app:build'.")
             AppArguments(**application.get("args", {}))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"spec.serveConfigV2: {name}: {first['msg']}.") from error
-    except ValueError as error:
-        raise ValueError(f"spec.serveConfigV2: {error}") from error
+        raise UserError(f"spec.serveConfigV2: {name}: {first['msg']}.") from error
+    except UserError as error:
+        raise UserError(f"spec.serveConfigV2: {error}") from error
 
 
 def _fields(model: type[BaseModel]) -> Keys:

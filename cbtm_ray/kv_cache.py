@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
 
+from cbtm_ray.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -56,9 +58,9 @@ def passes(chunks: list[tuple[T, Chunk]]) -> Iterator[list[tuple[T, Chunk]]]:
 
 
 def check_attention(model: PreTrainedModel) -> None:
-    """ValueError: the model attends to a window only, which the masks here do not know."""
+    """UserError: the model attends to a window only, which the masks here do not know."""
     if getattr(model.config, "sliding_window", None) is not None:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has sliding_window={model.config.sliding_window}, which decoding cannot do. "
             "Use a model that attends to its whole context."
         )

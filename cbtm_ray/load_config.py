@@ -11,6 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cbtm_ray.config import Config
+from cbtm_ray.errors import UserError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -21,7 +22,7 @@ def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) ->
     keys = [loader.construct_object(key) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{key} stands twice, the second time at line {node.start_mark.line + 1} or below. Keep one."
             )
     return loader.construct_mapping(node, deep=True)
@@ -34,18 +35,18 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply overrides such as `train.total_tokens=100000`, and validate.
 
     Raises:
-        ValueError: one line that names the field, its value, what is allowed and the nearest valid key.
+        UserError: one line that names the field, its value, what is allowed and the nearest valid key.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--config={path} is not a file. Give a YAML file such as configs/quickstart.yaml.")
+        raise UserError(f"--config={path} is not a file. Give a YAML file such as configs/quickstart.yaml.")
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config={path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config={path} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:
-        raise ValueError(f"--config={path}: {error}") from error
+        raise UserError(f"--config={path}: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"--config={path} must hold sections such as 'run:' and 'corpus:'.")
+        raise UserError(f"--config={path} must hold sections such as 'run:' and 'corpus:'.")
     for override in overrides or []:
         _apply_override(tree, override)
     return build_config(tree)
@@ -56,7 +57,7 @@ def build_config(tree: dict[str, Any]) -> Config:
     try:
         return TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_explain(item) for item in error.errors()[:3])) from error
+        raise UserError("; ".join(_explain(item) for item in error.errors()[:3])) from error
 
 
 def config_tree(config: Config) -> dict[str, Any]:
@@ -77,15 +78,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):
-        raise ValueError(
-            f"{override!r} is not an override. Write section.key=value, such as train.total_tokens=100000."
-        )
+        raise UserError(f"{override!r} is not an override. Write section.key=value, such as train.total_tokens=100000.")
     if not isinstance(tree.setdefault(section, {}), dict):
-        raise ValueError(f"{section}={tree[section]!r} must be a section with keys.")
+        raise UserError(f"{section}={tree[section]!r} must be a section with keys.")
     try:
         tree[section][name] = yaml.load(text, _UniqueKeyLoader) if text else None
     except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not valid YAML. Quote it.") from error
+        raise UserError(f"{override!r}: the value is not valid YAML. Quote it.") from error
 
 
 def _explain(item: Any) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from cbtm_ray.errors import UserError
+
 if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what it takes seconds to import
     from transformers import PreTrainedModel
 
@@ -37,7 +39,7 @@ def loss_function(
         border: token that begins a document; tokens then attend within their own only. None: to all before them.
 
     Raises:
-        ValueError: the model does not keep documents apart.
+        UserError: the model does not keep documents apart.
     """
 
     def plain(batch: torch.Tensor) -> torch.Tensor:
@@ -141,7 +143,7 @@ def _check_documents_stay_apart(model: PreTrainedModel, example: torch.Tensor, b
         influence = (logits(both, None) - alone).abs().max()
         if (apart - alone).abs().max() <= 0.01 * influence + 1e-5 * alone.abs().max():
             return
-    raise ValueError(
+    raise UserError(
         f"train.cross_documents=False does not work with {type(model).__name__}, whose layers do not keep the documents of "
         "a sequence apart. Set train.cross_documents=true."
     ) from reason

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.models import load_model
 
 NOT_ARCHITECTURE = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
@@ -45,7 +46,7 @@ def average_weights(models: Sequence[PreTrainedModel | str], weights_K: np.ndarr
         weights_K: non-negative and of sum 1, one for each model. None: all alike.
 
     Raises:
-        ValueError: the weights are not such, or a model differs from the first in architecture or shapes.
+        UserError: the weights are not such, or a model differs from the first in architecture or shapes.
     """
     weights_K = (
         np.full(len(models), 1 / max(len(models), 1)) if weights_K is None else np.asarray(weights_K, np.float64)
@@ -66,11 +67,11 @@ def average_weights(models: Sequence[PreTrainedModel | str], weights_K: np.ndarr
 
 def _check_weights(weights_K: np.ndarray, n_models: int) -> None:
     if not n_models or weights_K.shape != (n_models,):
-        raise ValueError(
+        raise UserError(
             f"weights_K has {weights_K.size} weights for {n_models} models. Give at least one model, one each."
         )
     if not (weights_K >= 0).all() or abs(weights_K.sum() - 1) > 1e-6:
-        raise ValueError(
+        raise UserError(
             f"weights_K={weights_K.tolist()} must be non-negative and sum to 1, not {weights_K.sum():g}. "
             "Divide them by their sum."
         )
@@ -83,7 +84,7 @@ def _check_alike(first: PreTrainedModel, model: PreTrainedModel, index: int) -> 
     else:
         differing = [f"architecture, {type(model).__name__} and {type(first).__name__}"]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"models[{index}] differs from models[0] in {', '.join(differing[:3])}: only experts of one seed can be "
             "averaged. Leave it out."
         )

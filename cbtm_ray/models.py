@@ -17,6 +17,7 @@ from transformers import (
 
 from cbtm_ray import files
 from cbtm_ray.config import SeedModelConfig
+from cbtm_ray.errors import UserError
 from cbtm_ray.tokens import load_tokenizer
 
 
@@ -46,7 +47,7 @@ def load_model(uri_or_name: str) -> PreTrainedModel:
     """A causal LM in float32 from a folder, a URI of one, or a Hugging Face name.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     try:
         if files.exists(uri_or_name):
@@ -55,22 +56,22 @@ def load_model(uri_or_name: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(uri_or_name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"no causal language model can be loaded from {uri_or_name!r}: {first}") from error
+        raise UserError(f"no causal language model can be loaded from {uri_or_name!r}: {first}") from error
 
 
 def check_tokenizer(uri_or_name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError if the model was trained with another tokenizer, as far as its folder has one."""
+    """UserError if the model was trained with another tokenizer, as far as its folder has one."""
     if files.exists(uri_or_name) and not files.exists(files.join(uri_or_name, "tokenizer_config.json")):
         return
     if load_tokenizer(uri_or_name).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
+        raise UserError(
             f"tokens.tokenizer gives other tokens than those that the model of {uri_or_name!r} knows. Set it to that model "
             "too, in a new run.dir."
         )
 
 
 def load_model_config(uri_or_name: str, *, local_files_only: bool = False) -> PretrainedConfig:
-    """The configuration of a model that `load_model` loads, without its weights. OSError or ValueError if there is none."""
+    """The configuration of a model that `load_model` loads, without its weights. OSError or UserError if there is none."""
     if not files.exists(config_json := files.join(uri_or_name, "config.json")):
         return AutoConfig.from_pretrained(uri_or_name, local_files_only=local_files_only)
     with tempfile.TemporaryDirectory() as folder:

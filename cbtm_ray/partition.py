@@ -28,6 +28,7 @@ from cbtm_ray.distances import squared_distances
 from cbtm_ray.documents import Document, Shard, is_held_out, read_shard
 from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.embed_workers import map_embedding
+from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import encode, load_tokenizer
 
@@ -49,7 +50,7 @@ def partition_corpus(run: Run) -> dict[str, Any]:
     """Stage `shards/{train,valid}/`: documents and tokens of every cluster.
 
     Raises:
-        ValueError: a stage before is not finished; an input shard changed since the corpus was built, by name and counts.
+        UserError: a stage before is not finished; an input shard changed since the corpus was built, by name and counts.
     """
     counted = run.need("corpus", "build_corpus")["shards"]
     run.need("clusterer", "fit_clusters")
@@ -80,7 +81,7 @@ class Totals:
     def check_none_empty(self) -> None:
         empty = np.flatnonzero(self.documents_K == 0).tolist()
         if empty:
-            raise ValueError(
+            raise UserError(
                 f"cluster.n_clusters={len(self.documents_K)}: clusters {empty} have no document. Lower it or give more "
                 "documents."
             )
@@ -181,18 +182,18 @@ def tools(config: Config) -> tuple[PreTrainedTokenizerBase, Embedder, torch.Tens
 def _check(row: dict[str, Any], split: str, documents: int) -> None:
     expected = row[f"{split}_documents"]
     if documents != expected:
-        raise ValueError(
+        raise UserError(
             f"corpus.paths: {row['names'][0]} gave {documents} documents for {split}, {expected} when the corpus was "
             "built: the file changed. Restore it, or start again in another run.dir."
         )
 
 
 def _read_counts(uri: str) -> dict[str, list[int]]:
-    """Counts per cluster from the footer. ValueError if they are not those of the rows: the file is damaged."""
+    """Counts per cluster from the footer. UserError if they are not those of the rows: the file is damaged."""
     filesystem, path = files.resolve(uri)
     with filesystem.open_input_file(path) as stream:
         metadata = pq.ParquetFile(stream).metadata
     counts = json.loads((metadata.metadata or {}).get(b"counts", b"{}"))
     if sum(counts.get("documents", ())) != metadata.num_rows:
-        raise ValueError(f"{uri} holds {metadata.num_rows} documents, but not those it was made with. Delete it.")
+        raise UserError(f"{uri} holds {metadata.num_rows} documents, but not those it was made with. Delete it.")
     return counts

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from cbtm_ray import flops
 from cbtm_ray.config import Config, SeedModelConfig
 from cbtm_ray.discover import SHARD_ROWS
+from cbtm_ray.errors import UserError
 from cbtm_ray.models import load_model_config
 from cbtm_ray.shard_steps import GROUPS
 from cbtm_ray.tokens import load_tokenizer
@@ -142,7 +143,7 @@ def make_plan(config: Config, devices: Devices) -> Plan:
     """The plan of a configuration on these devices.
 
     Raises:
-        ValueError: the model or tokenizer is not on this machine, or not even one expert fits the devices.
+        UserError: the model or tokenizer is not on this machine, or not even one expert fits the devices.
     """
     train, n_clusters = config.train, config.cluster.n_clusters
     model = model_of(config)
@@ -176,7 +177,7 @@ def make_plan(config: Config, devices: Devices) -> Plan:
 def _slots(share: float, most: int | None, count: int) -> int:
     slots = min(int(count / share), most or count * 1000)
     if slots < 1:
-        raise ValueError(
+        raise UserError(
             f"--gpus={count} is less than the {share:g} that one expert takes. Give more, or lower its share."
         )
     return slots
@@ -215,7 +216,7 @@ def clusterer_bytes(config: Config) -> int:
 
 
 def model_of(config: Config) -> Model:
-    """Sizes of the seed model; ValueError if its configuration is not on this machine."""
+    """Sizes of the seed model; UserError if its configuration is not on this machine."""
     name = config.seed_model.name_or_path
     if name is None:
         return _new_model(config.seed_model, _vocabulary(config))
@@ -224,7 +225,7 @@ def model_of(config: Config) -> Model:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(loaded)
     except ValueError as error:
-        raise ValueError(f"seed_model.name_or_path={name!r} is not a causal language model. Give one.") from error
+        raise UserError(f"seed_model.name_or_path={name!r} is not a causal language model. Give one.") from error
     return Model(
         parameters=sum(p.numel() for p in model.parameters()),
         matrix_parameters=flops.parameters(model),
@@ -238,7 +239,7 @@ def _read_config(name: str, field: str) -> PretrainedConfig:
     try:
         return load_model_config(name, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{field}={name!r} must be the folder of a model, or in the local cache of Hugging Face: a plan downloads "
             f"nothing. Fetch it first: hf download {name} config.json"
         ) from error

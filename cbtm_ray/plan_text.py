@@ -7,6 +7,7 @@ import math
 
 from cbtm_ray.cli import refuse
 from cbtm_ray.config import Config
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import load_config
 from cbtm_ray.plan import PEAK_TFLOPS, SHARD_BYTES_PER_TOKEN, STATE_BYTES, Devices, Plan, make_plan, makespan
 
@@ -26,9 +27,9 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         if options.corpus_tokens is not None and options.corpus_tokens < 1:
-            raise ValueError(f"--corpus-tokens={options.corpus_tokens} must be at least 1. Leave it out if unknown.")
+            raise UserError(f"--corpus-tokens={options.corpus_tokens} must be at least 1. Leave it out if unknown.")
         plan = make_plan(config, _devices(options, config))
-    except ValueError as error:
+    except UserError as error:
         return refuse(str(error))
     for name, value, note in rows(config, plan, options.corpus_tokens):
         print(f"{name:<28}{value:>22}  {note}".rstrip())
@@ -37,21 +38,21 @@ def main(description: str, arguments: list[str] | None = None) -> int:
 
 def _devices(options: argparse.Namespace, config: Config) -> Devices:
     if options.gpus < 1:
-        raise ValueError(f"--gpus={options.gpus} must be at least 1.")
+        raise UserError(f"--gpus={options.gpus} must be at least 1.")
     if not 0 < options.utilisation <= 1:
-        raise ValueError(f"--utilisation={options.utilisation} must be above 0 and at most 1, such as 0.3.")
+        raise UserError(f"--utilisation={options.utilisation} must be above 0 and at most 1, such as 0.3.")
     if not 0 <= options.price_per_hour < math.inf:
-        raise ValueError(f"--price-per-hour={options.price_per_hour} must be 0 or more.")
+        raise UserError(f"--price-per-hour={options.price_per_hour} must be 0 or more.")
     if options.tflops is not None and not 0 < options.tflops < math.inf:
-        raise ValueError(f"--tflops={options.tflops} must be above 0.")
+        raise UserError(f"--tflops={options.tflops} must be above 0.")
     peak = options.tflops or PEAK_TFLOPS.get(options.gpu, {}).get(config.train.precision)
     if peak is None:
-        raise ValueError(
+        raise UserError(
             f"--gpu={options.gpu} needs --tflops, the peak of one device in 1e12 FLOPs a second with "
             f"train.precision={config.train.precision}."
         )
     if options.gpu != "other" and not config.train.gpus_per_expert:
-        raise ValueError(
+        raise UserError(
             "train.gpus_per_expert=0 trains on CPUs. Plan for GPUs with train.gpus_per_expert=1, or give "
             "--gpu other --tflops X for a CPU core."
         )

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.progress import note
 
 _POLL_S = "0.5"
@@ -31,12 +32,12 @@ def capacity(kind: str) -> float:
 
 
 def check_fits(field: str, kind: str, wanted: float) -> None:
-    """ValueError: what one process is to have is more than this machine has. On a cluster, which may grow, a note of it."""
+    """UserError: what one process is to have is more than this machine has. On a cluster, which may grow, a note of it."""
     most = capacity(kind)
     if wanted <= most:
         return
     if not os.environ.get("RAY_ADDRESS"):
-        raise ValueError(f"{field}={wanted:g} must be at most the {kind}s of this machine, {most:g}. Lower it.")
+        raise UserError(f"{field}={wanted:g} must be at most the {kind}s of this machine, {most:g}. Lower it.")
     note(f"{field}={wanted:g} is more than the {kind}s that Ray knows of, {most:g}: waits for nodes, see `ray status`.")
 
 
@@ -64,7 +65,7 @@ def ray_session(local_cpus: int | None = None) -> Iterator[None]:
     ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
-    data_context.raise_original_map_exception = True  # a user's ValueError arrives as one
+    data_context.raise_original_map_exception = True  # a UserError arrives as one
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log as errors arrives as exceptions too
     try:

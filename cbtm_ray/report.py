@@ -19,6 +19,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from cbtm_ray import plots
+from cbtm_ray.errors import UserError
 
 Row = dict[str, Any]
 
@@ -73,17 +74,17 @@ class ReportData:
         for name, keys in _KEYS.items():
             for i, row in enumerate(getattr(self, name)):
                 if missing := [key for key in keys if key not in row]:
-                    raise ValueError(f"{name}[{i}] has no {', '.join(missing)}; it needs all of: {', '.join(keys)}.")
+                    raise UserError(f"{name}[{i}] has no {', '.join(missing)}; it needs all of: {', '.join(keys)}.")
         systems = Counter(row["system"] for row in self.results)
         if systems["dense"] != 1 or not systems["cbtm"]:
             found = f"results={dict(systems)} must hold one row of 'dense' and at least one of 'cbtm'"
-            raise ValueError(f"{found}. Run the evaluation of the dense control and of the ensemble again.")
+            raise UserError(f"{found}. Run the evaluation of the dense control and of the ensemble again.")
         if (chosen := sum(bool(row.get("chosen")) for row in self.results)) != 1:
-            raise ValueError(
+            raise UserError(
                 f"results={chosen} rows are 'chosen'; exactly one ensemble is, the best on the tuning half."
             )
         if len(lengths := {len(self.map2d.get(key, ())) for key in ("x", "y", "cluster")}) > 1:
-            raise ValueError(f"map2d has lists of lengths {sorted(lengths)}; x, y and cluster must be equally long.")
+            raise UserError(f"map2d has lists of lengths {sorted(lengths)}; x, y and cluster must be equally long.")
 
 
 def render_report(data: ReportData) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.signal import lfilter
 
+from cbtm_ray.errors import UserError
+
 
 def embedding_scores(squared_distances_TK: np.ndarray, temperature: float, *, legacy_d4: bool = False) -> np.ndarray:
     """The paper's routing (section 2): w_j proportional to exp(-||h - c_j||^2 / T).
@@ -57,7 +59,7 @@ def nearest(squared_distances_TK: np.ndarray, n_nearest: int) -> np.ndarray:
 
 def check_top_k(top_k: int, n_experts: int) -> None:
     if not 1 <= top_k <= n_experts:
-        raise ValueError(f"top_k={top_k} must be between 1 and the number of experts, {n_experts}. Change it.")
+        raise UserError(f"top_k={top_k} must be between 1 and the number of experts, {n_experts}. Change it.")
 
 
 def sparse_weights(scores_TK: np.ndarray, top_k: int) -> np.ndarray:

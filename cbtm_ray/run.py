@@ -19,6 +19,7 @@ from typing import Any
 
 from cbtm_ray import files
 from cbtm_ray.config import CONTROLS, EXECUTION_FIELDS, SPLIT_CONTROLS, Config
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import config_tree, dump_config
 
 _TRAINING = ("train", "-train.controls", "tokens.sequence_length")
@@ -83,7 +84,7 @@ class Run:
         """Refuse a run directory that another configuration made.
 
         Raises:
-            ValueError: one line with every field that differs, and what to do.
+            UserError: one line with every field that differs, and what to do.
         """
         for stage in STAGE_SETTINGS:
             settings_uri = self.uri(stage, "settings.json")
@@ -96,7 +97,7 @@ class Run:
                 if made_with.get(name) != now.get(name)
             ]
             if differing:
-                raise ValueError(
+                raise UserError(
                     f"run.dir={self.dir} was made with another configuration: {', '.join(differing)}. "
                     f"Give another run.dir, restore the field, or delete {self.uri(stage)} and the stages after it."
                 )
@@ -105,7 +106,7 @@ class Run:
         """Check the directory, then keep the resolved configuration in it.
 
         Raises:
-            ValueError: another configuration made it, or it cannot be reached: why, and what to do.
+            UserError: another configuration made it, or it cannot be reached: why, and what to do.
         """
         with files.reaching("run.dir", self.dir):
             self.check()
@@ -117,10 +118,10 @@ class Run:
         return files.read_json(uri) if files.exists(uri) else None
 
     def need(self, folder: str, job: str) -> dict[str, Any]:
-        """The manifest of an earlier stage; ValueError with the command that makes it if there is none."""
+        """The manifest of an earlier stage; UserError with the command that makes it if there is none."""
         manifest = self.manifest(folder)
         if manifest is None:
-            raise ValueError(f"{self.uri(folder)} is not finished. Run first: python -m jobs.{job} --config FILE")
+            raise UserError(f"{self.uri(folder)} is not finished. Run first: python -m jobs.{job} --config FILE")
         return manifest
 
     def start(self, stage: str) -> None:
@@ -154,7 +155,7 @@ class Run:
         self.start(name)
         try:
             manifest = work()
-        except ValueError:
+        except UserError:
             self._untie(name)
             raise
         return self.finish(name, {**manifest, "seconds": round(time.perf_counter() - started, 1)}), True

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cbtm_ray.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Settings that apply in the order of the fields, to the mixture's log-probabilities where other libraries have logits.
 
     Raises:
-        ValueError: a setting is out of its bounds.
+        UserError: a setting is out of its bounds.
     """
 
     repetition_penalty: float = 1.0
@@ -44,7 +46,7 @@ class Sampling:
         }
         for name, (holds, bound) in allowed.items():
             if not holds:
-                raise ValueError(f"{name}={getattr(self, name)} must be {bound}. Change it.")
+                raise UserError(f"{name}={getattr(self, name)} must be {bound}. Change it.")
 
     @property
     def penalises(self) -> bool:

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.sampling import draw
 from cbtm_ray.sequence import Request, Sequence, Step
 
@@ -152,15 +153,15 @@ def strategy_for(request: Request) -> str:
     """The name of the strategy that a request runs with.
 
     Raises:
-        ValueError: it is unknown, or would not be exact.
+        UserError: it is unknown, or would not be exact.
     """
     exact = request.sampling.plain and request.top_logprobs is None
     if request.strategy == "auto":
         return "ancestral" if exact else "speculative"
     if request.strategy not in STRATEGIES:
-        raise ValueError(f"strategy={request.strategy!r} must be one of {', '.join(STRATEGIES)} or auto. Choose one.")
+        raise UserError(f"strategy={request.strategy!r} must be one of {', '.join(STRATEGIES)} or auto. Choose one.")
     if request.strategy == "ancestral" and not exact:
-        raise ValueError(
+        raise UserError(
             "strategy='ancestral' must be asked for without log-probabilities, at temperature 1 and without truncation or "
             "penalties: it would not be exact. Use auto."
         )

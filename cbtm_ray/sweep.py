@@ -24,6 +24,7 @@ from rich.table import Table
 from cbtm_ray import files, pipeline, plots, progress
 from cbtm_ray.branch import DENSE
 from cbtm_ray.config import Config
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config, config_tree
 from cbtm_ray.report import page_template
 from cbtm_ray.run import Run
@@ -35,7 +36,7 @@ def sweep_clusters(sweep: Run) -> None:
     """Do what is missing of a sweep, then write and print its table.
 
     Raises:
-        ValueError: a point is not valid, or was made with another configuration, before any is begun; or a run to compare
+        UserError: a point is not valid, or was made with another configuration, before any is begun; or a run to compare
             with is of another corpus.
     """
     config = sweep.config
@@ -66,7 +67,7 @@ def sweep_clusters(sweep: Run) -> None:
 
 
 def point_config(config: Config, n_clusters: int, total_tokens: int) -> Config:
-    """The configuration of one point. ValueError if the sweep's does not allow it."""
+    """The configuration of one point. UserError if the sweep's does not allow it."""
     tree = config_tree(config)
     tree["cluster"]["n_clusters"], tree["train"]["total_tokens"] = n_clusters, total_tokens
     return build_config(tree)
@@ -88,10 +89,10 @@ def _do(run: Run, *jobs: str) -> None:
 
 
 def _dense_row(config: Config, uri: str) -> Row:
-    """The dense control of a finished run. ValueError unless it was measured on the sweep's held-out tokens."""
+    """The dense control of a finished run. UserError unless it was measured on the sweep's held-out tokens."""
     folder = files.absolute(uri)
     if not files.exists(files.join(folder, "evaluation", "manifest.json")):
-        raise ValueError(
+        raise UserError(
             f"sweep.dense_runs={uri!r} is not a finished run. Run first: python -m jobs.run_all --config FILE"
         )
     other = Run(build_config(yaml.safe_load(files.read_bytes(files.join(folder, "config.yaml")))))
@@ -99,7 +100,7 @@ def _dense_row(config: Config, uri: str) -> Row:
     if differing := [
         f"{name}={theirs[name]!r} (the sweep has {ours[name]!r})" for name in ours if theirs[name] != ours[name]
     ]:
-        raise ValueError(
+        raise UserError(
             f"sweep.dense_runs={uri!r} has {', '.join(differing)}: perplexities of other tokens do not compare. Leave it out."
         )
     rows = files.read_json(files.join(folder, "evaluation", "results.json"))["rows"]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from cbtm_ray.errors import UserError
+
 _INCOMPLETE = "\ufffd"  # how a decoder shows bytes that are no character, or not yet
 
 
@@ -13,9 +15,9 @@ class TextAssembler:
     """Gives text as soon as it is sure: characters whose last byte has come, and nothing that may begin a stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        """ValueError: a stop string is empty."""
+        """UserError: a stop string is empty."""
         if not all(stop):
-            raise ValueError("stop='' must be at least one character. Leave it out.")
+            raise UserError("stop='' must be at least one character. Leave it out.")
         self.stopped = False
         """Whether a stop string has come. It and all after it are not part of the text."""
         self._tokenizer, self._stop = tokenizer, tuple(stop)

@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from cbtm_ray import files
 from cbtm_ray.config import EmbedConfig
+from cbtm_ray.errors import UserError
 
 _WORD = re.compile(r"\b\w\w+\b")
 _PREFIX_ROWS = 1024  # contexts whose word counts are dense in memory at once
@@ -68,13 +69,13 @@ class WordTfidf:
         standardise: bool,
         random_state: int,
     ) -> WordTfidf:
-        """Fit on the token ids of a sample. ValueError if it has too few documents or different words."""
+        """Fit on the token ids of a sample. UserError if it has too few documents or different words."""
         counter = CountVectorizer(analyzer=words_of)
         texts = [decode(tokenizer, document) for document in documents]
         counts_NW = counter.fit_transform(texts) if any(map(words_of, texts)) else csr_matrix((len(texts), 1))
         bound = min(len(documents), counts_NW.shape[1] - 1)
         if dimensions > bound:
-            raise ValueError(
+            raise UserError(
                 f"embed.dimensions={dimensions} must be at most {bound}, what the corpus sample has of documents and of "
                 "different words. Lower it or give more documents."
             )
@@ -164,7 +165,7 @@ class SentenceEncoder:
         """`own_tokenizer` is the encoder's, `tokenizer` that of the token ids it is given."""
         limit = model.config.max_position_embeddings
         if config.encoder_tokens > limit:
-            raise ValueError(
+            raise UserError(
                 f"embed.encoder_tokens={config.encoder_tokens} must be at most {limit}, the positions that "
                 f"embed.encoder={config.encoder!r} has. Lower it."
             )
@@ -174,13 +175,13 @@ class SentenceEncoder:
 
     @classmethod
     def open(cls, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-        """The encoder of `embed.encoder`, a folder or a name. ValueError if it cannot be loaded."""
+        """The encoder of `embed.encoder`, a folder or a name. UserError if it cannot be loaded."""
         assert config.encoder is not None
         try:
             return cls._from(config.encoder, config, tokenizer)
         except OSError as error:
             first = str(error).strip().splitlines()[0]
-            raise ValueError(f"embed.encoder={config.encoder!r} cannot be loaded: {first}") from error
+            raise UserError(f"embed.encoder={config.encoder!r} cannot be loaded: {first}") from error
 
     @classmethod
     def load(cls, folder_uri: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cbtm_ray import files
+from cbtm_ray.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 _READ_AHEAD = {"batch_size": 4096, "batch_readahead": 2, "fragment_readahead": 1}
@@ -47,7 +48,7 @@ def load_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
     """A Hugging Face tokenizer from a folder, a URI of one, or a name.
 
     Raises:
-        ValueError: there is none, or it has no end-of-text token to put between documents.
+        UserError: there is none, or it has no end-of-text token to put between documents.
     """
     try:
         if files.exists(folder_or_name):
@@ -57,9 +58,9 @@ def load_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
             tokenizer = _open_tokenizer(folder_or_name)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"tokens.tokenizer={folder_or_name!r} cannot be loaded: {first}") from error
+        raise UserError(f"tokens.tokenizer={folder_or_name!r} cannot be loaded: {first}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokens.tokenizer={folder_or_name!r} has no end-of-text token (eos_token). Use one that has.")
+        raise UserError(f"tokens.tokenizer={folder_or_name!r} has no end-of-text token (eos_token). Use one that has.")
     return tokenizer
 
 
@@ -107,7 +108,7 @@ class PackedSequences:
         self.sequence_length, self.end_of_text, self.seed = sequence_length, end_of_text, seed
         self.per_epoch = len(self.tokens) // sequence_length
         if self.per_epoch == 0:
-            raise ValueError(
+            raise UserError(
                 f"tokens.sequence_length={sequence_length} must be at most the tokens of a cluster's documents, "
                 f"{len(self.tokens)}. Lower it, give more documents or fewer clusters."
             )
@@ -147,7 +148,7 @@ def _write_tokens(documents: Iterable[np.ndarray], end_of_text: int) -> tuple[np
     The file has no name, so that it goes with the process, however that ends.
 
     Raises:
-        ValueError: the disk is full.
+        UserError: the disk is full.
     """
     lengths = []
     with tempfile.TemporaryFile() as file:
@@ -159,7 +160,7 @@ def _write_tokens(documents: Iterable[np.ndarray], end_of_text: int) -> tuple[np
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise ValueError(
+            raise UserError(
                 f"TMPDIR={tempfile.gettempdir()} has no space left for an expert's tokens, 4 bytes each. Free some, or "
                 "start Ray with TMPDIR on a larger disk."
             ) from error
@@ -191,7 +192,7 @@ def _read_by_partition(part_uri: str, partition_uri: str, cluster: int | None) -
     _, partition_path = files.resolve(files.join(partition_uri, part_uri.rpartition("/")[2]))
     named = pq.read_table(partition_path, filesystem=filesystem)
     if not named["id"].equals(pq.read_table(path, columns=["id"], filesystem=filesystem)["id"]):
-        raise ValueError(f"{partition_uri} does not name the documents of {part_uri}. Delete it: it is made again.")
+        raise UserError(f"{partition_uri} does not name the documents of {part_uri}. Delete it: it is made again.")
     member_N, position = named["cluster"].to_numpy() == cluster, 0
     with filesystem.open_input_file(path) as stream:
         for batch in pq.ParquetFile(stream).iter_batches(columns=["tokens"]):

@@ -11,6 +11,8 @@ import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cbtm_ray.errors import UserError
+
 Point = dict[str, Any]
 
 
@@ -19,7 +21,7 @@ def tracking(trackers: tuple[str, ...], run_dir: str, model: str) -> Iterator[Ca
     """What to call with every point of the curve of `model`, a folder of the run; the trackers' runs end with the block.
 
     Raises:
-        ValueError: a tracker is not installed on this node, or does not know whom to tell.
+        UserError: a tracker is not installed on this node, or does not know whom to tell.
     """
     starts = {"mlflow": _mlflow, "wandb": _wandb}
     with contextlib.ExitStack() as stack:
@@ -68,7 +70,7 @@ def _refused(tracker: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"train.trackers names {tracker!r}, which this node cannot use: {str(error).splitlines()[0]} Install it and "
             "log in on every node (runtime environment), or leave it out."
         ) from error

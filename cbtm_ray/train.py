@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cbtm_ray import flops, parallel
+from cbtm_ray.errors import UserError
 from cbtm_ray.loss import loss_function
 
 if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what they take seconds to import
@@ -101,12 +102,12 @@ class Trainer:
         vocabulary: Any = model.get_input_embeddings().num_embeddings
         for tokens in (part.tokens for part in (sequences, valid) if part is not None):
             if (largest := int(tokens.max())) >= vocabulary:
-                raise ValueError(
+                raise UserError(
                     f"{spec.name}: token id {largest} is not below the model's vocabulary of {vocabulary}. "
                     "Use the seed model's own tokenizer: tokens.tokenizer."
                 )
         if spec.batch_size % parallel.workers():
-            raise ValueError(
+            raise UserError(
                 f"train.batch_size={spec.batch_size} must be a multiple of the {parallel.workers()} workers."
             )
         self.model, self.sequences, self.valid, self.spec = model.train(), sequences, valid, spec
@@ -178,7 +179,7 @@ class Trainer:
         """Close a stretch of the curve: the mean loss since the last point, and the loss on held-out documents if asked.
 
         Raises:
-            ValueError: the loss is not a finite number.
+            UserError: the loss is not a finite number.
         """
         first = self.curve[-1]["step"] if self.curve else 0
         point = {
@@ -200,12 +201,12 @@ class Trainer:
         return point
 
     def check_weights(self) -> None:
-        """ValueError if a weight is not a finite number: such a state must not replace a sound one."""
+        """UserError if a weight is not a finite number: such a state must not replace a sound one."""
         if not parallel.all_finite(self.model):
             raise self._diverged("a weight is not a finite number")
 
-    def _diverged(self, what: str) -> ValueError:
-        return ValueError(
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
             f"{self.spec.name}: {what} at step {self.step}. Lower the learning rate "
             f"(peak {self.spec.learning_rate:g}) or train.clip_norm; earlier checkpoints are intact."
         )
@@ -256,7 +257,7 @@ def train_model(
 
     Raises:
         Leaving: the machine is leaving; the state has been given to `save`.
-        ValueError: the loss or a weight is not a finite number, or the input does not suit the model.
+        UserError: the loss or a weight is not a finite number, or the input does not suit the model.
     """
     if spec.steps == 0:
         return []
@@ -298,9 +299,9 @@ def make_optimizer(model: PreTrainedModel, spec: TrainSpec) -> torch.optim.AdamW
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let the model compute its layers' activations again in the backward pass. ValueError if it cannot."""
+    """Let the model compute its layers' activations again in the backward pass. UserError if it cannot."""
     if not model.supports_gradient_checkpointing:
-        raise ValueError(
+        raise UserError(
             f"train.activation_checkpointing=True does not work with {type(model).__name__}, whose code has none. "
             "Set train.activation_checkpointing=false and lower train.micro_batch_size."
         )
@@ -310,10 +311,10 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def compiled(
     token_loss: Callable[[torch.Tensor], torch.Tensor], device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The same function through torch.compile. ValueError on a CPU without a C++ compiler, which it needs."""
+    """The same function through torch.compile. UserError on a CPU without a C++ compiler, which it needs."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        raise ValueError(
+        raise UserError(
             f"train.compile=True needs a C++ compiler, and there is no {compiler}. Install one, or set train.compile=false."
         )
     return torch.compile(token_loss)

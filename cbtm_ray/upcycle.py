@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.models import load_model_config
 
 TOP_K = 2
@@ -23,7 +24,7 @@ _NOT_MIXTRAL = {"model_type", "architectures", "transformers_version", "attentio
 
 
 def check_upcyclable(model: PreTrainedModel | str) -> None:
-    """ValueError unless Mixtral's layers can be those of a model, or of the one in a folder or of a Hugging Face name."""
+    """UserError unless Mixtral's layers can be those of a model, or of the one in a folder or of a Hugging Face name."""
     config: Any = load_model_config(model) if isinstance(model, str) else model.config
     reason = None
     if config.model_type != "llama":
@@ -31,7 +32,7 @@ def check_upcyclable(model: PreTrainedModel | str) -> None:
     elif config.attention_bias or config.mlp_bias:
         reason = "its layers have biases"
     if reason:
-        raise ValueError(
+        raise UserError(
             f"train.controls has 'moe', but the seed model cannot be upcycled: {reason}, and only Llama's without biases "
             "becomes a Mixtral. Leave 'moe' out, or take another seed_model.name_or_path."
         )
@@ -47,7 +48,7 @@ def upcycle(seed: PreTrainedModel, n_experts: int, random_state: int) -> PreTrai
         random_state: of the routers' weights, the only new ones.
 
     Raises:
-        ValueError: the seed is of another architecture than Llama's.
+        UserError: the seed is of another architecture than Llama's.
     """
     check_upcyclable(seed)
     kept = {name: value for name, value in seed.config.to_dict().items() if name not in _NOT_MIXTRAL}

@@ -6,6 +6,7 @@ They are paired by the number of the cluster, which means the same in both runs 
 from __future__ import annotations
 
 from cbtm_ray import files
+from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import load_tokenizer
 
@@ -20,18 +21,18 @@ def check_warm_start(run: Run, names: list[str]) -> None:
     """Refuse `train.warm_start` if it is not a run with the same clusterer and with all of these experts and controls.
 
     Raises:
-        ValueError: one line that says what is missing or different.
+        UserError: one line that says what is missing or different.
     """
     other = run.config.train.warm_start
     if other is None:
         return
     missing = [name for name in names if not files.exists(files.join(start_model(run, name), "manifest.json"))]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"train.warm_start={other!r} must be the directory of a finished run; it has no finished {', '.join(missing)}."
         )
     if different := _different(run, files.absolute(other)):
-        raise ValueError(
+        raise UserError(
             f"train.warm_start={other!r} must have this run's tokenizer and clusterer, but {different} is not the same: its "
             f"experts are of other clusters. Copy {files.join(other, '{tokenizer,clusterer}')} into a new run.dir before its "
             "first job."

@@ -32,7 +32,7 @@ async def decode(groups: Groups, model: str, request: Request) -> AsyncGenerator
     another group has the experts for the rest, that one does.
 
     Raises:
-        ValueError: it can never run.
+        UserError: it can never run.
         Refused: replicas died under it again and again.
     """
     answer, echoed, lost = list[int](), 0, 0
@@ -93,7 +93,7 @@ def sequence_request(
     """What the engine is asked for one choice.
 
     Raises:
-        ValueError: the strategy does not go with the rest.
+        UserError: the strategy does not go with the rest.
     """
     if isinstance(request, ChatRequest):
         top_logprobs = request.top_logprobs if request.logprobs else None

@@ -6,6 +6,7 @@ from typing import Any
 from ray.serve import Application
 
 from cbtm_ray import files
+from cbtm_ray.errors import UserError
 
 from .arguments import AppArguments
 from .gateway import Gateway
@@ -25,12 +26,10 @@ def build(arguments: AppArguments) -> Application:
     """The application for `serve run` and `serve deploy`.
 
     Raises:
-        ValueError: the run is not finished.
+        UserError: the run is not finished.
     """
     if not files.exists(files.join(arguments.run_dir, "evaluation", "manifest.json")):
-        raise ValueError(
-            f"run_dir={arguments.run_dir} is not a finished run. Run: python -m jobs.run_all --config FILE"
-        )
+        raise UserError(f"run_dir={arguments.run_dir} is not a finished run. Run: python -m jobs.run_all --config FILE")
     arguments = arguments.model_copy(update={"run_dir": files.absolute(arguments.run_dir)})
     drain: dict[str, Any] = {"graceful_shutdown_timeout_s": arguments.drain_s}
     classes: tuple[Any, Any, Any] = Roster, ExpertGroup, Gateway

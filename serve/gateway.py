@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from cbtm_ray import files, sequence
 from cbtm_ray.branch import expert_folder
 from cbtm_ray.ensemble import load_ensemble
+from cbtm_ray.errors import UserError
 from cbtm_ray.models import load_model_config
 from cbtm_ray.route import check_top_k
 from cbtm_ray.tokens import encode
@@ -229,7 +230,7 @@ class Gateway:
                 for prompt in prompts
                 for index in range(request.n)
             ]
-        except ValueError as problem:
+        except UserError as problem:
             raise out_of_bounds(str(problem).partition("=")[0], str(problem)) from None
         longest = max(map(len, prompts))
         if longest + max_tokens > self.max_length:

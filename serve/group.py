@@ -109,7 +109,7 @@ class ExpertGroup:
         """Decode one sequence: its steps, together those that were made since the last message.
 
         Raises:
-            ValueError: it can never run.
+            UserError: it can never run.
         """
         await self.check_health()
         async with self._between_steps:

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from cbtm_ray import files
+from cbtm_ray.errors import UserError
 
 RETRY_AFTER_S = 1
 SERVER_ERROR = "server_error"
@@ -43,18 +44,18 @@ def read_tokens(source: str | None, field: str) -> list[bytes] | None:
     """The bearer tokens of `file:PATH_OR_URI`, one a line, or of `env:NAME`, separated by spaces; None of None.
 
     Raises:
-        ValueError: there is no such file or variable, or no token in it.
+        UserError: there is no such file or variable, or no token in it.
     """
     if source is None:
         return None
     kind, _, place = source.partition(":")
     if kind not in ("file", "env") or not place:
-        raise ValueError(f"{field}={source!r} must be file:PATH or env:NAME.")
+        raise UserError(f"{field}={source!r} must be file:PATH or env:NAME.")
     if kind == "file" and not files.exists(place):
-        raise ValueError(f"{field}={source!r}: there is no such file. Write one token a line into it.")
+        raise UserError(f"{field}={source!r}: there is no such file. Write one token a line into it.")
     tokens = (files.read_bytes(place) if kind == "file" else os.environ.get(place, "").encode()).split()
     if not tokens:
-        raise ValueError(f"{field}={source!r} holds no token. Put one there, such as: openssl rand -hex 32")
+        raise UserError(f"{field}={source!r} holds no token. Put one there, such as: openssl rand -hex 32")
     return tokens
 
 

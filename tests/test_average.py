@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbtm_ray import files
 from cbtm_ray.branch import DENSE, expert_folder
+from cbtm_ray.errors import UserError
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.results import held_out_documents
 from cbtm_ray.run import Run
@@ -88,5 +89,5 @@ def test_a_run_that_is_not_evaluated_has_no_average(averaged: Run, tmp_path_fact
 
     folder = str(tmp_path_factory.mktemp("bare"))
     run = Run(dataclasses.replace(averaged.config, run=dataclasses.replace(averaged.config.run, dir=folder)))
-    with pytest.raises(ValueError, match=r"evaluation is not finished\. Run first: python -m jobs\.evaluate_mixture"):
+    with pytest.raises(UserError, match=r"evaluation is not finished\. Run first: python -m jobs\.evaluate_mixture"):
         run_job(run, "average_experts")

@@ -45,6 +45,7 @@ from cbtm_ray.branch import (
 )
 from cbtm_ray.branch_worker import read_sequences
 from cbtm_ray.config import Config
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
@@ -148,7 +149,7 @@ def test_what_fails_leaves_the_others_alone_and_is_said(
     names = [f"extra_{len(others)}/{name}" for name in ("bad", *others)]
     bad, *good = (branch_of(finished_run, name) for name in names)
     bad = dataclasses.replace(bad, init=str(tmp_path / "no_model"))
-    with pytest.raises(ValueError, match="no causal language model can be loaded from"):
+    with pytest.raises(UserError, match="no causal language model can be loaded from"):
         train_branches(finished_run, [bad, *good], title="test", cpus=1, slots=2, per_run=2)
     assert [finished_run.manifest(name) is not None for name in names] == [False, *(True for _ in good)]
     shown = terminal.file.getvalue()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cbtm_ray.checkpoints import Checkpoints
+from cbtm_ray.errors import UserError
 from cbtm_ray.train import Leaving, train_model
 from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
 
@@ -60,7 +61,7 @@ def test_a_checkpoint_that_could_not_be_written_stops_the_training_at_the_next(t
 @pytest.mark.parametrize("content", [b"", b"PK no archive", b"\x80\x02}q\x00."])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "step=0000000005.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"step=0000000005\.pt is damaged\. Delete it, and training goes on"):
+    with pytest.raises(UserError, match=r"step=0000000005\.pt is damaged\. Delete it, and training goes on"):
         Checkpoints(str(tmp_path)).last()
 
 
@@ -116,7 +117,7 @@ def test_a_loss_that_turns_into_no_number_leaves_the_checkpoints_before_it(tmp_p
         expected = (
             r"^test: a weight is not a finite number at step 10\. Lower the learning rate .* checkpoints are intact"
         )
-        with pytest.raises(ValueError, match=expected):
+        with pytest.raises(UserError, match=expected):
             train_model(broken, make_sequences(), SPEC, state=None, save=checkpoints.save, log=break_at_9)
     assert [path.name for path in tmp_path.iterdir()] == ["step=0000000005.pt"]
     resumed_curve, _ = train(mended, state=checkpoints.last())

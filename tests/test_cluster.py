@@ -20,6 +20,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from cbtm_ray import cluster
 from cbtm_ray.cluster import BalancedKMeans, assign_points, balanced_assignment
 from cbtm_ray.distances import squared_distances
+from cbtm_ray.errors import UserError
 from cbtm_ray.rounding import round_sizes
 from cbtm_ray.shard_steps import LocalShards, Shard, cut
 
@@ -183,28 +184,28 @@ def test_fewer_documents_than_clusters_is_refused() -> None:
     expected = (
         r"n_clusters=8 must be at most the number of documents, 3. Lower cluster.n_clusters or give more documents."
     )
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(UserError, match=expected):
         balanced_assignment(torch.zeros(3, 8))
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(UserError, match=expected):
         BalancedKMeans(8).fit(np.zeros((3, 2), "f4"))
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="n_clusters=0 must be at least 1"):
+    with pytest.raises(UserError, match="n_clusters=0 must be at least 1"):
         BalancedKMeans(0).fit(np.zeros((3, 2), "f4"))
-    with pytest.raises(ValueError, match=r"embeddings have shape \(3,\), but must be \(documents, dimensions\)"):
+    with pytest.raises(UserError, match=r"embeddings have shape \(3,\), but must be \(documents, dimensions\)"):
         BalancedKMeans(2).fit(np.zeros(3, "f4"))
     for value in (np.nan, np.inf):
-        with pytest.raises(ValueError, match="embeddings must be finite"):
+        with pytest.raises(UserError, match="embeddings must be finite"):
             BalancedKMeans(2).fit(np.array([[0.0], [value], [1.0]], "f4"))
-        with pytest.raises(ValueError, match="squared_distances must be finite"):
+        with pytest.raises(UserError, match="squared_distances must be finite"):
             balanced_assignment(torch.full((4, 2), value))
     with pytest.raises(ValueError, match="not fitted yet"):
         BalancedKMeans(2).predict(np.zeros((3, 2), "f4"))
-    with pytest.raises(ValueError, match="embeddings have 3 dimensions, but must have 5 as the centres do"):
+    with pytest.raises(UserError, match="embeddings have 3 dimensions, but must have 5 as the centres do"):
         BalancedKMeans(2).fit(blobs(20)).transform(np.zeros((4, 3), "f4"))
     uneven = LocalShards([Shard(torch.zeros(4, dim)) for dim in (2, 3)])
-    with pytest.raises(ValueError, match=r"embeddings have \[2, 3\] dimensions, but must all have as many"):
+    with pytest.raises(UserError, match=r"embeddings have \[2, 3\] dimensions, but must all have as many"):
         cluster.check_documents(uneven, 2)
 
 
@@ -229,9 +230,9 @@ def test_what_is_no_finite_dense_matrix_of_real_numbers_is_refused() -> None:
     model = BalancedKMeans(2).fit(blobs(20))
     for value in (np.nan, -np.inf):
         for use in (model.predict, model.transform):
-            with pytest.raises(ValueError, match="embeddings must be finite"):
+            with pytest.raises(UserError, match="embeddings must be finite"):
                 use(np.full((1, 5), value, "f4"))
-    with pytest.raises(ValueError, match="embeddings must be finite with squares that sum to less than 1e"):
+    with pytest.raises(UserError, match="embeddings must be finite with squares that sum to less than 1e"):
         BalancedKMeans(2).fit(1e20 * blobs(20))  # finite, but its squared distances are not
     with pytest.raises(ValueError, match=r"0 feature\(s\) \(shape=\(20, 0\)\) while a minimum of 1"):
         BalancedKMeans(2).fit(np.zeros((20, 0)))

@@ -15,6 +15,7 @@ import yaml
 from ray._private.runtime_env.packaging import create_package
 
 from cbtm_ray.cluster_files import check_file, check_launcher, main
+from cbtm_ray.errors import UserError
 from cbtm_ray.kuberay_files import check_manifest
 
 ROOT = Path(__file__).parent.parent
@@ -132,7 +133,7 @@ AWS_MISTAKES: list[tuple[Change, str]] = [
 def test_a_mistake_for_aws_is_named(change: Change, message: str) -> None:
     tree = read("cluster.yaml")
     change(tree)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         check_launcher(tree)
     assert "\n" not in str(caught.value)
 
@@ -164,7 +165,7 @@ def test_a_mistake_for_aws_is_named(change: Change, message: str) -> None:
 def test_a_mistake_for_google_cloud_is_named(change: Change, message: str) -> None:
     tree = read("cluster-gcp.yaml")
     change(tree)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_launcher(tree)
 
 
@@ -247,7 +248,7 @@ JOB_MISTAKES: list[tuple[Change, str]] = [
 def test_a_mistake_in_a_job_is_named(change: Change, message: str) -> None:
     tree = read("kuberay/rayjob.yaml")
     change(tree)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_manifest(tree)
 
 
@@ -277,7 +278,7 @@ def test_a_mistake_in_what_is_served_is_named(old: str, new: str, message: str) 
     tree = read("kuberay/rayservice.yaml")
     assert old in tree["spec"]["serveConfigV2"]
     tree["spec"]["serveConfigV2"] = tree["spec"]["serveConfigV2"].replace(old, new)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_manifest(tree)
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbtm_ray.config import EXECUTION_FIELDS, Config, TrainConfig
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config, config_tree, dump_config, load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -82,7 +83,7 @@ def test_fields_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
     ],
 )
 def test_a_control_that_cannot_be_is_refused(sections: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_config(tree(**sections))
 
 
@@ -100,7 +101,7 @@ def test_a_control_that_cannot_be_is_refused(sections: dict[str, Any], message: 
     ],
 )
 def test_workers_share_batches_and_gpus_evenly(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_config(tree(train=fields))
 
 
@@ -111,18 +112,18 @@ def test_there_are_no_controls_but_those_asked_for() -> None:
 
 
 def test_an_unknown_key_gets_the_nearest_one() -> None:
-    with pytest.raises(ValueError, match=r"^train\.lerning_rate is not a key\. Did you mean train\.learning_rate\?"):
+    with pytest.raises(UserError, match=r"^train\.lerning_rate is not a key\. Did you mean train\.learning_rate\?"):
         build_config(tree(train={"lerning_rate": 1e-3}))
 
 
 def test_an_unknown_key_gets_all_that_are_allowed_there() -> None:
     allowed = ", ".join(field.name for field in dataclasses.fields(TrainConfig))
-    with pytest.raises(ValueError, match=f"Allowed there: {allowed}\\."):
+    with pytest.raises(UserError, match=f"Allowed there: {allowed}\\."):
         build_config(tree(train={"qqqq": 1}))
 
 
 def test_an_unknown_section_gets_the_nearest_one() -> None:
-    with pytest.raises(ValueError, match=r"^trian is not a key\. Did you mean train\? Allowed there: run, corpus, "):
+    with pytest.raises(UserError, match=r"^trian is not a key\. Did you mean train\? Allowed there: run, corpus, "):
         build_config(tree(trian={"steps": 3}))
 
 
@@ -156,7 +157,7 @@ def test_an_unknown_section_gets_the_nearest_one() -> None:
     ],
 )
 def test_a_value_out_of_bounds_or_of_another_type_is_refused(section: str, key: str, value: Any, allowed: str) -> None:
-    with pytest.raises(ValueError, match="must be") as caught:
+    with pytest.raises(UserError, match="must be") as caught:
         build_config(tree(**{section: {key: value}}))
     assert str(caught.value).startswith(f"{section}.{key}={value!r}: {allowed}")
 
@@ -168,33 +169,33 @@ def test_a_value_out_of_bounds_or_of_another_type_is_refused(section: str, key: 
      ("seed_model", "name_or_path"), ("train", "warm_start"), ("run", "dir")],
 )  # fmt: skip
 def test_an_empty_name_is_refused(section: str, key: str, value: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{section}\.{key}={value!r}: must not be empty\. Give it, or leave "):
+    with pytest.raises(UserError, match=rf"^{section}\.{key}={value!r}: must not be empty\. Give it, or leave "):
         build_config(tree(**{section: {key: value}}))
 
 
 def test_an_empty_path_which_would_be_the_working_directory_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^corpus\.paths\.1='': must not be empty"):
+    with pytest.raises(UserError, match=r"^corpus\.paths\.1='': must not be empty"):
         build_config(tree(corpus={"paths": ["a", ""]}))
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "weight_decay"])
 def test_infinity_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"train\.{key}=inf"):
+    with pytest.raises(UserError, match=rf"train\.{key}=inf"):
         build_config(tree(train={key: math.inf}))
 
 
 def test_a_beta_of_one_which_adamw_refuses_is_refused_here() -> None:
-    with pytest.raises(ValueError, match=r"train\.betas\.1=1\.0: must be less than 1"):
+    with pytest.raises(UserError, match=r"train\.betas\.1=1\.0: must be less than 1"):
         build_config(tree(train={"betas": [0.9, 1.0]}))
 
 
 def test_one_beta_is_too_few() -> None:
-    with pytest.raises(ValueError, match=r"^train\.betas=\[0\.9\] has too few values\. Give at least 2\.$"):
+    with pytest.raises(UserError, match=r"^train\.betas=\[0\.9\] has too few values\. Give at least 2\.$"):
         build_config(tree(train={"betas": [0.9]}))
 
 
 def test_three_betas_are_too_many() -> None:
-    with pytest.raises(ValueError, match=r"^train\.betas=\[0\.9, 0\.9, 0\.9\] has too many values\. Give at most 2\.$"):
+    with pytest.raises(UserError, match=r"^train\.betas=\[0\.9, 0\.9, 0\.9\] has too many values\. Give at most 2\.$"):
         build_config(tree(train={"betas": [0.9, 0.9, 0.9]}))
 
 
@@ -207,44 +208,42 @@ def test_three_betas_are_too_many() -> None:
     ],
 )
 def test_settings_of_another_embedder_are_refused(embed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_config(tree(embed=embed))
 
 
 @pytest.mark.parametrize("key", ["temperatures", "betas", "gammas"])
 def test_an_empty_list_of_candidates_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"evaluate\.{key}="):
+    with pytest.raises(UserError, match=rf"evaluate\.{key}="):
         build_config(tree(evaluate={key: []}))
 
 
 def test_a_seed_that_the_hash_of_documents_cannot_hold_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"run\.seed=18446744073709551616"):
+    with pytest.raises(UserError, match=r"run\.seed=18446744073709551616"):
         build_config(tree(run={"seed": 2**64}))
 
 
 def test_several_errors_come_at_once() -> None:
-    with pytest.raises(
-        ValueError, match=r"train\.batch_size=0: .*; train\.learning_rate=-1\.0: must be greater than 0"
-    ):
+    with pytest.raises(UserError, match=r"train\.batch_size=0: .*; train\.learning_rate=-1\.0: must be greater than 0"):
         build_config(tree(train={"batch_size": 0, "learning_rate": -1.0}))
 
 
 def test_a_missing_key_is_named_with_both_ways_to_give_it() -> None:
     broken = tree()
     del broken["run"]["dir"]
-    with pytest.raises(ValueError, match=r"^run\.dir is missing\. Add it to the config file or give run\.dir=VALUE on"):
+    with pytest.raises(UserError, match=r"^run\.dir is missing\. Add it to the config file or give run\.dir=VALUE on"):
         build_config(broken)
 
 
 def test_a_missing_section_is_named() -> None:
     broken = tree()
     del broken["corpus"]
-    with pytest.raises(ValueError, match=r"^corpus is missing"):
+    with pytest.raises(UserError, match=r"^corpus is missing"):
         build_config(broken)
 
 
 def test_a_section_must_hold_keys() -> None:
-    with pytest.raises(ValueError, match=r"^tokens=3: must be a dictionary"):
+    with pytest.raises(UserError, match=r"^tokens=3: must be a dictionary"):
         build_config({**tree(), "tokens": 3})
 
 
@@ -273,7 +272,7 @@ def test_a_section_must_hold_keys() -> None:
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(sections: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_config(tree(**sections))
 
 
@@ -283,9 +282,7 @@ def test_a_budget_below_one_step_an_expert_is_refused_and_the_least_is_named() -
         "tokens": {"sequence_length": 8},
         "train": {"batch_size": 2, "total_tokens": 47},
     }
-    with pytest.raises(
-        ValueError, match=r"train\.total_tokens=47 must give each of the 3 .* 16 tokens; raise it to 48"
-    ):
+    with pytest.raises(UserError, match=r"train\.total_tokens=47 must give each of the 3 .* 16 tokens; raise it to 48"):
         build_config(tree(**sections))
     sections["train"]["total_tokens"] = 48
     assert build_config(tree(**sections)).train.total_tokens == 48
@@ -301,28 +298,28 @@ def test_one_cluster_is_allowed() -> None:
 
 
 def test_a_file_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.yaml is not a file\. Give a YAML file"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml is not a file\. Give a YAML file"):
         load_config(str(tmp_path / "nowhere.yaml"))
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(UserError, match="is not a file"):
         load_config(str(tmp_path))
 
 
 def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
     text = MINIMAL + "train:\n  batch_size: 4\n  log_every: 1\n  batch_size: 8\n"
-    with pytest.raises(ValueError, match=r"a\.yaml: batch_size stands twice.* Keep one"):
+    with pytest.raises(UserError, match=r"a\.yaml: batch_size stands twice.* Keep one"):
         load_config(write(tmp_path, text))
 
 
 def test_a_repeated_section_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="run stands twice"):
+    with pytest.raises(UserError, match="run stands twice"):
         load_config(write(tmp_path, MINIMAL + "run:\n  seed: 1\n"))
 
 
 def test_broken_yaml_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is not valid YAML: .*line 2") as caught:
+    with pytest.raises(UserError, match=r"is not valid YAML: .*line 2") as caught:
         load_config(write(tmp_path, "run: [\nx: }\n"))
     assert "\n" not in str(caught.value)
 
@@ -330,20 +327,20 @@ def test_broken_yaml_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(b"run:\n  dir: caf\xe9\n")
-    with pytest.raises(ValueError, match=r"is not valid YAML: .*0xe9"):
+    with pytest.raises(UserError, match=r"is not valid YAML: .*0xe9"):
         load_config(str(path))
 
 
 @pytest.mark.parametrize("text", ["", "- run\n- corpus\n", "run"])
 def test_a_file_without_sections_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ValueError, match="must hold sections such as 'run:' and 'corpus:'"):
+    with pytest.raises(UserError, match="must hold sections such as 'run:' and 'corpus:'"):
         load_config(write(tmp_path, text))
 
 
 def test_yaml_that_would_run_code_is_refused(tmp_path: Path) -> None:
     made = tmp_path / "made"
     text = MINIMAL + f"train: !!python/object/apply:os.mkdir ['{made}']\n"
-    with pytest.raises(ValueError, match="is not valid YAML"):
+    with pytest.raises(UserError, match="is not valid YAML"):
         load_config(write(tmp_path, text))
     assert not made.exists()
 
@@ -378,23 +375,23 @@ def test_a_float_may_be_written_in_any_way(tmp_path: Path, number: str) -> None:
 
 @pytest.mark.parametrize("override", ["seed", "run.seed", "seed=1", "run=1", ".seed=1", "run.=1", "--help"])
 def test_what_is_no_override_is_refused(tmp_path: Path, override: str) -> None:
-    with pytest.raises(ValueError, match=r"is not an override\. Write section\.key=value, such as") as caught:
+    with pytest.raises(UserError, match=r"is not an override\. Write section\.key=value, such as") as caught:
         load_config(write(tmp_path, MINIMAL), [override])
     assert repr(override) in str(caught.value)
 
 
 def test_an_override_of_an_unknown_key_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"run\.sed is not a key\. Did you mean run\.seed\?"):
+    with pytest.raises(UserError, match=r"run\.sed is not a key\. Did you mean run\.seed\?"):
         load_config(write(tmp_path, MINIMAL), ["run.sed=1"])
 
 
 def test_an_override_of_invalid_yaml_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'run\.dir=\[a': the value is not valid YAML\. Quote it"):
+    with pytest.raises(UserError, match=r"'run\.dir=\[a': the value is not valid YAML\. Quote it"):
         load_config(write(tmp_path, MINIMAL), ["run.dir=[a"])
 
 
 def test_an_override_inside_what_is_no_section_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train=7 must be a section with keys"):
+    with pytest.raises(UserError, match="train=7 must be a section with keys"):
         load_config(write(tmp_path, MINIMAL + "train: 7\n"), ["train.batch_size=1"])
 
 
@@ -434,14 +431,14 @@ def test_execution_fields_exist() -> None:
 
 
 def test_parts_of_a_batch_are_at_most_the_batch() -> None:
-    with pytest.raises(ValueError, match=r"train\.micro_batch_size=32 must be at most train\.batch_size=16"):
+    with pytest.raises(UserError, match=r"train\.micro_batch_size=32 must be at most train\.batch_size=16"):
         build_config(tree(train={"micro_batch_size": 32}))
     assert build_config(tree(train={"micro_batch_size": 16})).train.micro_batch_size == 16
 
 
 def test_only_clusters_that_there_are_can_be_trained() -> None:
-    with pytest.raises(ValueError, match=r"train\.clusters=\[3, 8\] must be below cluster\.n_clusters=8"):
+    with pytest.raises(UserError, match=r"train\.clusters=\[3, 8\] must be below cluster\.n_clusters=8"):
         build_config(tree(train={"clusters": [3, 8]}))
-    with pytest.raises(ValueError, match=r"train\.clusters"):
+    with pytest.raises(UserError, match=r"train\.clusters"):
         build_config(tree(train={"clusters": []}))
     assert build_config(tree(train={"clusters": [3, 7]})).train.clusters == (3, 7)

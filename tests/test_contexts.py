@@ -14,6 +14,7 @@ from torch import Tensor
 from cbtm_ray.contexts import Contexts, FarRead
 from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import Ensemble
+from cbtm_ray.errors import UserError
 from cbtm_ray.paging import PagedExperts
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request
@@ -123,7 +124,7 @@ def test_contexts_are_only_a_cache() -> None:
     together = [FarRead(2, [*text, 4], 0, key) for key, text in texts.items()]  # more than there is room for
     for found, read in zip(contexts.read(together), together, strict=True):
         torch.testing.assert_close(found, plain.read([dataclasses.replace(read, key="")])[0], atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="cache_tokens=20 must be at least 21, the tokens of a text"):
+    with pytest.raises(UserError, match="cache_tokens=20 must be at least 21, the tokens of a text"):
         contexts.read([FarRead(0, [0] * 21, 0, "long")])
 
 

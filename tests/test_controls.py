@@ -20,6 +20,7 @@ from cbtm_ray.branch_worker import read_sequences
 from cbtm_ray.config import CONTROLS, SPLIT_CONTROLS
 from cbtm_ray.controls import control_centers, partition_control, random_clusters
 from cbtm_ray.embed import load_clusterer
+from cbtm_ray.errors import UserError
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_all, run_job
 from cbtm_ray.results import held_out_documents
@@ -181,7 +182,7 @@ def test_the_mixture_of_experts_is_the_upcycled_seed_trained_like_the_dense_cont
 def test_more_domains_than_steps_are_refused(parted_run: Run) -> None:
     train = dataclasses.replace(parted_run.config.train, total_tokens=3 * 128)
     run = Run(dataclasses.replace(parted_run.config, train=train))
-    with pytest.raises(ValueError, match=r"total_tokens=384 must give each of 4 experts .* raise it to 512\."):
+    with pytest.raises(UserError, match=r"total_tokens=384 must give each of 4 experts .* raise it to 512\."):
         control_branches(run, "metadata")
 
 
@@ -244,6 +245,6 @@ def test_a_document_without_a_domain_is_refused_by_its_id(parted_run: Run, tmp_p
     domains = pa.array([None, *table["domain"].to_pylist()[1:]], pa.string())
     pq.write_table(table.set_column(table.schema.get_field_index("domain"), "domain", domains), part)
     without = table["id"][0].as_py()
-    with pytest.raises(ValueError, match=f"'metadata', but document '{without}' has no domain") as caught:
+    with pytest.raises(UserError, match=f"'metadata', but document '{without}' has no domain") as caught:
         partition_control(run, "metadata")
     assert "corpus.domain_column='domain'" in str(caught.value)

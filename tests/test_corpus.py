@@ -11,6 +11,7 @@ import pytest
 from cbtm_ray.config import Config, CorpusConfig
 from cbtm_ray.corpus import build_corpus, read_sample
 from cbtm_ray.documents import is_held_out, unit_hash
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
 from tests.tiny import tiny_tree, write_corpus
@@ -51,7 +52,7 @@ def corpus_of(folder: Path) -> CorpusConfig:
 
 def test_more_clusters_than_documents_are_refused(tmp_path: Path, ray_cluster: str) -> None:
     folder = write_corpus(tmp_path / "corpus", documents=30)
-    with pytest.raises(ValueError, match=r"cluster.n_clusters=100 must be at most .* documents, 2\d. Lower it"):
+    with pytest.raises(UserError, match=r"cluster.n_clusters=100 must be at most .* documents, 2\d. Lower it"):
         build_corpus(refused(tmp_path, folder, n_clusters=100))
 
 
@@ -59,7 +60,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, ray_cluster: str) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "a.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"corpus\.paths: the corpus is empty"):
+    with pytest.raises(UserError, match=r"corpus\.paths: the corpus is empty"):
         build_corpus(refused(tmp_path, folder))
 
 
@@ -71,7 +72,7 @@ def test_an_id_that_two_documents_have_is_refused(tmp_path: Path, ray_cluster: s
     with (folder / name).open("a") as file:
         file.write(json.dumps({"id": again, "text": "another text", "domain": None}) + "\n")
     with pytest.raises(
-        ValueError, match=rf"corpus\.id_column='id': two documents have the id '{again}'\. Make ids unique"
+        UserError, match=rf"corpus\.id_column='id': two documents have the id '{again}'\. Make ids unique"
     ):
         build_corpus(refused(tmp_path, folder))
 
@@ -79,7 +80,7 @@ def test_an_id_that_two_documents_have_is_refused(tmp_path: Path, ray_cluster: s
 def test_an_error_in_a_shard_reaches_the_user_with_its_line(tmp_path: Path, ray_cluster: str) -> None:
     folder = write_corpus(tmp_path / "corpus", documents=12)
     (folder / "part-1.jsonl").write_bytes(b'{"id": "a", "text": "fine", "domain": "sea"}\n{"text": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match=r"part-1.jsonl:2 is not UTF-8: byte 0xe9"):
+    with pytest.raises(UserError, match=r"part-1.jsonl:2 is not UTF-8: byte 0xe9"):
         build_corpus(refused(tmp_path, folder))
 
 

@@ -16,6 +16,7 @@ import pytest
 from cbtm_ray import cluster, files
 from cbtm_ray.cluster import BalancedKMeans
 from cbtm_ray.distributed import fit_distributed
+from cbtm_ray.errors import UserError
 from cbtm_ray.shard_steps import Shard
 
 pytestmark = pytest.mark.ray
@@ -92,7 +93,7 @@ def test_a_driver_that_dies_goes_on_where_it_was(
 def test_state_of_another_fit_is_refused(ray_cluster: str, shards: list[str], tmp_path: Path) -> None:
     state = str(tmp_path / "state.npz")
     fit_distributed(shards, n_actors=1, state_uri=state, **SETTINGS | {"max_iter": 1})
-    with pytest.raises(ValueError, match=r"must be of the same fit, but holds .*n_clusters=5.* where this one is .*=6"):
+    with pytest.raises(UserError, match=r"must be of the same fit, but holds .*n_clusters=5.* where this one is .*=6"):
         fit_distributed(shards, n_actors=1, state_uri=state, **SETTINGS | {"n_clusters": 6})
 
 
@@ -136,14 +137,14 @@ def test_an_actor_killed_inside_a_lloyd_step_changes_nothing(
 
 
 def test_user_errors_cross_the_actors(ray_cluster: str, shards: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"shard_uris=\[\] must name at least one shard"):
+    with pytest.raises(UserError, match=r"shard_uris=\[\] must name at least one shard"):
         fit_distributed([], **SETTINGS)
-    with pytest.raises(ValueError, match=r"cluster\.gpus_per_actor=1 must be at most the GPUs of this machine, 0\."):
+    with pytest.raises(UserError, match=r"cluster\.gpus_per_actor=1 must be at most the GPUs of this machine, 0\."):
         fit_distributed(shards, gpus_per_actor=1, **SETTINGS)
-    with pytest.raises(ValueError, match="n_actors=0 must be at least 1"):
+    with pytest.raises(UserError, match="n_actors=0 must be at least 1"):
         fit_distributed(shards, n_actors=0, **SETTINGS)
-    with pytest.raises(ValueError, match="n_clusters=9999 must be at most the number of documents, 3001"):
+    with pytest.raises(UserError, match="n_clusters=9999 must be at most the number of documents, 3001"):
         fit_distributed(shards, n_actors=1, **SETTINGS | {"n_clusters": 9999})
     files.write_array(str(tmp_path / "bad.npy"), np.full((10, 8), np.nan, "f4"))
-    with pytest.raises(ValueError, match="embeddings must be finite"):
+    with pytest.raises(UserError, match="embeddings must be finite"):
         fit_distributed([*shards, str(tmp_path / "bad.npy")], n_actors=1, **SETTINGS)

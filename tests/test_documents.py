@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from cbtm_ray import documents
 from cbtm_ray.config import CorpusConfig
 from cbtm_ray.documents import Document, is_held_out, list_shards, read_shard, unit_hash
+from cbtm_ray.errors import UserError
 from cbtm_ray.installed_docs import package_documents
 
 TEXTS = ["first", "caf\u00e9 \U0001f600\nsecond line", "", 'quotes " and \\ slashes', "a\u2028b\x85c"]
@@ -176,13 +177,13 @@ def test_small_text_files_are_one_shard(tmp_path: Path) -> None:
 )
 def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, data: bytes, message: str) -> None:
     write(tmp_path / "a.jsonl", data)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read(tmp_path)
 
 
 def test_half_a_surrogate_pair_which_utf8_cannot_hold_is_refused_with_its_line(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b\\ud83d"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2"):
         read(tmp_path)
 
 
@@ -194,66 +195,66 @@ def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path: Path, f
     present = (
         rf"corpus\.{field}_column='nope' is not in a\.{suffix}.*, which has text, topic, key\. Set corpus\.{field}"
     )
-    with pytest.raises(ValueError, match=present):
+    with pytest.raises(UserError, match=present):
         read(tmp_path, **{f"{field}_column": "nope"})
 
 
 def test_an_id_that_is_null_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", b'{"text": "a", "key": 1}\n{"text": "b", "key": null}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: corpus\.id_column='key' holds None, which is not an id"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: corpus\.id_column='key' holds None, which is not an id"):
         read(tmp_path, id_column="key")
 
 
 def test_a_missing_text_column_of_parquet_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", parquet([{"body": "a", "topic": "sea"}]))
     with pytest.raises(
-        ValueError, match=r"corpus\.text_column='text' is not in a\.parquet, which has body, topic\. Set"
+        UserError, match=r"corpus\.text_column='text' is not in a\.parquet, which has body, topic\. Set"
     ):
         read(tmp_path)
 
 
 def test_a_text_of_parquet_that_is_no_text_is_refused_with_its_row(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", parquet([{"text": "a"}, {"text": "b"}, {"text": None}]))
-    with pytest.raises(ValueError, match=r"a\.parquet:3: corpus\.text_column='text' holds None"):
+    with pytest.raises(UserError, match=r"a\.parquet:3: corpus\.text_column='text' holds None"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_a_file_that_is_not_what_its_name_says_is_refused_by_name(tmp_path: Path, name: str) -> None:
     write(tmp_path / name, b"neither compressed nor columns")
-    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
         read(tmp_path)
 
 
 def test_a_text_file_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "inner" / "a.txt", b"caf\xe9")
-    with pytest.raises(ValueError, match=r"inner/a\.txt is not UTF-8: byte 0xe9 at position 3"):
+    with pytest.raises(UserError, match=r"inner/a\.txt is not UTF-8: byte 0xe9 at position 3"):
         read(tmp_path)
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"corpus\.paths: .*nowhere holds no documents\. Give files or folders with \.jso"
+        UserError, match=r"corpus\.paths: .*nowhere holds no documents\. Give files or folders with \.jso"
     ):
         list_shards((str(tmp_path / "nowhere"),))
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "README.md", "no document")
-    with pytest.raises(ValueError, match=r"README\.md holds no documents\. Give files or folders with \.jsonl"):
+    with pytest.raises(UserError, match=r"README\.md holds no documents\. Give files or folders with \.jsonl"):
         list_shards((str(tmp_path / "README.md"),))
 
 
 def test_a_folder_without_documents_is_refused_by_the_field_it_stands_in(tmp_path: Path) -> None:
     write(tmp_path / "README.md", "no document")
-    with pytest.raises(ValueError, match=r"corpus\.valid_paths: .* holds no documents"):
+    with pytest.raises(UserError, match=r"corpus\.valid_paths: .* holds no documents"):
         list_shards((str(tmp_path),), "corpus.valid_paths")
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         write(tmp_path / folder / "x.jsonl", jsonl(ROWS))
-    with pytest.raises(ValueError, match=r"two files are called x\.jsonl\. Give the folder above both instead"):
+    with pytest.raises(UserError, match=r"two files are called x\.jsonl\. Give the folder above both instead"):
         list_shards((str(tmp_path / "a"), str(tmp_path / "b")))
     assert len(list_shards((str(tmp_path),))) == 2
 
@@ -372,6 +373,6 @@ def test_a_docstring_needs_200_characters(
 
 @pytest.mark.parametrize("name", ["no_such_package_anywhere", "os.path", "../x", ""])
 def test_a_package_that_is_not_installed_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="is not an installed package") as caught:
+    with pytest.raises(UserError, match="is not an installed package") as caught:
         list(package_documents(name, 1000))
     assert f"corpus.packages: {name!r}" in str(caught.value)

@@ -17,6 +17,7 @@ from sklearn.preprocessing import normalize
 from cbtm_ray import files
 from cbtm_ray.config import EmbedConfig
 from cbtm_ray.embed import TokenTfidf, load_clusterer, save_embedder, silent_tokens
+from cbtm_ray.errors import UserError
 from cbtm_ray.tokens import encode, train_tokenizer
 
 VOCABULARY, DIMENSIONS = 40, 6
@@ -188,6 +189,6 @@ def test_a_context_grows_through_the_prefixes(tokens: np.ndarray) -> None:
 )
 def test_more_dimensions_than_the_sample_has_are_refused(documents: list[list[int]], bound: int) -> None:
     arrays = [np.array(document) for document in documents]
-    with pytest.raises(ValueError, match=rf"embed\.dimensions=3 must be at most {bound}, .* Lower it or give more"):
+    with pytest.raises(UserError, match=rf"embed\.dimensions=3 must be at most {bound}, .* Lower it or give more"):
         fit(arrays, dimensions=3)
     assert fit(arrays, dimensions=bound).table_VD.shape == (VOCABULARY, bound)

@@ -15,6 +15,7 @@ from cbtm_ray.config import EmbedConfig, RunConfig
 from cbtm_ray.discover import fit_clusters
 from cbtm_ray.embed import load_clusterer
 from cbtm_ray.embed_workers import map_embedding
+from cbtm_ray.errors import UserError
 from cbtm_ray.partition import partition_corpus
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import load_tokenizer
@@ -50,5 +51,5 @@ def test_documents_go_to_the_nearest_centre_of_the_chosen_embedder(
 
 
 def test_gpus_that_the_machine_lacks_are_refused(ray_cluster: str) -> None:
-    with pytest.raises(ValueError, match=r"embed\.gpus=0\.5 must be at most the GPUs of this machine, 0\."):
+    with pytest.raises(UserError, match=r"embed\.gpus=0\.5 must be at most the GPUs of this machine, 0\."):
         map_embedding([{"n": 1}], lambda row: row, 0.5)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cbtm_ray.engine import PROMPT_TOKENS, Engine
+from cbtm_ray.errors import UserError
 from cbtm_ray.generate import run
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request
@@ -195,7 +196,7 @@ def test_experts_may_change_while_a_prompt_is_given_as_steps() -> None:
 )
 def test_requests_that_can_never_run_are_refused(change: dict[str, Any], message: str) -> None:
     engine = Engine(make_ensemble(), max_sequences=1, cache_tokens=100)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         engine.add(make_request(**({"prompt": [1, 2, 3]} | change)))
     assert engine.waiting == 0
 
@@ -204,12 +205,12 @@ def test_no_experts_no_room_and_windows_are_refused() -> None:
     ensemble = make_ensemble()
     engine = Engine(ensemble, max_sequences=1, cache_tokens=10)
     for experts in (set(), {4}):
-        with pytest.raises(ValueError, match=r"experts=\[4?\] must be some of 0 to 3"):
+        with pytest.raises(UserError, match=r"experts=\[4?\] must be some of 0 to 3"):
             engine.set_active(experts)
-    with pytest.raises(ValueError, match="max_sequences=0 must be at least 1"):
+    with pytest.raises(UserError, match="max_sequences=0 must be at least 1"):
         Engine(ensemble, max_sequences=0, cache_tokens=10)
-    with pytest.raises(ValueError, match="cache_tokens=0 must be at least 1"):
+    with pytest.raises(UserError, match="cache_tokens=0 must be at least 1"):
         Engine(ensemble, max_sequences=1, cache_tokens=0)
     ensemble.experts[0].config.sliding_window = 8
-    with pytest.raises(ValueError, match="LlamaForCausalLM has sliding_window=8, which decoding cannot do"):
+    with pytest.raises(UserError, match="LlamaForCausalLM has sliding_window=8, which decoding cannot do"):
         Engine(ensemble, max_sequences=1, cache_tokens=10)

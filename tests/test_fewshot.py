@@ -14,6 +14,7 @@ import pytest
 from cbtm_ray import files, findings
 from cbtm_ray.branch import DENSE
 from cbtm_ray.config import EvaluateConfig
+from cbtm_ray.errors import UserError
 from cbtm_ray.evaluate import HeldOut, Route, score_documents
 from cbtm_ray.fewshot import Prompts, Task, make_prompts, read_task
 from cbtm_ray.models import load_model
@@ -59,12 +60,12 @@ def test_a_task_is_read_from_a_file(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_what_is_not_a_task_is_refused_by_its_line(tmp_path: Path, rows: list, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_task(write(tmp_path / "mood.jsonl", rows))
 
 
 def test_a_missing_file_and_a_task_named_twice_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no\.jsonl' is not a file"):
+    with pytest.raises(UserError, match=r"no\.jsonl' is not a file"):
         read_task(str(tmp_path / "no.jsonl"))
     with pytest.raises(ValueError, match="names a task twice"):
         EvaluateConfig(fewshot=("a/mood.jsonl", "b/mood.jsonl.gz"))
@@ -105,9 +106,9 @@ def test_a_prompt_shows_the_shots_of_its_seed_and_ends_in_each_label() -> None:
 
 
 def test_examples_and_room_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"mood has 6 examples of 'train' and 3 of 'test'; evaluate\.fewshot_shots=7"):
+    with pytest.raises(UserError, match=r"mood has 6 examples of 'train' and 3 of 'test'; evaluate\.fewshot_shots=7"):
         make_prompts(TASK, TOKENIZER, **OPTIONS | {"shots": 7})
-    with pytest.raises(ValueError, match=r"sequence_length=23 is too short for 2 .* Lower .* to at most 1\."):
+    with pytest.raises(UserError, match=r"sequence_length=23 is too short for 2 .* Lower .* to at most 1\."):
         make_prompts(TASK, TOKENIZER, **OPTIONS | {"sequence_length": 23})
     make_prompts(TASK, TOKENIZER, **OPTIONS | {"sequence_length": 23, "shots": 1})
 

@@ -15,6 +15,7 @@ from cbtm_ray import evaluate
 from cbtm_ray.distances import squared_distances
 from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import Ensemble, load_ensemble
+from cbtm_ray.errors import UserError
 from cbtm_ray.generate import generate, run
 from cbtm_ray.run import Run
 from cbtm_ray.sampling import Sampling, token_probabilities
@@ -227,5 +228,5 @@ def test_a_finished_run_decodes(finished_run: Run, tmp_path: object) -> None:
     steps = list(generate(ensemble, [60, 61], top_k=2, max_tokens=12, sampling=GREEDY))
     assert 1 <= len(steps) <= 12
     assert all(0 <= step.token < len(tokenizer) for step in steps)
-    with pytest.raises(ValueError, match=r"is not a finished run. Run first: python -m jobs\.run_all"):
+    with pytest.raises(UserError, match=r"is not a finished run. Run first: python -m jobs\.run_all"):
         load_ensemble(str(tmp_path))

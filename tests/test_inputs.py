@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.inputs import check_inputs
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
@@ -43,7 +44,7 @@ def test_what_is_there_passes(tmp_path: Path) -> None:
 def test_what_is_not_there_is_refused_by_its_field(
     tmp_path: Path, sections: dict[str, dict[str, Any]], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_inputs(run_with(tmp_path, **sections))
 
 

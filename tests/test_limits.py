@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from cbtm_ray.errors import UserError
 from serve.app import build
 from serve.arguments import AppArguments
 from serve.limits import Refused, among, read_tokens
@@ -31,7 +32,7 @@ def test_tokens_come_from_a_file_or_a_variable(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_tokens_that_are_not_there_are_refused(source: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_tokens(source, "client_tokens")
 
 
@@ -58,7 +59,7 @@ def test_a_refusal_has_openais_shape(status: int, kind: str, header: str | None)
 
 
 def test_an_unfinished_run_is_not_served(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"run_dir=\S+ is not a finished run\. Run: python -m jobs\.run_all"):
+    with pytest.raises(UserError, match=r"run_dir=\S+ is not a finished run\. Run: python -m jobs\.run_all"):
         build(AppArguments(run_dir=str(tmp_path)))
 
 

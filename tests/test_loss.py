@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from cbtm_ray import loss
+from cbtm_ray.errors import UserError
 from cbtm_ray.loss import loss_function, positions_in_document
 from tests.tiny_models import MODELS, SIZES, make_model, make_sequences
 
@@ -118,5 +119,5 @@ def test_documents_kept_apart_are_documents_trained_alone(name: str, attention: 
     ids=["positions by distance", "a window beside the mask"],
 )
 def test_a_model_that_cannot_keep_documents_apart_is_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match=r"train\.cross_documents=False does not work with (Bloom|Mistral)ForCausalLM"):
+    with pytest.raises(UserError, match=r"train\.cross_documents=False does not work with (Bloom|Mistral)ForCausalLM"):
         loss_function(model(), BORDERS[:1], border=0)

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import log_softmax, logsumexp
 from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.merge import average_weights, mix_logprobs
 
 
@@ -141,12 +142,12 @@ def test_folders_are_averaged_as_models_are_and_the_average_is_a_folder_too(tmp_
     ],
 )
 def test_weights_that_are_no_average_are_refused(weights: list[float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         average_weights([llama(0), llama(1)], np.array(weights))
 
 
 def test_no_models_have_no_average() -> None:
-    with pytest.raises(ValueError, match="Give at least one model"):
+    with pytest.raises(UserError, match="Give at least one model"):
         average_weights([])
 
 
@@ -160,14 +161,12 @@ def test_no_models_have_no_average() -> None:
 )
 def test_models_of_different_shapes_are_refused(sizes: dict[str, int], message: str) -> None:
     """Two and four heads have parameters of the same shapes."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         average_weights([llama(0), llama(0, **sizes)])
 
 
 def test_models_of_different_architectures_are_refused() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     cohere = CohereForCausalLM(CohereConfig(**sizes, vocab_size=50, intermediate_size=32))
-    with pytest.raises(
-        ValueError, match="in architecture, CohereForCausalLM and LlamaForCausalLM: only experts of one"
-    ):
+    with pytest.raises(UserError, match="in architecture, CohereForCausalLM and LlamaForCausalLM: only experts of one"):
         average_weights([llama(0), cohere])

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from cbtm_ray import flops
 from cbtm_ray.config import SeedModelConfig
+from cbtm_ray.errors import UserError
 from cbtm_ray.models import check_tokenizer, load_model, new_model, save_model
 from cbtm_ray.tokens import train_tokenizer
 
@@ -42,7 +43,7 @@ def test_a_saved_model_comes_back(tokenizer: PreTrainedTokenizerBase, tmp_path: 
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no causal language model can be loaded from"):
+    with pytest.raises(UserError, match="no causal language model can be loaded from"):
         load_model(str(tmp_path))
 
 
@@ -117,7 +118,7 @@ def test_a_model_in_half_precision_is_loaded_in_float32(tokenizer: PreTrainedTok
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no causal language model can be loaded from '.*nowhere'"):
+    with pytest.raises(UserError, match=r"no causal language model can be loaded from '.*nowhere'"):
         load_model(str(tmp_path / "nowhere"))
 
 
@@ -126,7 +127,7 @@ def test_a_model_of_another_tokenizer_is_refused(tokenizer: PreTrainedTokenizerB
     check_tokenizer(f"file://{tmp_path}", tokenizer)
     other = train_tokenizer(["quite other words, and other merges"], len(tokenizer))
     with pytest.raises(
-        ValueError, match=r"^tokens\.tokenizer gives other tokens than those that the model of '.*' knows"
+        UserError, match=r"^tokens\.tokenizer gives other tokens than those that the model of '.*' knows"
     ):
         check_tokenizer(str(tmp_path), other)
     (tmp_path / "tokenizer_config.json").unlink()

@@ -30,6 +30,7 @@ from cbtm_ray import files
 from cbtm_ray.cli import main
 from cbtm_ray.config import CorpusConfig
 from cbtm_ray.documents import list_shards, read_shard
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
 from tests.artefacts import artefacts
@@ -246,11 +247,11 @@ def test_an_endpoint_that_nobody_is_at_is_one_line(
 
 
 def test_a_corpus_that_cannot_be_reached_is_named(bucket: str) -> None:
-    with enable_iam_authentication(), pytest.raises(ValueError, match=r"^corpus\.paths=s3://.*Check the credentials"):
+    with enable_iam_authentication(), pytest.raises(UserError, match=r"^corpus\.paths=s3://.*Check the credentials"):
         list_shards((files.join(bucket, "corpus"),))
-    with pytest.raises(ValueError, match=r"corpus\.paths: s3://not-made/corpus holds no documents"):
+    with pytest.raises(UserError, match=r"corpus\.paths: s3://not-made/corpus holds no documents"):
         list_shards(("s3://not-made/corpus",))
-    with pytest.raises(ValueError, match=r"^corpus\.paths=s4://bucket/corpus cannot be reached: Unrecognized"):
+    with pytest.raises(UserError, match=r"^corpus\.paths=s4://bucket/corpus cannot be reached: Unrecognized"):
         list_shards(("s4://bucket/corpus",))
 
 

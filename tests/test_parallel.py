@@ -12,6 +12,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from cbtm_ray import parallel
+from cbtm_ray.errors import UserError
 from cbtm_ray.train import Leaving, Trainer, train_model
 from tests.test_train_options import make_valid
 from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
@@ -131,5 +132,5 @@ def test_a_notice_of_one_worker_stops_all(together: list[dict[str, Any]]) -> Non
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "workers", lambda: 3)
-    with pytest.raises(ValueError, match=r"train\.batch_size=4 must be a multiple of the 3 workers"):
+    with pytest.raises(UserError, match=r"train\.batch_size=4 must be a multiple of the 3 workers"):
         train(make_model())

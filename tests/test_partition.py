@@ -21,6 +21,7 @@ from cbtm_ray import files, partition
 from cbtm_ray.config import RunConfig
 from cbtm_ray.embed import load_clusterer
 from cbtm_ray.embed_workers import map_embedding
+from cbtm_ray.errors import UserError
 from cbtm_ray.partition import partition_corpus
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import Run
@@ -94,7 +95,7 @@ def test_a_corpus_that_changed_is_refused_by_the_name_of_its_shard(finished_run:
     changed = tmp_path / "part-2.jsonl"
     changed.write_text("\n".join(lines[:-5]) + "\n")
     task = {"index": 2, **shard, "uris": [str(changed)]}
-    with pytest.raises(ValueError, match=r"part-2.jsonl gave \d+ documents for .* when the corpus was built"):
+    with pytest.raises(UserError, match=r"part-2.jsonl gave \d+ documents for .* when the corpus was built"):
         partition._partition_shard(task, run.config, run.config.corpus)
     assert not list(Path(run.uri("shards")).rglob("*.parquet"))
     partition._partition_shard(task | {"uris": shard["uris"]}, run.config, run.config.corpus)
@@ -174,5 +175,5 @@ def test_a_damaged_output_is_refused_by_name(finished_run: Run, tmp_path: Path) 
     table = pq.read_table(part)
     damaged = tmp_path / part.name
     pq.write_table(table.slice(1), damaged)
-    with pytest.raises(ValueError, match=rf"{part.name} holds \d+ documents, but not those it was made with"):
+    with pytest.raises(UserError, match=rf"{part.name} holds \d+ documents, but not those it was made with"):
         partition._read_counts(str(damaged))

@@ -19,6 +19,7 @@ from cbtm_ray.branch import expert_branches, expert_folder, seed_branch
 from cbtm_ray.cluster import BalancedKMeans
 from cbtm_ray.config import Config
 from cbtm_ray.discover import SHARD_ROWS
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config, dump_config
 from cbtm_ray.models import new_model
 from cbtm_ray.plan import (
@@ -132,14 +133,14 @@ def test_a_hugging_face_folder_is_counted_without_its_weights(tmp_path: Path, lo
 def test_a_model_that_is_not_here_is_refused_in_one_line() -> None:
     wanted = config(seed_model={"name_or_path": "nobody/no-such-model", "train_tokens": 0})
     with pytest.raises(
-        ValueError, match=r"^seed_model\.name_or_path='nobody/no-such-model' must be .* hf download"
+        UserError, match=r"^seed_model\.name_or_path='nobody/no-such-model' must be .* hf download"
     ) as e:
         model_of(wanted)
     assert "\n" not in str(e.value)
 
 
 def test_an_encoder_that_is_not_here_is_refused_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"^embed\.encoder='nobody/none' must be"):
+    with pytest.raises(UserError, match=r"^embed\.encoder='nobody/none' must be"):
         make_plan(config(embed={"embedder": "sentence", "encoder": "nobody/none"}), devices())
 
 
@@ -183,7 +184,7 @@ def test_slots_of_the_configuration_bound_what_trains_at_once() -> None:
 
 
 def test_devices_that_hold_no_expert_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^--gpus=1 is less than the 2 that one expert takes"):
+    with pytest.raises(UserError, match=r"^--gpus=1 is less than the 2 that one expert takes"):
         make_plan(config(train={"gpus_per_expert": 2}), devices(count=1))
 
 

@@ -35,12 +35,13 @@ def test_a_local_ray_listens_on_this_machine_alone() -> None:
 
 TOO_MUCH = """
 from cbtm_ray.ray_session import check_fits, ray_session
+from cbtm_ray.errors import UserError
 with ray_session(local_cpus=1):
     check_fits("train.cpus_per_expert", "CPU", 1)
     for field, kind in (("train.cpus_per_expert", "CPU"), ("train.gpus_per_expert", "GPU")):
         try:
             check_fits(field, kind, 999)
-        except ValueError as error:
+        except UserError as error:
             print(error)
 """
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.report import ReportData, duration, exact, heat_map, render_report, scaled, sig
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
@@ -346,7 +347,7 @@ def test_number_formats(number: str, text: str) -> None:
     ],
 )
 def test_wrong_data_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make_data(**changes)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.route import (
     embedding_scores,
     evidence,
@@ -80,7 +81,7 @@ def test_renamed_experts_have_the_same_weights(top_k: int) -> None:
 
 @pytest.mark.parametrize("top_k", [0, -1, 4])
 def test_a_top_k_outside_the_experts_is_refused(top_k: int) -> None:
-    with pytest.raises(ValueError, match=rf"top_k={top_k} must be between 1 and the number of experts, 3\. Change it"):
+    with pytest.raises(UserError, match=rf"top_k={top_k} must be between 1 and the number of experts, 3\. Change it"):
         sparse_weights(np.zeros((2, 3)), top_k)
 
 

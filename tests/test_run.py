@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cbtm_ray.config import EXECUTION_FIELDS
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config, config_tree, load_config
 from cbtm_ray.run import STAGE_SETTINGS, Run
 
@@ -91,7 +92,7 @@ def test_another_configuration_is_refused_by_the_stage_that_depends_on_it(
 ) -> None:
     finish(tmp_path, stage, **{field: before})
     run_with(tmp_path, **{field: before}).check()
-    with pytest.raises(ValueError, match="was made with another configuration") as caught:
+    with pytest.raises(UserError, match="was made with another configuration") as caught:
         run_with(tmp_path, **{field: now}).check()
     message = str(caught.value)
     assert f"run.dir={tmp_path} " in message
@@ -102,16 +103,16 @@ def test_another_configuration_is_refused_by_the_stage_that_depends_on_it(
 
 def test_an_unfinished_stage_refuses_another_configuration_too(tmp_path: Path) -> None:
     run_with(tmp_path, run__seed=0).start("corpus")
-    with pytest.raises(ValueError, match=r"run\.seed=1 \(the run has 0\)"):
+    with pytest.raises(UserError, match=r"run\.seed=1 \(the run has 0\)"):
         run_with(tmp_path, run__seed=1).check()
 
 
 def refuse_input() -> dict[str, Any]:
-    raise ValueError("the column is called otherwise")
+    raise UserError("the column is called otherwise")
 
 
 def test_a_stage_that_refused_its_input_takes_the_mended_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="called otherwise"):
+    with pytest.raises(UserError, match="called otherwise"):
         run_with(tmp_path, corpus__text_column="text").stage("corpus", refuse_input)
     mended = run_with(tmp_path, corpus__text_column="body")
     mended.check()
@@ -122,23 +123,23 @@ def test_a_stage_that_refused_its_input_takes_the_mended_one(tmp_path: Path) -> 
 def test_a_stage_that_made_something_before_it_refused_its_input_keeps_its_settings(tmp_path: Path, there: str) -> None:
     (tmp_path / there).parent.mkdir(parents=True)
     (tmp_path / there).write_text("made with the first configuration")
-    with pytest.raises(ValueError, match="called otherwise"):
+    with pytest.raises(UserError, match="called otherwise"):
         run_with(tmp_path, seed_model__hidden_size=32).stage("seed", refuse_input)
-    with pytest.raises(ValueError, match=r"seed_model\.hidden_size=64 \(the run has 32\)"):
+    with pytest.raises(UserError, match=r"seed_model\.hidden_size=64 \(the run has 32\)"):
         run_with(tmp_path, seed_model__hidden_size=64).check()
 
 
 def test_experts_keep_their_settings_since_what_they_made_lies_elsewhere_too(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="called otherwise"):
+    with pytest.raises(UserError, match="called otherwise"):
         run_with(tmp_path, train__learning_rate=0.1).stage("experts", refuse_input)
-    with pytest.raises(ValueError, match=r"train\.learning_rate=0\.2 \(the run has 0\.1\)"):
+    with pytest.raises(UserError, match=r"train\.learning_rate=0\.2 \(the run has 0\.1\)"):
         run_with(tmp_path, train__learning_rate=0.2).check()
 
 
 def test_every_differing_field_is_named(tmp_path: Path) -> None:
     finish(tmp_path, "clusterer")
     changed = run_with(tmp_path, embed__dimensions=7, cluster__n_clusters=3, cluster__balanced=False)
-    with pytest.raises(ValueError, match=r"cluster\.balanced=False .*cluster\.n_clusters=3 .*embed\.dimensions=7 "):
+    with pytest.raises(UserError, match=r"cluster\.balanced=False .*cluster\.n_clusters=3 .*embed\.dimensions=7 "):
         changed.check()
 
 
@@ -158,7 +159,7 @@ def test_a_finished_run_can_be_given_a_control_once_its_evaluation_is_gone(tmp_p
         finish(tmp_path, stage, train__controls=["random"])
     more = run_with(tmp_path, train__controls=["random", "unbalanced"])
     with pytest.raises(
-        ValueError, match=r"train\.controls=\['random', 'unbalanced'\] \(the run has \['random'\]\)"
+        UserError, match=r"train\.controls=\['random', 'unbalanced'\] \(the run has \['random'\]\)"
     ) as caught:
         more.check()
     assert f"delete {tmp_path / 'evaluation'} and the stages after it" in str(caught.value)
@@ -166,7 +167,7 @@ def test_a_finished_run_can_be_given_a_control_once_its_evaluation_is_gone(tmp_p
         (tmp_path / "evaluation" / name).unlink()
     more.check()
     for stage in ("experts", "controls/random", "controls/unbalanced"):
-        with pytest.raises(ValueError, match=r"train\.learning_rate"):
+        with pytest.raises(UserError, match=r"train\.learning_rate"):
             run_with(tmp_path, train__controls=["random"], train__learning_rate=0.5).check()
         (tmp_path / stage / "settings.json").unlink()
 
@@ -230,7 +231,7 @@ def test_finished_stages_of_a_shared_run_are_taken_and_all_else_is_its_own(tmp_p
 def test_a_shared_stage_of_another_configuration_is_refused(tmp_path: Path) -> None:
     finish(tmp_path / "base", "clusterer", cluster__n_clusters=2)
     point = run_with(tmp_path / "point", run__shared=[str(tmp_path / "base")], cluster__n_clusters=4)
-    with pytest.raises(ValueError, match=r"cluster\.n_clusters=4 \(the run has 2\)"):
+    with pytest.raises(UserError, match=r"cluster\.n_clusters=4 \(the run has 2\)"):
         point.begin()
 
 
@@ -254,7 +255,7 @@ def test_begin_overwrites_nothing_where_it_refuses(tmp_path: Path) -> None:
     first.begin()
     first.stage("corpus", dict)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"run\.seed"):
+    with pytest.raises(UserError, match=r"run\.seed"):
         run_with(tmp_path, run__seed=1).begin()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -262,11 +263,11 @@ def test_begin_overwrites_nothing_where_it_refuses(tmp_path: Path) -> None:
 def test_need_names_the_job_that_is_missing(tmp_path: Path) -> None:
     run = run_with(tmp_path)
     with pytest.raises(
-        ValueError, match=r"clusterer is not finished\. Run first: python -m jobs\.fit_clusters --config"
+        UserError, match=r"clusterer is not finished\. Run first: python -m jobs\.fit_clusters --config"
     ):
         run.need("clusterer", "fit_clusters")
     run.start("clusterer")
-    with pytest.raises(ValueError, match="clusterer is not finished"):
+    with pytest.raises(UserError, match="clusterer is not finished"):
         run.need("clusterer", "fit_clusters")
     run.finish("clusterer", {"n_iter": 3})
     assert run.need("clusterer", "fit_clusters") == {"n_iter": 3}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.sampling import Sampling, draw, token_probabilities
 
 LOGPROBS = np.log([0.5, 0.3, 0.15, 0.05])
@@ -58,5 +59,5 @@ def test_draws_follow_weights_of_any_sum() -> None:
     ],
 )  # fmt: skip
 def test_settings_out_of_bounds_are_refused(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^{field}={value} must be .*\. Change it\."):
+    with pytest.raises(UserError, match=rf"^{field}={value} must be .*\. Change it\."):
         Sampling(**{field: value})

@@ -12,6 +12,7 @@ import pytest
 from test_report import Page, result
 
 from cbtm_ray import files
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
 from cbtm_ray.sweep import _dense_row, best_by_top_k, point_config, render_sweep, sweep_clusters, sweep_rows
@@ -72,7 +73,7 @@ def config(tmp_path: Path, **more: Any) -> Any:
 
 def test_a_point_that_cannot_be_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     swept = Run(config(tmp_path, sweep={"clusters": [2, 17], "total_tokens": [2048]}))
-    with pytest.raises(ValueError, match=r"total_tokens=2048 must give each of the 17 experts at least one step"):
+    with pytest.raises(UserError, match=r"total_tokens=2048 must give each of the 17 experts at least one step"):
         sweep_clusters(swept)
     assert not files.exists(swept.uri("shared"))
     assert point_config(swept.config, 4, 512).cluster.n_clusters == 4
@@ -85,7 +86,7 @@ def test_a_point_of_another_configuration_is_refused_before_anything_is_made(tmp
     )
     folder = swept.uri("clusters=0004", "tokens=2048")
     Run(replace(with_controls, run=replace(with_controls.run, dir=folder))).start("evaluation")
-    with pytest.raises(ValueError, match=r"tokens=2048 was made with another configuration: train\.controls=\[\]"):
+    with pytest.raises(UserError, match=r"tokens=2048 was made with another configuration: train\.controls=\[\]"):
         sweep_clusters(swept)
     assert not files.exists(swept.uri("shared"))
 
@@ -105,9 +106,9 @@ def test_a_larger_model_is_compared_only_on_the_same_held_out_tokens(tmp_path: P
     same = finished(tmp_path / "same", seed_model={"hidden_size": 256, "train_tokens": 9})
     assert _dense_row(swept, same)["parameters"] == 7_000_000
     other = finished(tmp_path / "other", tokens={"vocab_size": 400, "sequence_length": 32})
-    with pytest.raises(ValueError, match=r"has tokens\.vocab_size=400 \(the sweep has 300\): perplexities of other"):
+    with pytest.raises(UserError, match=r"has tokens\.vocab_size=400 \(the sweep has 300\): perplexities of other"):
         _dense_row(swept, other)
-    with pytest.raises(ValueError, match="is not a finished run"):
+    with pytest.raises(UserError, match="is not a finished run"):
         _dense_row(swept, str(tmp_path))
 
 

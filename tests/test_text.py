@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.text import TextAssembler
 from cbtm_ray.tokens import train_tokenizer
 
@@ -55,5 +56,5 @@ def test_bytes_that_are_no_character_come_at_the_end() -> None:
 
 
 def test_an_empty_stop_string_is_refused() -> None:
-    with pytest.raises(ValueError, match="stop='' must be at least one character"):
+    with pytest.raises(UserError, match="stop='' must be at least one character"):
         TextAssembler(TOKENIZER, ["a", ""])

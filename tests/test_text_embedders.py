@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from cbtm_ray.config import EmbedConfig
 from cbtm_ray.embed import Embedder, fit_embedder, load_embedder, save_embedder
+from cbtm_ray.errors import UserError
 from cbtm_ray.text_embedders import SentenceEncoder, WordTfidf, words_of
 from cbtm_ray.tokens import encode, train_tokenizer
 from tests.tiny import DOMAINS
@@ -97,10 +98,10 @@ def test_word_tfidf_comes_back_from_its_folder(
 
 
 def test_more_dimensions_than_words_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ValueError, match=r"embed\.dimensions=500 must be at most \d+, what the corpus sample has"):
+    with pytest.raises(UserError, match=r"embed\.dimensions=500 must be at most \d+, what the corpus sample has"):
         fit(tokenizer, standardise=False, dimensions=500)
     silent = encode(tokenizer, ["the of 12"] * 9)
-    with pytest.raises(ValueError, match=r"embed\.dimensions=2 must be at most 0"):
+    with pytest.raises(UserError, match=r"embed\.dimensions=2 must be at most 0"):
         WordTfidf.fit(silent, tokenizer, dimensions=2, standardise=False, random_state=0)
 
 
@@ -180,8 +181,8 @@ def test_an_encoder_that_is_not_there_or_too_short_is_refused(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     nowhere = EmbedConfig(embedder="sentence", encoder=str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"embed\.encoder=.*none' cannot be loaded"):
+    with pytest.raises(UserError, match=r"embed\.encoder=.*none' cannot be loaded"):
         SentenceEncoder.open(nowhere, tokenizer)
     long = EmbedConfig(embedder="sentence", encoder=minilm_folder(), encoder_tokens=600)
-    with pytest.raises(ValueError, match=r"embed\.encoder_tokens=600 must be at most 512"):
+    with pytest.raises(UserError, match=r"embed\.encoder_tokens=600 must be at most 512"):
         SentenceEncoder.open(long, tokenizer)

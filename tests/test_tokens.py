@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cbtm_ray import files, partition
+from cbtm_ray.errors import UserError
 from cbtm_ray.tokens import (
     END_OF_TEXT,
     PackedSequences,
@@ -97,18 +98,18 @@ def test_a_saved_tokenizer_loads_as_itself(tokenizer: PreTrainedTokenizerFast, t
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tokens\.tokenizer='.*nowhere' cannot be loaded"):
+    with pytest.raises(UserError, match=r"tokens\.tokenizer='.*nowhere' cannot be loaded"):
         load_tokenizer(str(tmp_path / "nowhere"))
 
 
 def test_a_folder_without_a_tokenizer_is_refused_by_field_and_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tokens\.tokenizer='.*' cannot be loaded"):
+    with pytest.raises(UserError, match=r"tokens\.tokenizer='.*' cannot be loaded"):
         load_tokenizer(str(tmp_path))
 
 
 def test_a_tokenizer_without_an_end_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has no end-of-text token \(eos_token\)\. Use one that has"):
+    with pytest.raises(UserError, match=r"has no end-of-text token \(eos_token\)\. Use one that has"):
         load_tokenizer(str(tmp_path))
 
 
@@ -218,7 +219,7 @@ def test_tokens_are_read_as_they_come_and_mapped_from_a_file() -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
 def test_a_full_disk_for_tokens_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.TemporaryFile", partial(open, "/dev/full", "r+b", buffering=0))
-    with pytest.raises(ValueError, match="has no space left for an expert's tokens, 4 bytes each"):
+    with pytest.raises(UserError, match="has no space left for an expert's tokens, 4 bytes each"):
         packed([[1, 2, 3]], 2)
 
 
@@ -246,7 +247,7 @@ def test_sequences_of_an_epoch_are_shuffled() -> None:
 @pytest.mark.parametrize(("documents", "tokens"), [([[1, 2], [3]], 5), ([], 0)])
 def test_too_short_a_corpus_is_refused(documents: list[list[int]], tokens: int) -> None:
     message = rf"tokens\.sequence_length=6 must be at most the tokens of a cluster's documents, {tokens}\. Lower it"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         packed(documents, 6)
 
 
@@ -311,7 +312,7 @@ def test_a_partition_says_whose_documents_are_read(tmp_path: Path) -> None:
 def test_a_partition_of_other_documents_is_refused(tmp_path: Path, ids: list[str]) -> None:
     two_shards_and_a_partition(tmp_path)
     write_named(tmp_path / "random" / "part-00001.parquet", ids, cluster=[0] * len(ids))
-    with pytest.raises(ValueError, match=r"random does not name the documents of .*part-00001\.parquet\. Delete it"):
+    with pytest.raises(UserError, match=r"random does not name the documents of .*part-00001\.parquet\. Delete it"):
         list(read_documents(str(tmp_path), "train", 0, f"{tmp_path}/random"))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.trackers import tracking
 
 CURVE = [
@@ -23,7 +24,7 @@ def test_nobody_is_told_unless_asked() -> None:
 
 @pytest.mark.parametrize("tracker", MISSING)
 def test_what_is_not_installed_is_refused(tracker: str) -> None:
-    refused = pytest.raises(ValueError, match=rf"train\.trackers names '{tracker}', which this node cannot use")
+    refused = pytest.raises(UserError, match=rf"train\.trackers names '{tracker}', which this node cannot use")
     with refused, tracking((tracker,), "runs/one", "seed"):
         pass
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.train import Trainer, learning_rate, make_optimizer, train_model
 from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
 
@@ -67,13 +68,13 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step() -> None:
     model = make_model()
     with torch.no_grad():
         model.get_input_embeddings().weight[:] = float("nan")
-    with pytest.raises(ValueError, match=r"test: the loss is nan at step 3\. Lower the learning rate"):
+    with pytest.raises(UserError, match=r"test: the loss is nan at step 3\. Lower the learning rate"):
         train(model)
 
 
 @pytest.mark.parametrize("highest", [50, 60])
 def test_a_token_outside_the_vocabulary_is_refused(highest: int) -> None:
-    with pytest.raises(ValueError, match=f"token id {highest} is not below the model's vocabulary of 50"):
+    with pytest.raises(UserError, match=f"token id {highest} is not below the model's vocabulary of 50"):
         Trainer(make_model(), make_sequences(highest), SPEC)
 
 
@@ -180,6 +181,6 @@ def test_a_state_with_broken_weights_is_never_saved() -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[:] = float("nan")
     spec = dataclasses.replace(SPEC, log_every=10, checkpoint_every=5)
-    with pytest.raises(ValueError, match="earlier checkpoints are intact"):
+    with pytest.raises(UserError, match="earlier checkpoints are intact"):
         train_model(model, make_sequences(), spec, state=None, save=saved.append, log=lambda point: None)
     assert saved == []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cbtm_ray.errors import UserError
 from cbtm_ray.loss import loss_function
 from cbtm_ray.tokens import PackedSequences
 from cbtm_ray.train import Trainer
@@ -72,7 +73,7 @@ def test_activation_checkpointing_keeps_less_and_trains_the_same(name: str) -> N
 def test_a_model_without_activation_checkpointing_is_refused() -> None:
     model = make_model()
     model.supports_gradient_checkpointing = False
-    with pytest.raises(ValueError, match=r"train\.activation_checkpointing=True does not work with LlamaForCausalLM"):
+    with pytest.raises(UserError, match=r"train\.activation_checkpointing=True does not work with LlamaForCausalLM"):
         train(model, dataclasses.replace(SPEC, activation_checkpointing=True))
 
 
@@ -96,7 +97,7 @@ def test_compiled_training_is_the_same_up_to_rounding_and_resumes() -> None:
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(
-        ValueError, match=r"train\.compile=True needs a C\+\+ compiler, and there is no no-such-compiler"
+        UserError, match=r"train\.compile=True needs a C\+\+ compiler, and there is no no-such-compiler"
     ):
         train(make_model(), dataclasses.replace(SPEC, compile=True))
 
@@ -154,5 +155,5 @@ def test_few_held_out_sequences_are_all_read() -> None:
 
 def test_a_held_out_token_outside_the_vocabulary_is_refused() -> None:
     valid = PackedSequences([np.array([60] * 20)], sequence_length=16, end_of_text=0, seed=0)
-    with pytest.raises(ValueError, match="token id 60 is not below the model's vocabulary of 50"):
+    with pytest.raises(UserError, match="token id 60 is not below the model's vocabulary of 50"):
         Trainer(make_model(), make_sequences(), SPEC, valid)

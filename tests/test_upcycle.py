@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cbtm_ray import flops
 from cbtm_ray.branch import train_seed
+from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
 from cbtm_ray.loss import loss_function
 from cbtm_ray.run import Run
@@ -112,13 +113,13 @@ def test_flops_count_the_two_experts_that_run() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
 def test_another_architecture_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"cannot be upcycled: its architecture is '{name}'.*Leave 'moe'"):
+    with pytest.raises(UserError, match=f"cannot be upcycled: its architecture is '{name}'.*Leave 'moe'"):
         upcycle(make_model(name), 4, 0)
 
 
 def test_biases_are_refused_by_the_folder(tmp_path: Path) -> None:
     LlamaConfig(**SIZES, attention_bias=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="its layers have biases"):
+    with pytest.raises(UserError, match="its layers have biases"):
         check_upcyclable(str(tmp_path))
 
 
@@ -129,5 +130,5 @@ def test_a_seed_that_cannot_be_upcycled_is_refused_before_it_is_trained(tmp_path
     tree["train"]["controls"] = ["moe"]
     run = Run(build_config(tree))
     run.finish("shards", {})
-    with pytest.raises(ValueError, match="cannot be upcycled: its architecture is 'gpt2'"):
+    with pytest.raises(UserError, match="cannot be upcycled: its architecture is 'gpt2'"):
         train_seed(run)

@@ -11,6 +11,7 @@ import pytest
 from cbtm_ray import files
 from cbtm_ray.branch import DENSE, expert_branches, expert_folder
 from cbtm_ray.config import Config
+from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import save_tokenizer, train_tokenizer
 from cbtm_ray.warm_start import check_warm_start
@@ -57,7 +58,7 @@ def test_without_one_they_begin_with_the_seed_and_nothing_is_checked(tiny_config
 def test_a_run_without_these_experts_is_refused(tiny_config: Config, other: Run, tmp_path: Path) -> None:
     files.delete(other.uri(expert_folder(1), "manifest.json"))
     run = make(tiny_config, tmp_path / "run", tmp_path / "other")
-    with pytest.raises(ValueError, match=r"^train\.warm_start='.*other' must be .*; it has no finished .*=0001\.$"):
+    with pytest.raises(UserError, match=r"^train\.warm_start='.*other' must be .*; it has no finished .*=0001\.$"):
         check_warm_start(run, NAMES)
 
 
@@ -65,11 +66,11 @@ def test_a_run_without_these_experts_is_refused(tiny_config: Config, other: Run,
 def test_a_run_of_other_clusters_is_refused(tiny_config: Config, other: Run, tmp_path: Path, part: str) -> None:
     files.write_array(other.uri("clusterer", part), np.zeros((2, 8), np.float32))
     run = make(tiny_config, tmp_path / "run", tmp_path / "other")
-    with pytest.raises(ValueError, match=rf"but clusterer/{part} is not the same: its experts are of other clusters"):
+    with pytest.raises(UserError, match=rf"but clusterer/{part} is not the same: its experts are of other clusters"):
         check_warm_start(run, NAMES)
 
 
 def test_a_run_of_another_tokenizer_is_refused(tiny_config: Config, other: Run, tmp_path: Path) -> None:
     run = make(tiny_config, tmp_path / "run", tmp_path / "other", words="other words, other merges")
-    with pytest.raises(ValueError, match="but tokenizer is not the same"):
+    with pytest.raises(UserError, match="but tokenizer is not the same"):
         check_warm_start(run, NAMES)
