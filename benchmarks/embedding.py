@@ -29,8 +29,8 @@ from cbtm_ray.config import EmbedConfig
 from cbtm_ray.discover import agreement
 from cbtm_ray.distances import squared_distances
 from cbtm_ray.embed import Embedder, TokenTfidf, fit_embedder, silent_tokens
-from cbtm_ray.text_embedders import words_of
 from cbtm_ray.tokens import encode, train_tokenizer
+from cbtm_ray.word_tfidf import words_of
 
 CENTRES = 64
 
