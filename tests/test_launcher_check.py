@@ -14,9 +14,9 @@ import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
 
-from cbtm_ray.cluster_files import check_file, check_launcher, main
 from cbtm_ray.errors import UserError
-from cbtm_ray.kuberay_files import check_manifest
+from ops.kuberay_check import check_manifest
+from ops.launcher_check import check_file, check_launcher, main
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = ["cluster.yaml", "cluster-gcp.yaml"]
@@ -116,10 +116,10 @@ AWS_MISTAKES: list[tuple[Change, str]] = [
     ),
     (
         lambda t: t["file_mounts"].pop("~/preemption.py"),
-        r"^file_mounts lacks ~/preemption\.py: .* Mount cbtm_ray/preemption\.py",
+        r"^file_mounts lacks ~/preemption\.py: .* Mount ops/preemption\.py",
     ),
     (
-        lambda t: t["file_mounts"].update({"~/preemption.py": "cbtm_ray/preemptions.py"}),
+        lambda t: t["file_mounts"].update({"~/preemption.py": "ops/preemptions.py"}),
         r"^file_mounts lacks ~/preemption\.py",
     ),
     (
@@ -302,9 +302,17 @@ def test_the_job_checks_what_make_gives_it() -> None:
 
 def test_ray_uploads_the_code_and_neither_runs_nor_data(tmp_path: Path) -> None:
     folder = tmp_path / "copy"
-    kept = {"cbtm_ray/config.py", "jobs/run_all.py", "serve/app.py", "configs/quickstart.yaml", "requirements.txt"}
+    kept = {
+        "cbtm_ray/config.py",
+        "jobs/run_all.py",
+        "ops/gguf.py",
+        "serve/app.py",
+        "configs/quickstart.yaml",
+        "requirements.txt",
+    }
     left = {
         ".venv/bin/python",
+        "ops/grafana.json",
         "runs/a/seed/model.safetensors",
         "corpus.jsonl",
         "big.npy",

@@ -1,7 +1,7 @@
 """Check the files that a cluster is started from, with nothing launched and no account: `make validate-cluster`.
 
 Files of the cluster launcher go through Ray's own validation, which knows nothing of what stands under `provider` and
-`node_config`, and then through ours, which does. Kubernetes manifests are looked at in `kuberay_files.py`.
+`node_config`, and then through ours, which does. Kubernetes manifests are looked at in `kuberay_check.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cbtm_ray.cli import refuse
-from cbtm_ray.cluster_keys import (
+from cbtm_ray.errors import UserError
+from ops.keys import (
     NODE_CONFIG,
     NODE_CONFIG_NEEDS,
     PROVIDER,
@@ -27,8 +28,7 @@ from cbtm_ray.cluster_keys import (
     check_keys,
     did_you_mean,
 )
-from cbtm_ray.errors import UserError
-from cbtm_ray.kuberay_files import check_manifest, check_version
+from ops.kuberay_check import check_manifest, check_version
 
 TOKEN_FILE = "~/.ray/auth_token"
 WATCHER = "~/preemption.py"
@@ -160,7 +160,7 @@ def _check_preemption(tree: dict[str, Any], cloud: str) -> None:
         return
     mounted = tree["file_mounts"].get(WATCHER)
     if mounted is None or not (Path(__file__).parent.parent / mounted).is_file():
-        raise UserError(f"file_mounts lacks {WATCHER}: spot nodes run it. Mount cbtm_ray/preemption.py there.")
+        raise UserError(f"file_mounts lacks {WATCHER}: spot nodes run it. Mount ops/preemption.py there.")
     last = tree["worker_start_ray_commands"][-1]
     if f"{WATCHER} --cloud {cloud} " not in last:
         raise UserError(
