@@ -1,46 +1,99 @@
 """Which keys a cluster's files may hold, where the tools that read them later would take a typo without a word.
 
-A `Keys` tree says of every key what may stand under it: another tree, a tuple of allowed values, or None for anything.
-Lists are looked at item by item. The trees hold names only, taken from the interfaces that are given with each.
+`Keys` say what a value may be: a dict, of each allowed key what its own value may be; a tuple, one of these; None, anything.
+A list is checked item by item. What a cloud's client or Ray describes is read from there; what nothing installable describes
+is copied below.
 """
 
 from __future__ import annotations
 
-import difflib
-from typing import Any, Union
+import functools
+import importlib
+import json
+from typing import Any
 
-from cbtm_ray.errors import UserError
+from cbtm_ray.errors import UserError, unknown_key
 
-Keys = dict[str, Union["Keys", tuple[str, ...], None]]
+Keys = dict[str, "Keys"] | tuple[str, ...] | None
 
 
 def check_keys(value: Any, keys: Keys, where: str) -> None:
-    """UserError with the nearest key, if a mapping in `value` holds one that is not in the tree."""
+    """UserError that names the first key or value that is not allowed, with the nearest key that is."""
+    if keys is None:
+        return
     if isinstance(value, list):
         for index, item in enumerate(value):
             check_keys(item, keys, f"{where}[{index}]")
-        return
-    if not isinstance(value, dict):
+    elif isinstance(keys, tuple):
+        if value not in keys:
+            raise UserError(f"{where}={value!r} must be one of {', '.join(keys)}.")
+    elif not isinstance(value, dict):
         raise UserError(f"{where}={value!r} must hold keys. Allowed there: {', '.join(sorted(keys))}.")
-    for key, inner in value.items():
-        if key not in keys:
-            raise UserError(f"{where}.{key} is not a key. {did_you_mean(key, list(keys), where)}")
-        below = keys[key]
-        if isinstance(below, dict):
-            check_keys(inner, below, f"{where}.{key}")
-        elif below is not None and inner not in below:
-            raise UserError(f"{where}.{key}={inner!r} must be one of {', '.join(below)}.")
+    else:
+        for key, inner in value.items():
+            if key not in keys:
+                raise UserError(unknown_key(key, keys, where))
+            check_keys(inner, keys[key], f"{where}.{key}")
 
 
-def did_you_mean(key: Any, allowed: list[str], where: str) -> str:
-    """Advice for a user whose key is not allowed."""
-    nearest = difflib.get_close_matches(str(key).lower(), [name.lower() for name in allowed], n=1, cutoff=0.6)
-    if not nearest:
-        return f"Remove it. Allowed there: {', '.join(sorted(allowed))}."
-    return f"Did you mean {where}.{next(name for name in allowed if name.lower() == nearest[0])}?"
+def check_node_config(config: Any, cloud: str, where: str) -> None:
+    """UserError if it is no request for a node, by the description of such requests in the cloud's own client. Offline."""
+    if cloud == "gcp":
+        check_keys(config, _compute_engine(), where)
+        return
+    request = _ec2()
+    check_keys(config, {**_ec2_keys(request), "SubnetIds": None}, where)
+    # Ray adds the counts, and puts one of its own SubnetIds into each request.
+    whole = {"MinCount": 1, "MaxCount": 1, **{key: value for key, value in config.items() if key != "SubnetIds"}}
+    report = _module("botocore.validate", "boto3").ParamValidator().validate(whole, request)
+    if report.has_errors():
+        raise UserError(f"{where}: {report.generate_report().splitlines()[0]}.")
 
 
-def _any(*names: str) -> Keys:
+@functools.cache
+def _ec2() -> Any:
+    """The input of EC2's RunInstances, as botocore describes it."""
+    ec2 = _module("botocore.session", "boto3").get_session().get_service_model("ec2")
+    return ec2.operation_model("RunInstances").input_shape
+
+
+def _ec2_keys(shape: Any) -> Any:
+    if shape.type_name == "list":
+        return _ec2_keys(shape.member)
+    if shape.type_name == "structure":
+        return {name: _ec2_keys(member) for name, member in shape.members.items()}
+    return tuple(getattr(shape, "enum", ())) or None
+
+
+@functools.cache
+def _compute_engine() -> Keys:
+    """What a request may set of Compute Engine's Instance, as google-api-python-client describes it.
+
+    Without types: Compute Engine takes 200 for "200", and a list of one mapping, as Ray's own files have, for the mapping.
+    """
+    client = _module("googleapiclient.discovery_cache", "google-api-python-client")
+    schemas = json.loads(client.get_static_doc("compute", "v1"))["schemas"]
+
+    def keys_of(schema: dict[str, Any]) -> Any:
+        schema = schema.get("items", schema)
+        schema = schemas.get(schema.get("$ref"), schema)
+        if "properties" in schema:
+            return {name: keys_of(part) for name, part in schema["properties"].items() if not part.get("readOnly")}
+        return tuple(schema.get("enum", ())) or None
+
+    # The second is Ray's own: an argument of the call rather than of the instance.
+    return {**keys_of(schemas["Instance"]), "sourceInstanceTemplate": None}
+
+
+def _module(name: str, package: str) -> Any:
+    """A module of the package that `ray up` itself needs for a cloud."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"node_config cannot be checked without {error.name}. Run: pip install {package}") from error
+
+
+def _any(*names: str) -> dict[str, Keys]:
     return dict.fromkeys(names)
 
 
@@ -67,93 +120,17 @@ PROVIDER: dict[str, Keys] = {
 
 PROVIDER_NEEDS = {"aws": ("region",), "gcp": ("region", "availability_zone", "project_id")}
 
-_EC2_DISK = _any(
-    "AvailabilityZone", "AvailabilityZoneId", "DeleteOnTermination", "EbsCardIndex", "Encrypted", "Iops", "KmsKeyId",
-    "OutpostArn", "SnapshotId", "Throughput", "VolumeInitializationRate", "VolumeSize", "VolumeType",
-)  # fmt: skip
-
-_EC2_INSTANCE: Keys = {
-    **_any(
-        "AdditionalInfo", "CapacityReservationSpecification", "ClientToken", "CpuOptions", "CreditSpecification",
-        "DisableApiStop", "DisableApiTermination", "DryRun", "EbsOptimized", "ElasticGpuSpecification",
-        "ElasticInferenceAccelerators", "EnablePrimaryIpv6", "EnclaveOptions", "HibernationOptions", "ImageId",
-        "InstanceInitiatedShutdownBehavior", "InstanceType", "Ipv6AddressCount", "Ipv6Addresses", "KernelId", "KeyName",
-        "LicenseSpecifications", "MaintenanceOptions", "MaxCount", "MinCount", "Monitoring", "NetworkInterfaces",
-        "NetworkPerformanceOptions", "Operator", "PrivateDnsNameOptions", "PrivateIpAddress", "RamdiskId",
-        "SecondaryInterfaces", "SecurityGroupIds", "SecurityGroups", "SubnetId", "UserData",
-    ),
-    "SubnetIds": None,  # Ray's own: it takes one of them for each node
-    "BlockDeviceMappings": {**_any("DeviceName", "NoDevice", "VirtualName"), "Ebs": _EC2_DISK},
-    "IamInstanceProfile": _any("Arn", "Name"),
-    "InstanceMarketOptions": {
-        "MarketType": ("spot", "on-demand", "capacity-block", "interruptible-capacity-reservation"),
-        "SpotOptions": _any(
-            "BlockDurationMinutes", "InstanceInterruptionBehavior", "MaxPrice", "SpotInstanceType", "ValidUntil"
-        ),
-    },
-    "LaunchTemplate": _any("LaunchTemplateId", "LaunchTemplateName", "Version"),
-    "MetadataOptions": _any(
-        "HttpEndpoint", "HttpProtocolIpv6", "HttpPutResponseHopLimit", "HttpTokens", "InstanceMetadataTags"
-    ),
-    "Placement": _any(
-        "Affinity", "AvailabilityZone", "AvailabilityZoneId", "GroupId", "GroupName", "HostId", "HostResourceGroupArn",
-        "PartitionNumber", "SpreadDomain", "Tenancy",
-    ),
-    "TagSpecifications": _any("ResourceType", "Tags"),
-}  # fmt: skip
-"""Parameters of EC2's RunInstances (API 2016-11-15, as in botocore 1.44)."""
-
-_GCE_INSTANCE: Keys = {
-    **_any(
-        "advancedMachineFeatures", "canIpForward", "confidentialInstanceConfig", "deletionProtection", "description",
-        "displayDevice", "hostname", "instanceEncryptionKey", "keyRevocationActionType", "labels",
-        "localSsdEncryptionMode", "machineType", "minCpuPlatform", "networkInterfaces", "networkPerformanceConfig",
-        "params", "privateIpv6GoogleAccess", "reservationAffinity", "resourcePolicies", "shieldedInstanceConfig",
-        "sourceMachineImage", "sourceMachineImageEncryptionKey", "workloadIdentityConfig",
-    ),
-    "sourceInstanceTemplate": None,  # Ray's own: an argument of the call rather than of the instance
-    "disks": {
-        **_any(
-            "architecture", "autoDelete", "boot", "deviceName", "diskEncryptionKey", "diskSizeGb", "forceAttach",
-            "guestOsFeatures", "index", "interface", "kind", "licenses", "mode", "source",
-        ),
-        "type": ("PERSISTENT", "SCRATCH"),
-        "initializeParams": _any(
-            "architecture", "description", "diskName", "diskSizeGb", "diskType", "enableConfidentialCompute", "labels",
-            "licenses", "onUpdateAction", "provisionedIops", "provisionedThroughput", "replicaZones",
-            "resourceManagerTags", "resourcePolicies", "sourceImage", "sourceImageEncryptionKey", "sourceSnapshot",
-            "sourceSnapshotEncryptionKey", "storagePool",
-        ),
-    },
-    "guestAccelerators": _any("acceleratorCount", "acceleratorType"),
-    "metadata": {"items": _any("key", "value")},
-    "scheduling": {
-        **_any(
-            "automaticRestart", "availabilityDomain", "exposeHostTopology", "gracefulShutdown",
-            "hostErrorTimeoutSeconds", "localSsdRecoveryTimeout", "locationHint", "maxRunDuration", "minNodeCpus",
-            "nodeAffinities", "onInstanceStopAction", "preemptible", "preemptionNoticeDuration", "protectionTier",
-            "skipGuestOsShutdown", "terminationTime",
-        ),
-        "instanceTerminationAction": ("DELETE", "STOP"),
-        "onHostMaintenance": ("MIGRATE", "TERMINATE"),
-        "provisioningModel": ("FLEX_START", "RESERVATION_BOUND", "SPOT", "STANDARD"),
-    },
-    "serviceAccounts": _any("email", "scopes"),
-    "tags": _any("items"),
-}  # fmt: skip
-"""Fields of Compute Engine's Instance that a request may set (API v1, as in google-api-python-client 2.202)."""
-
-NODE_CONFIG: dict[str, Keys] = {"aws": _EC2_INSTANCE, "gcp": _GCE_INSTANCE}
-
 NODE_CONFIG_NEEDS = {"aws": "InstanceType", "gcp": "machineType"}
 
+# KubeRay's definitions come in no Python package, so the fields below are copies. They are names only:
+# kubectl apply --dry-run=server checks the rest.
 _CONTAINER = _any(
     "args", "command", "env", "envFrom", "image", "imagePullPolicy", "lifecycle", "livenessProbe", "name", "ports",
     "readinessProbe", "resizePolicy", "restartPolicy", "restartPolicyRules", "securityContext", "startupProbe", "stdin",
     "stdinOnce", "terminationMessagePath", "terminationMessagePolicy", "tty", "volumeDevices", "volumeMounts", "workingDir",
 )  # fmt: skip
 
-_POD: Keys = {
+_POD: dict[str, Keys] = {
     "metadata": _any("annotations", "finalizers", "labels", "name", "namespace"),
     "spec": {
         **_any(
@@ -170,7 +147,7 @@ _POD: Keys = {
 }  # fmt: skip
 """Of a pod, as KubeRay's CustomResourceDefinitions repeat Kubernetes' own."""
 
-_CLUSTER: Keys = {
+_CLUSTER: dict[str, Keys] = {
     **_any("headServiceAnnotations", "historyServerOptions", "managedBy", "networkPolicy", "rayVersion", "suspend"),
     "authOptions": {"enableK8sTokenAuth": None, "mode": ("token",), "secretName": None},
     "autoscalerOptions": {
@@ -202,9 +179,9 @@ _CLUSTER: Keys = {
     },
 }  # fmt: skip
 
-_DELETION: Keys = {"policy": ("DeleteCluster", "DeleteNone", "DeleteSelf", "DeleteWorkers")}
+_DELETION: dict[str, Keys] = {"policy": ("DeleteCluster", "DeleteNone", "DeleteSelf", "DeleteWorkers")}
 
-KUBERAY: dict[str, Keys] = {
+KUBERAY: dict[str, dict[str, Keys]] = {
     "RayCluster": _CLUSTER,
     "RayJob": {
         **_any(

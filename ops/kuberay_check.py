@@ -130,6 +130,7 @@ def _check_serve_config(text: str) -> None:
     from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
     from serve.arguments import AppArguments
+    from serve.limits import invalid
 
     tree = yaml.safe_load(text) or {}
     keys = _fields(ServeDeploySchema)
@@ -142,12 +143,10 @@ def _check_serve_config(text: str) -> None:
                 raise UserError(f"import_path={application['import_path']!r} must be 'serve.app:build'.")
             AppArguments(**application.get("args", {}))
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"spec.serveConfigV2: {name}: {first['msg']}.") from error
+        raise UserError(f"spec.serveConfigV2: {invalid(error)}.") from error
     except UserError as error:
         raise UserError(f"spec.serveConfigV2: {error}") from error
 
 
-def _fields(model: type[BaseModel]) -> Keys:
+def _fields(model: type[BaseModel]) -> dict[str, Keys]:
     return dict.fromkeys(model.model_fields)

@@ -18,16 +18,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cbtm_ray.cli import refuse
-from cbtm_ray.errors import UserError
-from ops.keys import (
-    NODE_CONFIG,
-    NODE_CONFIG_NEEDS,
-    PROVIDER,
-    PROVIDER_NEEDS,
-    RESOURCES,
-    check_keys,
-    did_you_mean,
-)
+from cbtm_ray.errors import UserError, unknown_key
+from ops.keys import NODE_CONFIG_NEEDS, PROVIDER, PROVIDER_NEEDS, RESOURCES, check_keys, check_node_config
 from ops.kuberay_check import check_manifest, check_version
 
 TOKEN_FILE = "~/.ray/auth_token"
@@ -104,9 +96,7 @@ def _check_with_ray(tree: dict[str, Any]) -> None:
         if error.validator == "additionalProperties":
             allowed = error.schema["properties"]
             key = next(key for key in error.instance if key not in allowed)
-            name = f"{where}.{key}" if where else key
-            advice = did_you_mean(key, list(allowed), where).replace("mean .", "mean ")
-            raise UserError(f"{name} is not a key. {advice}") from error
+            raise UserError(unknown_key(key, allowed, where)) from error
         raise UserError(f"{where}: {error.message}.") from error
     except (ValueError, AssertionError) as error:
         raise UserError(str(error).splitlines()[0]) from error
@@ -115,9 +105,9 @@ def _check_with_ray(tree: dict[str, Any]) -> None:
 def _check_node_type(node_type: dict[str, Any], cloud: str, where: str, max_workers: int) -> None:
     for resource in node_type["resources"]:
         if resource not in RESOURCES:
-            advice = did_you_mean(resource, list(RESOURCES), f"{where}.resources")
-            raise UserError(f"{where}.resources.{resource} is not a resource that this project asks for. {advice}")
-    check_keys(node_type["node_config"], NODE_CONFIG[cloud], f"{where}.node_config")
+            kind = "a resource that this project asks for"
+            raise UserError(unknown_key(resource, RESOURCES, f"{where}.resources", kind))
+    check_node_config(node_type["node_config"], cloud, f"{where}.node_config")
     needed = NODE_CONFIG_NEEDS[cloud]
     if not node_type["node_config"].get(needed):
         raise UserError(f"{where}.node_config.{needed} is missing. {cloud} needs it.")
