@@ -123,7 +123,7 @@ def test_an_unknown_key_gets_all_that_are_allowed_there() -> None:
 
 
 def test_an_unknown_section_gets_the_nearest_one() -> None:
-    with pytest.raises(UserError, match=r"^trian is not a key\. Did you mean train\? Allowed there: run, corpus, "):
+    with pytest.raises(UserError, match=r"^trian is not a key\. Did you mean train\?$"):
         build_config(tree(trian={"steps": 3}))
 
 
