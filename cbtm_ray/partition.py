@@ -1,9 +1,9 @@
-"""The corpus, streamed once through Ray Data: read -> tokenise -> embed -> nearest centre -> token shards.
+"""The corpus, streamed once through Ray Data: read -> tokenize -> embed -> nearest center -> token shards.
 
 Each input shard becomes one Parquet file a split, written aside and renamed, so that a restart redoes only what is
 missing. No row group mixes clusters: an expert reads its own by Parquet statistics. Memory holds a few million tokens of a
 shard at a time, however large it is.
-Balance held while fitting only; here every document goes to its nearest centre (paper section 3.2).
+Balance held while fitting only; here every document goes to its nearest center (paper section 3.2).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from transformers import PreTrainedTokenizerBase
 from cbtm_ray import files, progress
 from cbtm_ray.config import Config, CorpusConfig
 from cbtm_ray.corpus import corpus_shards
-from cbtm_ray.distances import squared_distances
 from cbtm_ray.documents import Document, Shard, is_held_out, read_shard
 from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.embed_workers import map_embedding
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
+from cbtm_ray.shard_steps import squared_distances
 from cbtm_ray.tokens import encode, load_tokenizer
 
 SPLITS = ("valid", "train")
@@ -173,7 +173,7 @@ def _output_row(document: Document, tokens: np.ndarray, cluster: int) -> dict[st
 
 @functools.lru_cache(maxsize=1)
 def tools(config: Config) -> tuple[PreTrainedTokenizerBase, Embedder, torch.Tensor]:
-    """Tokenizer, embedder and centres, loaded once a worker process."""
+    """Tokenizer, embedder and centers, loaded once a worker process."""
     run = Run(config)
     tokenizer = load_tokenizer(run.uri("tokenizer"))
     return tokenizer, *load_clusterer(run.uri("clusterer"), tokenizer)

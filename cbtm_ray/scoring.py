@@ -18,13 +18,13 @@ from torch import Tensor
 
 from cbtm_ray import evaluate, files, progress
 from cbtm_ray.config import Config, task_name
-from cbtm_ray.distances import squared_distances
 from cbtm_ray.documents import unit_hash
 from cbtm_ray.embed import Embedder
 from cbtm_ray.fewshot import Prompts, make_prompts, read_task
 from cbtm_ray.models import load_model
 from cbtm_ray.ray_session import check_fits
 from cbtm_ray.run import Run
+from cbtm_ray.shard_steps import squared_distances
 from cbtm_ray.tokens import load_tokenizer
 
 
@@ -138,7 +138,7 @@ def score_models(run: Run, names: list[str], task: str | None = None) -> dict[st
 def context_distances(
     embedder: Embedder, documents: list[np.ndarray], centers: dict[str, Tensor]
 ) -> dict[str, np.ndarray]:
-    """Squared distances of every token's context to each system's centres, float32 (T, K) by system."""
+    """Squared distances of every token's context to each system's centers, float32 (T, K) by system."""
     parts: dict[str, list[np.ndarray]] = {system: [] for system in centers}
     for tokens in documents:
         prefixes_TD = torch.from_numpy(embedder.prefix_embeddings(tokens))
