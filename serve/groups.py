@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from ray.serve.handle import DeploymentHandle
 
-from cbtm_ray.distances import squared_distances
 from cbtm_ray.ensemble import Ensemble, PrefixRouter
 from cbtm_ray.sequence import Request
+from cbtm_ray.shard_steps import squared_distances
 
 ENSEMBLE, DENSE = "cbtm", "dense"
 

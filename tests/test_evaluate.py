@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from cbtm_ray import evaluate
 from cbtm_ray.config import EvaluateConfig
+from cbtm_ray.documents import unit_hash
 from cbtm_ray.evaluate import (
     HeldOut,
     Route,
@@ -25,6 +29,11 @@ from cbtm_ray.evaluate import (
     summarise,
     tune,
 )
+from cbtm_ray.load_config import build_config
+from cbtm_ray.partition import SCHEMA
+from cbtm_ray.run import Run
+from cbtm_ray.scoring import held_out_documents
+from tests.tiny import tiny_tree
 
 CONFIG = EvaluateConfig()
 
@@ -64,6 +73,32 @@ def test_batches_hold_no_more_tokens_than_asked_for(model: LlamaForCausalLM) -> 
     assert sum(rows for rows, _ in scored) == 9
     assert max(rows * (width + 1) for rows, width in scored) <= 20
     assert max(rows for rows, _ in scored) > 1
+
+
+def test_held_out_documents_are_chosen_by_their_ids_before_any_tokens_are_read(tmp_path: Path) -> None:
+    """The documents with the smallest hash, in the order of the shards; memory holds little of the rest."""
+    tree = tiny_tree(tmp_path / "run", tmp_path)
+    tree["evaluate"]["max_documents"] = 20
+    run, random = Run(build_config(tree)), np.random.default_rng(0)
+    Path(run.uri("shards", "valid")).mkdir(parents=True)
+    rows = [
+        {"id": f"d{n}", "domain": "sea", "cluster": 0, "text_bytes": n, "tokens": np.full(4000 + n, n, np.int32)}
+        for n in random.permutation(400)
+    ]
+    for part in range(8):
+        table = pa.Table.from_pylist(rows[50 * part : 50 * (part + 1)], SCHEMA)
+        pq.write_table(table, run.uri("shards", "valid", f"part-{part:05d}.parquet"), row_group_size=10)
+    hashes = sorted(unit_hash(1, row["id"]) for row in rows)[:20]
+    expected = [row for row in rows if unit_hash(1, row["id"]) in hashes]
+    pool, before = pa.system_memory_pool(), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    documents = held_out_documents(run)
+    pa.set_memory_pool(before)
+    assert documents.text_bytes.tolist() == [row["text_bytes"] for row in expected]
+    assert all(np.array_equal(ours, row["tokens"]) for ours, row in zip(documents.tokens, expected, strict=True))
+    ranks = [hashes.index(unit_hash(1, row["id"])) for row in expected]
+    assert documents.for_tuning.tolist() == [rank % 2 == 0 for rank in ranks]
+    assert pool.max_memory() < 4 * sum(len(row["tokens"]) for row in rows) / 2
 
 
 def test_dropout_takes_no_part_in_scores() -> None:
@@ -220,7 +255,7 @@ def test_posterior_routing_turns_to_the_expert_that_explains_the_past() -> None:
     np.testing.assert_allclose(np.exp(mixed), [0.5 / 8 + 0.5 / 2, 0.2 / 10 + 0.8 / 5], rtol=1e-5)
 
 
-def test_without_centres_all_weigh_alike_or_by_their_likelihood_of_the_whole_past() -> None:
+def test_without_centers_all_weigh_alike_or_by_their_likelihood_of_the_whole_past() -> None:
     """Probabilities 1/8 and 3/8, then 1/3 and 2/3: the posterior of expert 0 is 1/4, then (1/24) / (1/24 + 1/4) = 1/7."""
     logprobs_TK = np.log([[1 / 8, 3 / 8], [1 / 3, 2 / 3], [1, 1], [1 / 2, 1 / 2]]).astype(np.float32)
     given = HeldOut(np.array([3, 1]), logprobs_TK, np.zeros((4, 0), np.float32))
@@ -231,7 +266,7 @@ def test_without_centres_all_weigh_alike_or_by_their_likelihood_of_the_whole_pas
 
 
 @pytest.mark.parametrize("routing", ["uniform", "bayes"])
-def test_routing_without_centres_has_nothing_to_tune(routing: str) -> None:
+def test_routing_without_centers_has_nothing_to_tune(routing: str) -> None:
     given = held_out()
     bare = HeldOut(given.lengths, given.logprobs_TK, np.zeros((14, 0), np.float32))
     routes = tune(bare, CONFIG, routing=routing, sizes=[1, 3])

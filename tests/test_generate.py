@@ -12,13 +12,13 @@ import torch
 from scipy.stats import chisquare
 
 from cbtm_ray import evaluate
-from cbtm_ray.distances import squared_distances
 from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import Ensemble, load_ensemble
 from cbtm_ray.errors import UserError
 from cbtm_ray.generate import generate, run
 from cbtm_ray.run import Run
 from cbtm_ray.sampling import Sampling, token_probabilities
+from cbtm_ray.shard_steps import squared_distances
 from cbtm_ray.strategies import drafts_that_pay
 from tests.tiny_ensemble import drain, make_ensemble, make_request, text_logprobs, tokens_of, with_experts
 

@@ -25,13 +25,13 @@ from test_report_browser import CHROMIUM
 from benchmarks.served_run import replicas
 from cbtm_ray import evaluate
 from cbtm_ray.branch import DENSE
-from cbtm_ray.distances import squared_distances
 from cbtm_ray.ensemble import Ensemble, load_ensemble
 from cbtm_ray.generate import run
 from cbtm_ray.models import load_model
 from cbtm_ray.run import Run
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request
+from cbtm_ray.shard_steps import squared_distances
 from cbtm_ray.tokens import encode, load_tokenizer
 from serve.answer import chat_prompt
 from serve.app import build
