@@ -216,7 +216,7 @@ class Engine:
         self._free = sorted([*self._free, *slots.tolist()])
 
     def _check(self, request: Request) -> None:
-        check_top_k(request.top_k, self.ensemble.n_experts)
+        check_top_k(request.top_k, self.ensemble.routes)
         strategy_for(request)
         if request.refresh_tokens < 1:
             raise UserError(f"refresh_tokens={request.refresh_tokens} must be at least 1. Raise it.")

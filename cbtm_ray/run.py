@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from cbtm_ray import files
@@ -90,7 +90,8 @@ class Run:
             settings_uri = self.uri(stage, "settings.json")
             if not files.exists(settings_uri):
                 continue
-            made_with, now = files.read_json(settings_uri), self.settings(stage)
+            now = self.settings(stage)
+            made_with = {name: _default(self.config, name) for name in now} | files.read_json(settings_uri)
             differing = [
                 f"{name}={now.get(name)!r} (the run has {made_with.get(name)!r})"
                 for name in sorted(made_with.keys() | now.keys())
@@ -167,6 +168,13 @@ def no_space_left(run_dir: str) -> str:
         f"run.dir={run_dir}: no space left on the device. Free some, or give another run.dir; what is finished is kept, "
         "and the same command continues."
     )
+
+
+def _default(config: Config, name: str) -> Any:
+    """A dotted field's default, as JSON has it: what a stage was made with that is older than the field."""
+    section, _, key = name.partition(".")
+    default = next(field.default for field in fields(getattr(config, section)) if field.name == key)
+    return None if default is MISSING else list(default) if isinstance(default, tuple) else default
 
 
 def _flatten(tree: dict[str, Any]) -> dict[str, Any]:

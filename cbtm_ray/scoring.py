@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -23,6 +22,8 @@ from cbtm_ray.embed import Embedder
 from cbtm_ray.fewshot import Prompts, make_prompts, read_task
 from cbtm_ray.models import load_model
 from cbtm_ray.ray_session import check_fits
+from cbtm_ray.result_rows import DomainSummary
+from cbtm_ray.route import HeldOut
 from cbtm_ray.run import Run
 from cbtm_ray.shard_steps import squared_distances
 from cbtm_ray.tokens import READ_AHEAD, load_tokenizer
@@ -41,12 +42,12 @@ class HeldOutDocuments:
         """Tokens of one half, bool (T,)."""
         return np.repeat(self.for_tuning == tuning, [len(tokens) for tokens in self.tokens])
 
-    def half(self, logprobs_TK: np.ndarray, distances_TK: np.ndarray, *, tuning: bool) -> evaluate.HeldOut:
+    def half(self, logprobs_TK: np.ndarray, distances_TK: np.ndarray, *, tuning: bool) -> HeldOut:
         """What the mixtures of one half are computed from, out of the log-probabilities and distances of all tokens."""
         mask_T = self.token_mask(tuning=tuning)
-        return evaluate.HeldOut(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T])
+        return HeldOut(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T])
 
-    def summarise(self, logprobs_R: np.ndarray, dense_R: np.ndarray) -> dict[str, Any]:
+    def summarise(self, logprobs_R: np.ndarray, dense_R: np.ndarray) -> DomainSummary:
         """Perplexity and its like, over all and for each gold domain, from the log-probabilities of the reported tokens alone,
         and the dense control's."""
         text_bytes = int(self.text_bytes[~self.for_tuning].sum())

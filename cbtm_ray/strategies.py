@@ -50,7 +50,7 @@ class Ancestral:
 
     def reads(self) -> dict[int, int]:
         sequence = self.sequence
-        if sequence.refresh_due:  # the weights need all first
+        if sequence.router.due(sequence.request.refresh_tokens):  # the weights need all first
             return {expert: len(sequence.text) for expert in sequence.router.running}
         self._drawn = self._draw_expert()
         return {self._drawn[0]: len(sequence.text)}
@@ -110,11 +110,14 @@ class Speculative:
 
     def _verify(self) -> list[Step]:
         """Accept each draft with probability min(1, p / q); the first one refused gives way to a token from the rest of p,
-        max(p - q, 0). After all of them comes one more token, from p itself."""
+        max(p - q, 0). After all of them comes one more token, from p itself. Where an accepted draft makes an expert run that
+        has not read so far, the round ends."""
         sequence, steps = self.sequence, list[Step]()
         drafts, sequence.drafts = sequence.drafts, []
         drafted_with, self._drafted_with = self._drafted_with, []
         for draft, q_V in [*zip(drafts, drafted_with, strict=True), (-1, None)]:
+            if not sequence.all_read:
+                break
             sequence.refresh()
             logprobs_V, weights_K = sequence.mixture(len(sequence.text) - 1)
             p_V = sequence.probabilities(logprobs_V)

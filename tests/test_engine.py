@@ -186,7 +186,7 @@ def test_experts_may_change_while_a_prompt_is_given_as_steps() -> None:
         ({"max_tokens": 3000}, "max_tokens=3000 with a prompt of 3 tokens must be at most 2047 together"),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"max_tokens": 0, "echo_logprobs": True, "prompt": []}, "max_tokens=0 must be at least 1"),
-        ({"top_k": 5}, "top_k=5 must be between 1 and the number of experts, 4"),
+        ({"top_k": 5}, "top_k=5 must be between 1 and 4, the numbers of experts"),
         ({"prompt": [50]}, "prompt=50 must be token ids from 0 to 49"),
         ({"refresh_tokens": 0}, "refresh_tokens=0 must be at least 1"),
         ({"strategy": "greedy"}, "strategy='greedy' must be one of lockstep, ancestral, speculative or auto"),

@@ -59,6 +59,16 @@ def test_results_compare_every_system_on_the_same_tokens(finished_run: Run) -> N
     assert sum(bool(row.get("chosen")) for row in found) == 1
 
 
+def test_results_have_the_settings_of_every_router_for_every_top_k(finished_run: Run) -> None:
+    """Also for the two experts that `evaluate.top_k`, [1], leaves out of the report of prefix routing."""
+    routers = files.read_json(finished_run.uri("evaluation", "results.json"))["routers"]
+    assert list(routers) == ["embedding", "posterior", "prefix"]
+    assert all(list(by_top_k) == ["1", "2"] for by_top_k in routers.values())
+    for row in rows(finished_run)[2:]:
+        assert row["settings"] == routers[row["routing"]][str(row["top_k"])]
+    assert routers["prefix"]["2"] == routers["posterior"]["2"]
+
+
 def test_dense_row_is_what_hugging_face_gives(finished_run: Run) -> None:
     from cbtm_ray.results import held_out_documents
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import shutil
 import time
 from collections import Counter
@@ -28,6 +29,8 @@ from cbtm_ray.branch import DENSE
 from cbtm_ray.ensemble import Ensemble, load_ensemble
 from cbtm_ray.generate import run
 from cbtm_ray.models import load_model
+from cbtm_ray.route import HeldOut
+from cbtm_ray.router import Route
 from cbtm_ray.run import Run
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request
@@ -160,8 +163,17 @@ def test_text_ends_before_a_stop_string(endpoint: openai.OpenAI) -> None:
         assert max(offset for choice in choices for offset in choice.logprobs.text_offset) < text.index(stop)
 
 
-def prefix_logprobs(ensemble: Ensemble, tokens: np.ndarray) -> np.ndarray:
-    """What `evaluate.py` gives for prefix routing of a text."""
+def reported_route(run_dir: str, top_k: int) -> Route:
+    """What the evaluation reports for prefix routing, which with all experts is posterior routing."""
+    results = json.loads(Path(run_dir, "evaluation", "results.json").read_text())
+    routing = "prefix" if top_k < 2 else "posterior"
+    named = {"system": "cbtm", "routing": routing, "top_k": top_k}
+    [row] = [row for row in results["rows"] if named.items() <= row.items()]
+    return Route(routing=routing, top_k=top_k, settings=row["settings"], prefix_tokens=results["prefix_tokens"])
+
+
+def reported_logprobs(run_dir: str, ensemble: Ensemble, tokens: np.ndarray, top_k: int) -> np.ndarray:
+    """The mixture's log-probability of every token, computed as the evaluation computes that row."""
     logprobs_TK = np.stack(
         [
             evaluate.score_documents(
@@ -173,18 +185,25 @@ def prefix_logprobs(ensemble: Ensemble, tokens: np.ndarray) -> np.ndarray:
     )
     prefixes_TD = torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens))
     distances_TK = squared_distances(prefixes_TD, ensemble.centers_KD).numpy()
-    held_out = evaluate.HeldOut(np.array([len(tokens)]), logprobs_TK, distances_TK)
-    route = evaluate.Route(routing="prefix", top_k=2, settings=ensemble.settings, prefix_tokens=ensemble.prefix_tokens)
-    return evaluate.mixture_logprobs(held_out, route)
+    held_out = HeldOut(np.array([len(tokens)]), logprobs_TK, distances_TK)
+    return evaluate.mixture_logprobs(held_out, reported_route(run_dir, top_k))
 
 
 def test_echoed_logprobs_are_those_of_the_evaluation(
-    endpoint: openai.OpenAI, ensemble: Ensemble, tokenizer: Any
+    endpoint: openai.OpenAI, served_run: str, ensemble: Ensemble, tokenizer: Any
 ) -> None:
     text = "the captain watched the harbour lights beyond the reef and the ship sailed over the waves"
     tokens = encode(tokenizer, [text])[0]
-    assert len(tokens) > ensemble.prefix_tokens
-    expected_T = prefix_logprobs(ensemble, tokens)
+    assert len(tokens) > reported_route(served_run, 1).prefix_tokens
+    assert (
+        reported_route(served_run, 1).settings != reported_route(served_run, 2).settings
+    )  # else one could be taken for two
+    one = endpoint.completions.create(
+        model="cbtm", prompt=text, max_tokens=0, echo=True, logprobs=1, extra_body={"cbtm": {"top_k": 1}}
+    )
+    expected_T = reported_logprobs(served_run, ensemble, tokens, top_k=1)
+    np.testing.assert_allclose(one.choices[0].logprobs.token_logprobs, expected_T, atol=1e-4)
+    expected_T = reported_logprobs(served_run, ensemble, tokens, top_k=2)
     for prompt in (text, tokens.tolist()):
         answer = endpoint.completions.create(model="cbtm", prompt=prompt, max_tokens=0, echo=True, logprobs=1)
         found = answer.choices[0].logprobs
