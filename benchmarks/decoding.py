@@ -27,7 +27,8 @@ from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request, Step
-from cbtm_ray.strategies import STRATEGIES, Speculative
+from cbtm_ray.speculative import Speculative
+from cbtm_ray.strategies import STRATEGIES
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": {"vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,

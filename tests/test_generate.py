@@ -18,7 +18,7 @@ from cbtm_ray.ensemble import Ensemble, load_ensemble
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
 from cbtm_ray.sampling import Sampling, token_probabilities
-from cbtm_ray.strategies import drafts_that_pay
+from cbtm_ray.speculative import drafts_that_pay
 from tests.tiny_ensemble import drain, make_ensemble, make_request, text_logprobs, tokens_of, with_experts
 
 TEXT = [7, 3, 3, 9, 21, 14, 8, 8, 30, 2, 41, 5, 6, 17, 19, 1, 44, 12, 12, 27]
