@@ -28,7 +28,8 @@ from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.router import Route
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request, Step
-from cbtm_ray.strategies import STRATEGIES, Speculative
+from cbtm_ray.speculative import Speculative
+from cbtm_ray.strategies import STRATEGIES
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": {"vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -238,6 +238,19 @@ class Engine:
                 )
 
 
+def generate(ensemble: Ensemble, request: Request) -> Iterator[Step]:
+    """Decode one request alone: its tokens as they come.
+
+    Raises:
+        UserError: the request can never run (see `Engine.add`).
+    """
+    engine = Engine(ensemble, max_sequences=1, cache_tokens=slots_needed(request))
+    engine.add(request)
+    while engine.running or engine.waiting:
+        for _, step in engine.step():
+            yield step
+
+
 def slots_needed(request: Request) -> int:
     """What of `cache_tokens` a request takes: the end-of-text token and all others but the last, which nobody reads."""
     return len(request.prompt) + max(request.max_tokens, 1)

@@ -47,6 +47,11 @@ SHAREABLE = ("corpus", "tokenizer", "clusterer", "shards", "seed")
 """Stages that a run may take from another; a control's partition is kept beside the shards that it is one of."""
 
 
+def expert_folder(cluster: int, control: str | None = None) -> str:
+    """Folder of an expert's model in the run directory."""
+    return f"{f'controls/{control}' if control else 'experts'}/cluster={cluster:04d}"
+
+
 class Unfinished(Exception):
     """What was asked for is done, but not the whole stage; the message says what is missing."""
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cbtm_ray.engine import PROMPT_TOKENS, Engine
+from cbtm_ray.engine import PROMPT_TOKENS, Engine, generate
 from cbtm_ray.errors import UserError
-from cbtm_ray.generate import run
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request
 from tests.tiny_ensemble import drain, make_ensemble, make_request, tokens_of, with_experts
@@ -37,7 +36,7 @@ def mixed_requests() -> list[Request]:
 def test_a_batch_gives_what_each_gives_alone(architecture: str) -> None:
     """With room for three at a time, and slots that earlier sequences have left in pieces."""
     ensemble, requests = make_ensemble(architecture=architecture), mixed_requests()
-    alone = [list(run(ensemble, request)) for request in requests]
+    alone = [list(generate(ensemble, request)) for request in requests]
     together = drain(Engine(ensemble, max_sequences=3, cache_tokens=75), requests)
     for ours, theirs in zip(together, alone, strict=True):
         assert [step.token for step in ours] == [step.token for step in theirs]
@@ -101,10 +100,10 @@ def test_an_interrupted_text_goes_on_as_it_would_have() -> None:
     ensemble = make_ensemble()
     sampling = Sampling(seed=5, temperature=0.8, presence_penalty=0.3)
     request = make_request(PROMPTS[0], strategy="lockstep", refresh_tokens=1, sampling=sampling, max_tokens=20)
-    whole = [step.token for step in run(ensemble, request)]
+    whole = [step.token for step in generate(ensemble, request)]
     assert len(whole) > 6
     for given in range(len(whole)):
-        rest = [step.token for step in run(ensemble, replace(request, answer=whole[:given]))]
+        rest = [step.token for step in generate(ensemble, replace(request, answer=whole[:given]))]
         assert rest == whole[given:]
 
 
@@ -146,7 +145,7 @@ def test_experts_leave_and_come_back_while_sequences_run(strategy: str, prompt: 
             assert set(np.flatnonzero(step.weights_K)) <= active
         members = sorted(active)
         remaining = with_experts(ensemble, members)
-        again = next(run(remaining, make_request(before, top_k=min(2, len(members)), sampling=greedy)))
+        again = next(generate(remaining, make_request(before, top_k=min(2, len(members)), sampling=greedy)))
         np.testing.assert_allclose(found[0].weights_K[members], again.weights_K, atol=1e-5)
         if strategy != "ancestral":
             assert found[0].token == again.token
@@ -155,7 +154,7 @@ def test_experts_leave_and_come_back_while_sequences_run(strategy: str, prompt: 
 def test_prompts_are_given_as_steps_where_asked() -> None:
     ensemble, prompt = make_ensemble(), PROMPTS[3]
     request = make_request(prompt, echo_logprobs=True, top_logprobs=2, max_tokens=2, strategy="lockstep")
-    steps = list(run(ensemble, request))
+    steps = list(generate(ensemble, request))
     assert [step.token for step in steps[: len(prompt)]] == prompt
     assert [step.in_prompt for step in steps] == [True] * len(prompt) + [False] * (len(steps) - len(prompt))
     for step in steps:

@@ -12,16 +12,15 @@ import torch
 from scipy.stats import chisquare
 
 from cbtm_ray import evaluate
-from cbtm_ray.engine import Engine
+from cbtm_ray.engine import Engine, generate
 from cbtm_ray.ensemble import Ensemble, load_ensemble
 from cbtm_ray.errors import UserError
-from cbtm_ray.generate import generate, run
 from cbtm_ray.route import HeldOut
 from cbtm_ray.router import ROUTERS
 from cbtm_ray.run import Run
 from cbtm_ray.sampling import Sampling, token_probabilities
 from cbtm_ray.shard_steps import squared_distances
-from cbtm_ray.strategies import drafts_that_pay
+from cbtm_ray.speculative import drafts_that_pay
 from tests.tiny_ensemble import drain, make_ensemble, make_request, text_logprobs, tokens_of, with_experts
 
 TEXT = [7, 3, 3, 9, 21, 14, 8, 8, 30, 2, 41, 5, 6, 17, 19, 1, 44, 12, 12, 27]
@@ -57,7 +56,7 @@ def test_text_has_the_probability_that_evaluation_gives_it(architecture: str, to
     np.testing.assert_allclose(text_logprobs(ensemble, TEXT, top_k=top_k), expected_T, atol=1e-4)
     for length in (0, 4, PREFIX, 11):
         request = make_request(TEXT[:length], top_k=top_k, sampling=GREEDY, refresh_tokens=1, strategy="lockstep")
-        steps = list(run(ensemble, request))
+        steps = list(generate(ensemble, request))
         text = TEXT[:length] + [step.token for step in steps]
         given_T = evaluated_logprobs(ensemble, text, top_k)[length:]
         np.testing.assert_allclose([step.logprob for step in steps], given_T, atol=1e-4)
@@ -73,7 +72,7 @@ def test_every_router_decodes_as_it_is_evaluated(routing: str, strategy: str) ->
     np.testing.assert_allclose(text_logprobs(ensemble, TEXT, top_k=top_k), expected_T, atol=1e-4)
     for length in (0, 4, PREFIX, 11):
         request = make_request(TEXT[:length], top_k=top_k, sampling=GREEDY, refresh_tokens=1, strategy=strategy)
-        steps = list(run(ensemble, request))
+        steps = list(generate(ensemble, request))
         text = TEXT[:length] + [step.token for step in steps]
         given_T = evaluated_logprobs(ensemble, text, top_k)[length:]
         np.testing.assert_allclose([step.logprob for step in steps], given_T, atol=1e-4)
@@ -81,7 +80,7 @@ def test_every_router_decodes_as_it_is_evaluated(routing: str, strategy: str) ->
 
 def test_only_the_chosen_experts_have_weight_after_the_prefix() -> None:
     ensemble = make_ensemble()
-    steps = list(run(ensemble, make_request(TEXT, max_tokens=0, echo_logprobs=True)))
+    steps = list(generate(ensemble, make_request(TEXT, max_tokens=0, echo_logprobs=True)))
     weights_TK = np.stack([step.weights_K for step in steps])
     np.testing.assert_allclose(weights_TK.sum(axis=1), 1)
     chosen = set(np.flatnonzero(weights_TK[PREFIX]))
@@ -199,7 +198,7 @@ def test_speculation_goes_on_where_experts_come_and_go(routing: str, refresh_tok
     alike, alone = with_experts(ensemble, [0, 0, 0, 0]), with_experts(ensemble, [0])
     alike = dataclasses.replace(alike, centers_KD=ensemble.centers_KD)
     request = {"prompt": TEXT[:2], "max_tokens": 40, "sampling": GREEDY, "refresh_tokens": refresh_tokens}
-    steps = list(run(alike, make_request(**request, strategy="speculative")))
+    steps = list(generate(alike, make_request(**request, strategy="speculative")))
     assert (
         len({tuple(np.flatnonzero(step.weights_K)) for step in steps[: 28 if routing == "nearest_prefix" else 40]}) > 1
     )
@@ -246,7 +245,8 @@ def test_the_order_of_experts_does_not_matter() -> None:
         text_logprobs(ensemble, TEXT), text_logprobs(with_experts(ensemble, order), TEXT), atol=1e-5
     )
     steps = [
-        list(run(either, make_request(TEXT, sampling=GREEDY))) for either in (ensemble, with_experts(ensemble, order))
+        list(generate(either, make_request(TEXT, sampling=GREEDY)))
+        for either in (ensemble, with_experts(ensemble, order))
     ]
     assert [step.token for step in steps[0]] == [step.token for step in steps[1]]
     assert [step.expert for step in steps[0]] == [order[step.expert] for step in steps[1]]
@@ -261,7 +261,7 @@ def test_seeds_repeat(strategy: str) -> None:
 @pytest.mark.ray
 def test_a_finished_run_decodes(finished_run: Run, tmp_path: object) -> None:
     ensemble, tokenizer = load_ensemble(finished_run.dir)
-    steps = list(generate(ensemble, [60, 61], top_k=2, max_tokens=12, sampling=GREEDY))
+    steps = list(generate(ensemble, make_request([60, 61], sampling=GREEDY)))
     assert 1 <= len(steps) <= 12
     assert all(0 <= step.token < len(tokenizer) for step in steps)
     with pytest.raises(UserError, match=r"is not a finished run. Run first: python -m jobs\.run_all"):

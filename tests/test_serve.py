@@ -26,8 +26,8 @@ from test_report_browser import CHROMIUM
 from benchmarks.served_run import replicas
 from cbtm_ray import evaluate
 from cbtm_ray.branch import DENSE
+from cbtm_ray.engine import generate
 from cbtm_ray.ensemble import Ensemble, load_ensemble
-from cbtm_ray.generate import run
 from cbtm_ray.models import load_model
 from cbtm_ray.route import HeldOut
 from cbtm_ray.router import Route
@@ -111,7 +111,9 @@ def test_serve_run_finds_the_class_of_the_arguments() -> None:
 def test_greedy_text_is_that_of_the_library(endpoint: openai.OpenAI, ensemble: Ensemble, tokenizer: Any) -> None:
     prompt = encode(tokenizer, [GREEDY["prompt"]])[0].tolist()
     sampling = Sampling(temperature=0, frequency_penalty=1.5)
-    steps = list(run(ensemble, Request(prompt=prompt, max_tokens=24, top_k=2, sampling=sampling, refresh_tokens=1)))
+    steps = list(
+        generate(ensemble, Request(prompt=prompt, max_tokens=24, top_k=2, sampling=sampling, refresh_tokens=1))
+    )
     answer = endpoint.completions.create(**GREEDY, frequency_penalty=1.5)
     assert answer.choices[0].text == tokenizer.decode([step.token for step in steps])
     assert answer.choices[0].finish_reason == steps[-1].finish_reason
@@ -231,7 +233,7 @@ def test_a_seeded_text_is_the_librarys_and_has_the_logprobs_of_its_echo(
     request = Request(
         prompt=prompt, max_tokens=24, top_k=2, sampling=sampling, strategy="lockstep", refresh_tokens=1, top_logprobs=0
     )
-    steps = list(run(ensemble, request))
+    steps = list(generate(ensemble, request))
     written = endpoint.completions.create(**SEEDED, logprobs=1).choices[0]
     assert written.text == tokenizer.decode([step.token for step in steps if step.finish_reason != "stop"])
     np.testing.assert_allclose(written.logprobs.token_logprobs, [step.logprob for step in steps], atol=1e-4)

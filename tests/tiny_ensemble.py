@@ -10,9 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cbtm_ray.embed import TokenTfidf
-from cbtm_ray.engine import Engine
+from cbtm_ray.engine import Engine, generate
 from cbtm_ray.ensemble import Ensemble
-from cbtm_ray.generate import run
 from cbtm_ray.router import Route
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request, Step
@@ -80,7 +79,7 @@ def make_request(prompt: list[int], **changes: Any) -> Request:
 
 
 def tokens_of(ensemble: Ensemble, prompt: list[int], **changes: Any) -> list[int]:
-    return [step.token for step in run(ensemble, make_request(prompt, **changes))]
+    return [step.token for step in generate(ensemble, make_request(prompt, **changes))]
 
 
 def drain(engine: Engine, requests: list[Request]) -> list[list[Step]]:
@@ -95,7 +94,7 @@ def drain(engine: Engine, requests: list[Request]) -> list[list[Step]]:
 def text_logprobs(ensemble: Ensemble, tokens: list[int], **changes: Any) -> np.ndarray:
     """Log-probability of every token of a text under the mixture, (T,)."""
     request = make_request(tokens, **{"max_tokens": 0, "echo_logprobs": True, **changes})
-    return np.array([step.logprob for step in run(ensemble, request)])
+    return np.array([step.logprob for step in generate(ensemble, request)])
 
 
 def with_experts(ensemble: Ensemble, order: list[int]) -> Ensemble:
