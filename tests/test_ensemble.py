@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cbtm_ray.distances import squared_distances
 
 from cbtm_ray import evaluate, files
 from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.ensemble import Ensemble, tuned_routes
 from cbtm_ray.errors import UserError
 from cbtm_ray.route import HeldOut
+from cbtm_ray.shard_steps import squared_distances
 from serve.app import served_routing
 from serve.arguments import AppArguments
 from tests.tiny_ensemble import make_ensemble, text_logprobs

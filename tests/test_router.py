@@ -7,7 +7,6 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from cbtm_ray.distances import squared_distances
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from cbtm_ray.context_router import ContextRouter
 from cbtm_ray.embed import TokenTfidf
 from cbtm_ray.route import HeldOut
 from cbtm_ray.router import ROUTERS, Route
+from cbtm_ray.shard_steps import squared_distances
 
 CONFIG = EvaluateConfig(top_k=(1, 2, 5, 9), prefix_experts=2)
 SETTINGS = {"temperature": 0.5, "beta": 0.3, "gamma": 0.8, "legacy_d4": True, "prefix_experts": 2.0}
