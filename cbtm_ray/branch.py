@@ -308,9 +308,19 @@ def _raise_failures(failed: dict[str, BaseException], untrained: list[str]) -> N
     ) from error
 
 
-def seed_cpus(config: Config) -> float:
-    """CPUs for the seed's training, which has the cluster to itself: the most that one node has."""
-    return config.seed_model.cpus or max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+def seed_cpus(config: Config, nodes: list[dict[str, Any]]) -> float:
+    """CPUs for the seed's training, which has the cluster to itself: all of the largest living node that has its GPUs too.
+
+    Without such a node, as on a cluster whose nodes come when work waits for them, as many as an expert's training.
+
+    Args:
+        nodes: as `ray.nodes()` gives them.
+    """
+    train = config.train
+    gpus_per_worker = train.gpus_per_expert / train.workers_per_expert
+    living = [node["Resources"] for node in nodes if node["Alive"]]
+    largest = max((each.get("CPU", 0) for each in living if each.get("GPU", 0) >= gpus_per_worker), default=0)
+    return config.seed_model.cpus or largest or train.cpus_per_expert
 
 
 def train_seed(run: Run) -> dict[str, Any]:
@@ -319,7 +329,7 @@ def train_seed(run: Run) -> dict[str, Any]:
     branch = seed_branch(run)
     if branch.init and "moe" in run.config.train.controls:
         _check_upcyclable(branch.init)
-    cpus = seed_cpus(run.config)
+    cpus = seed_cpus(run.config, ray.nodes())
     check_fits("seed_model.cpus", "CPU", cpus)
     train_branches(run, [branch], title="train_seed", cpus=cpus, slots=1)
     return run.need("seed", "train_seed")

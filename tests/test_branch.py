@@ -41,6 +41,7 @@ from cbtm_ray.branch import (
     in_proportion,
     partition_folder,
     seed_branch,
+    seed_cpus,
     train_branches,
 )
 from cbtm_ray.branch_worker import read_sequences
@@ -105,6 +106,31 @@ def test_a_budget_by_size_follows_the_clusters_tokens_and_sums_to_the_same(tiny_
     assert [len(group) for group in _groups(branches, 2)] == [1, 2]
     run.finish(partition_folder("metadata"), {"n_clusters": 4, "clusters": [{"tokens": n} for n in (1, 2, 3, 10)]})
     assert [branch.spec.steps for branch in control_branches(run, "metadata")] == [1, 2, 3, 10]
+
+
+def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
+    """As `ray.nodes()` says it, which leaves out what a node has none of."""
+    return {"Alive": alive, "Resources": {kind: n for kind, n in (("CPU", cpus), ("GPU", gpus)) if n}}
+
+
+@pytest.mark.parametrize(
+    ("train", "nodes", "cpus"),
+    [
+        ({}, [node(0), node(4), node(16), node(32, alive=False)], 16),
+        ({}, [node(0)], 1),  # a head that keeps work off it, and workers yet to come
+        ({"cpus_per_expert": 3}, [node(0)], 3),
+        ({"gpus_per_expert": 1, "cpus_per_expert": 4}, [node(0), node(16)], 4),  # no node has 16 CPUs and a GPU
+        ({"gpus_per_expert": 1, "cpus_per_expert": 2}, [node(16), node(8, gpus=1)], 8),
+        ({"gpus_per_expert": 4, "workers_per_expert": 2}, [node(8, gpus=2), node(64, gpus=1)], 8),
+    ],
+)
+def test_the_seed_asks_for_what_a_node_has_and_never_for_nothing(
+    tiny_config: Config, train: dict[str, Any], nodes: list[dict[str, Any]], cpus: float
+) -> None:
+    config = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, **train))
+    assert seed_cpus(config, nodes) == cpus
+    asked = dataclasses.replace(config, seed_model=dataclasses.replace(config.seed_model, cpus=5))
+    assert seed_cpus(asked, nodes) == 5
 
 
 def one_cluster(config: Config, folder: Path) -> Run:
