@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 import subprocess
 import sys
@@ -172,6 +173,16 @@ def test_what_an_expert_refuses_is_said_by_name_and_the_next_one_is_trained(boar
     expected = f"tokens.tokenizer gives other tokens than those that the model of '{tmp_path}/other' knows. Set it to"
     assert refused["extra/seed"].startswith(expected)
     check_as_undisturbed(run, sound, tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is not None, reason="only where MLflow is not installed")
+def test_a_tracker_that_the_first_of_two_workers_cannot_use_is_refused_by_both(board: Any, tmp_path: Path) -> None:
+    run, _ = seeded_run(tmp_path, steps=12, workers_per_expert=2, trackers=["mlflow"])
+    refused = _fit(run, [named(run, "extra/tracked"), named(run, "extra/next")], board, 2, 0)
+    assert set(refused) == {"extra/tracked", "extra/next"}
+    assert all(str(error).startswith("train.trackers names 'mlflow', which this") for error in refused.values())
 
 
 @pytest.mark.slow
