@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Post = Callable[[str, dict[str, Any]], Any]
 """Adds news of a branch to the board."""
 
+UNTRAINED = {"epochs": 0.0, "valid_loss_nats": None, "valid_tokens": 0, "mfu": None, "curve": []}
+"""What the manifest says of training where a seed is taken as it is, for which no document is read."""
+
 
 def train_group(task: dict[str, Any]) -> tuple[dict[str, str], bool]:
     """What every worker of a Ray Train run does: what its branches refused, by name, and whether it left a node early.
@@ -76,7 +79,7 @@ def _train_branch(run: Run, branch: Branch, board: Any, post: Post) -> dict[str,
     spec, started = branch.spec, time.perf_counter()
     with parallel.agreed():
         model, tokenizer = _load(run, branch)
-    trained = _train(run, branch, model, tokenizer.eos_token_id, board, post)
+    trained = _train(run, branch, model, tokenizer.eos_token_id, board, post) if spec.steps else UNTRAINED
     whole = parallel.whole_model(model)
     if parallel.rank() > 0:
         return None
@@ -125,12 +128,11 @@ def _train(
 
         save = partial(_save, run, spec.name, checkpoints)
         curve = train_model(model, sequences, spec, valid=valid, state=state, save=save, log=log, leaving=_leaving)
-    last = curve[-1] if curve else {}
     return {
         "epochs": spec.steps * spec.batch_size / sequences.per_epoch,
-        "valid_loss_nats": last.get("valid_loss_nats"),
+        "valid_loss_nats": curve[-1]["valid_loss_nats"],
         "valid_tokens": 0 if valid is None else spec.valid_sequences(valid) * valid.sequence_length,
-        "mfu": last.get("mfu"),
+        "mfu": curve[-1]["mfu"],
         "curve": curve,
     }
 

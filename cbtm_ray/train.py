@@ -266,8 +266,6 @@ def train_model(
         Leaving: the machine is leaving; the state has been given to `save`.
         UserError: the loss or a weight is not a finite number, or the input does not suit the model.
     """
-    if spec.steps == 0:
-        return []
     trainer = Trainer(model, sequences, spec, valid)
     if state is not None:
         trainer.load_state_dict(state)

@@ -25,7 +25,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from cbtm_ray import files, progress
 from cbtm_ray.branch import (
@@ -44,7 +43,7 @@ from cbtm_ray.branch import (
     seed_cpus,
     train_branches,
 )
-from cbtm_ray.branch_worker import read_sequences
+from cbtm_ray.branch_worker import _train_branch, read_sequences
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import dump_config
@@ -52,7 +51,7 @@ from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import Run, Unfinished
 from cbtm_ray.tokens import load_tokenizer, read_documents
-from cbtm_ray.train import train_model
+from tests.seeded_run import seeded_run, train_here
 
 pytestmark = pytest.mark.ray
 
@@ -265,15 +264,6 @@ def test_documents_read_more_than_once_are_said(finished_run: Run, capsys: pytes
     assert capsys.readouterr().out == "2 of 3 read their documents more than once: extra/often 7.5 times\n"
 
 
-def train_here(run: Run, branch: Branch) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-    """The same training without Ray and without an interruption."""
-    sequences, valid = read_sequences(run, branch, load_tokenizer(run.uri("tokenizer")).eos_token_id)
-    model = load_model(branch.init)
-    kept: list[dict[str, Any]] = []
-    curve = train_model(model, sequences, branch.spec, valid=valid, state=None, save=kept.append, log=kept.append)
-    return model, curve
-
-
 def kill_training_worker(manifest: Path, checkpoints: Path, killed: list[int]) -> None:
     """SIGKILL the training worker of this session's Ray once the second branch of its run has a checkpoint."""
     while not manifest.exists():
@@ -353,6 +343,20 @@ def test_the_held_out_loss_is_that_of_the_branch_s_own_documents(finished_run: R
         assert manifest["valid_loss_nats"] == pytest.approx(expected, rel=1e-5)
         assert manifest["valid_tokens"] == len(batch) * 32
         assert manifest["curve"][-1]["valid_loss_nats"] == manifest["valid_loss_nats"]
+
+
+def test_a_seed_that_is_taken_as_it_is_reads_no_document(tmp_path: Path) -> None:
+    seeded, _ = seeded_run(tmp_path, steps=1)
+    as_it_is = dataclasses.replace(seeded.config.seed_model, name_or_path=seeded.uri("seed"), train_tokens=0)
+    run = Run(dataclasses.replace(seeded.config, seed_model=as_it_is))
+    shutil.rmtree(run.uri("shards"))
+    branch = seed_branch(run)
+    manifest = _train_branch(
+        run, dataclasses.replace(branch, spec=dataclasses.replace(branch.spec, name="copy")), None, None
+    )
+    assert [manifest[key] for key in ("steps", "epochs", "curve", "valid_loss_nats")] == [0, 0, [], None]
+    copy, seed = (load_model(run.uri(name)).state_dict() for name in ("copy", "seed"))
+    assert all(torch.equal(weights, copy[name]) for name, weights in seed.items())
 
 
 def shards_of(run: Run, held_out: list[list[int]]) -> None:
