@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 from cbtm_ray import files
 from cbtm_ray.board import Board
 from cbtm_ray.branch import Branch, _fit, expert_branches
-from cbtm_ray.branch_worker import read_sequences
+from cbtm_ray.branch_worker import read_sequences, train_group
 from cbtm_ray.checkpoints import Checkpoints
 from cbtm_ray.models import load_model, new_model, save_model
 from cbtm_ray.run import Run
@@ -173,6 +175,32 @@ def test_what_an_expert_refuses_is_said_by_name_and_the_next_one_is_trained(boar
     expected = f"tokens.tokenizer gives other tokens than those that the model of '{tmp_path}/other' knows. Set it to"
     assert refused["extra/seed"].startswith(expected)
     check_as_undisturbed(run, sound, tmp_path / "undisturbed")
+
+
+def write_nested_tokens(run: Run) -> None:
+    """A document of two lists of tokens, which only a defect of ours can write: NumPy meets it with a ValueError."""
+    with files.writing(run.uri("shards", "train", "part-00000.parquet")) as stream:
+        pq.write_table(pa.table({"cluster": pa.array([0], pa.int32()), "tokens": [[[1, 2], [3]]]}), stream)
+
+
+@pytest.mark.ray
+def test_a_value_error_is_no_refusal_of_an_expert(board: Any, tmp_path: Path) -> None:
+    run, _ = seeded_run(tmp_path, steps=1)
+    write_nested_tokens(run)
+    with pytest.raises(ValueError, match="setting an array element with a sequence"):
+        train_group({"config": run.config, "board": board, "group": [named(run, "extra/nested")]})
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_job_that_ends_with_a_value_error_shows_its_traceback_and_no_refusal(tmp_path: Path) -> None:
+    run, command = seeded_run(tmp_path, steps=1, max_failures=0, clusters=[0])
+    write_nested_tokens(run)
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert found.stderr.startswith("Traceback")
+    assert "ValueError: setting an array element with a sequence" in found.stderr
+    assert not any(line.startswith("error:") for line in found.stderr.splitlines())
 
 
 @pytest.mark.slow
