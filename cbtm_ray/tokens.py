@@ -49,6 +49,7 @@ def load_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
 
     Raises:
         UserError: there is none, or it has no end-of-text token to put between documents.
+        OSError: its store cannot be reached.
     """
     try:
         if files.exists(folder_or_name):
@@ -57,6 +58,8 @@ def load_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
         else:
             tokenizer = _open_tokenizer(folder_or_name)
     except (OSError, ValueError) as error:
+        if files.refusal(error):  # the store's, whose trouble may pass
+            raise
         first = str(error).strip().splitlines()[0]
         raise UserError(f"tokens.tokenizer={folder_or_name!r} cannot be loaded: {first}") from error
     if tokenizer.eos_token_id is None:

@@ -109,10 +109,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     client = boto3.client("s3")
     client.create_bucket(Bucket="bucket")
     yield made
-    client.delete_objects(
-        Bucket="bucket",
-        Delete={"Objects": [{"Key": found["Key"]} for found in client.list_objects_v2(Bucket="bucket")["Contents"]]},
-    )
+    for found in client.list_objects_v2(Bucket="bucket").get("Contents", []):
+        client.delete_object(Bucket="bucket", Key=found["Key"])
     client.delete_bucket(Bucket="bucket")
     made.go_away()
     files._bucket.cache_clear()
@@ -137,6 +135,17 @@ def test_a_bucket_that_goes_away_keeps_the_checkpoints_before_and_training_goes_
     resumed_curve, _ = train(mended, state=checkpoints.last())
     assert without_speed(resumed_curve) == without_speed(curve)
     assert all(torch.equal(a, b) for a, b in zip(mended.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_bucket_that_is_away_is_an_error_that_may_pass_and_no_mistake(store: Store, load: Any) -> None:
+    """A UserError would be a refusal, after which the expert is not tried again."""
+    store.go_away()
+    try:
+        with pytest.raises(OSError, match="AWS Error NETWORK_CONNECTION"):
+            load("s3://bucket/seed")
+    finally:
+        store.come_back()
 
 
 def named(run: Run, name: str, **changes: Any) -> Branch:
