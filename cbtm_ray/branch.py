@@ -25,11 +25,10 @@ from cbtm_ray.branch_worker import train_group
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.ray_session import TRAINING_ENV, capacity, check_fits
-from cbtm_ray.run import Run, Unfinished
+from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, Unfinished, expert_folder, partition_folder
 from cbtm_ray.train import TrainSpec
 from cbtm_ray.warm_start import check_warm_start, start_model
 
-DENSE, MOE = "controls/dense", "controls/moe"
 POLL_S = 0.5
 
 
@@ -46,15 +45,6 @@ class Branch:
     upcycled_experts: int | None = None
     """Experts that the model is upcycled to before training. None: it stays as it is."""
     spec: TrainSpec
-
-
-def expert_folder(cluster: int, control: str | None = None) -> str:
-    return f"{f'controls/{control}' if control else 'experts'}/cluster={cluster:04d}"
-
-
-def partition_folder(control: str) -> str:
-    """Where the run keeps which cluster of the control every document is of."""
-    return f"shards/controls/{control}"
 
 
 def seed_branch(run: Run) -> Branch:
@@ -81,7 +71,7 @@ def expert_branches(run: Run) -> list[Branch]:
     """
     steps_K = expert_steps(run)
     return [
-        _branch(run, DENSE, None, sum(steps_K)),
+        _branch(run, DENSE_FOLDER, None, sum(steps_K)),
         *(
             _branch(run, expert_folder(k), k, steps_K[k])
             for k in sorted(range(len(steps_K)), key=lambda k: -steps_K[k])
@@ -105,7 +95,7 @@ def control_branches(run: Run, control: str) -> list[Branch]:
 
 def _moe_branch(run: Run) -> Branch:
     """The seed upcycled, with the steps of the dense control. UserError if it cannot be."""
-    branch = _branch(run, MOE, None, sum(expert_steps(run)))
+    branch = _branch(run, MOE_FOLDER, None, sum(expert_steps(run)))
     if run.config.train.warm_start:  # from a mixture of experts
         return branch
     _check_upcyclable(run.uri("seed"))

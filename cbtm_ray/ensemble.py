@@ -17,6 +17,7 @@ from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.errors import UserError
 from cbtm_ray.paging import PagedExperts
 from cbtm_ray.route import sparse_weights
+from cbtm_ray.run import expert_folder
 from cbtm_ray.tokens import load_tokenizer
 
 
@@ -120,8 +121,6 @@ def load_ensemble(
     Raises:
         UserError: the run is not finished.
     """
-    from cbtm_ray.branch import expert_folder  # brings Ray, which decoding does without
-
     if not files.exists(files.join(run_dir, "evaluation", "manifest.json")):
         raise UserError(f"run_dir={run_dir} is not a finished run. Run first: python -m jobs.run_all --config FILE")
     evaluation = files.read_json(files.join(run_dir, "evaluation", "results.json"))

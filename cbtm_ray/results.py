@@ -12,11 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from cbtm_ray import evaluate, files
-from cbtm_ray.branch import DENSE, MOE, expert_folder, partition_folder
 from cbtm_ray.config import SPLIT_CONTROLS, EvaluateConfig, task_name
 from cbtm_ray.controls import control_centers
 from cbtm_ray.embed import load_centers, load_embedder
-from cbtm_ray.run import Run
+from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, expert_folder, partition_folder
 from cbtm_ray.scoring import HeldOutDocuments, context_distances, fewshot_prompts, held_out_documents, score_models
 from cbtm_ray.tokens import load_tokenizer
 from cbtm_ray.upcycle import TOP_K
@@ -61,13 +60,13 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
     wanted = run.config.train.controls
     systems = [ensemble_system(run), *(control_system(run, control) for control in wanted if control in SPLIT_CONTROLS)]
     experts = [name for system in systems for name in system.experts]
-    singles = {"seed": "seed", "dense": DENSE, **({"moe": MOE} if "moe" in wanted else {})}
+    singles = {"seed": "seed", "dense": DENSE_FOLDER, **({"moe": MOE_FOLDER} if "moe" in wanted else {})}
     models = {name: run.need(name, "train_experts") for name in [*singles.values(), *experts]}
     documents = held_out_documents(run)
     logprobs = score_models(run, list(models))
     ensemble, *others = measure(run, documents, logprobs, systems)
     reported_T = documents.token_mask(tuning=False)
-    dense_R = logprobs[DENSE][reported_T]
+    dense_R = logprobs[DENSE_FOLDER][reported_T]
     rows = [
         {**_single_row(system, models[name]), **documents.summarise(logprobs[name][reported_T], dense_R)}
         for system, name in singles.items()

@@ -28,7 +28,6 @@ from rich.console import Console
 
 from cbtm_ray import files, progress
 from cbtm_ray.branch import (
-    DENSE,
     Branch,
     _groups,
     _run_name,
@@ -36,9 +35,7 @@ from cbtm_ray.branch import (
     _with_failed_runs,
     control_branches,
     expert_branches,
-    expert_folder,
     in_proportion,
-    partition_folder,
     seed_branch,
     seed_cpus,
     train_branches,
@@ -49,7 +46,7 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
-from cbtm_ray.run import Run, Unfinished
+from cbtm_ray.run import DENSE_FOLDER, Run, Unfinished, expert_folder, partition_folder
 from cbtm_ray.tokens import load_tokenizer, read_documents
 from tests.seeded_run import seeded_run, train_here
 
@@ -61,7 +58,7 @@ def test_experts_share_the_budget_and_the_control_gets_all_of_it(tiny_config: Co
     run = Run(config)
     branches = {branch.spec.name: branch for branch in expert_branches(run)}
     assert {name: branch.spec.steps for name, branch in branches.items()} == {
-        DENSE: 20, expert_folder(0): 10, expert_folder(1): 10,
+        DENSE_FOLDER: 20, expert_folder(0): 10, expert_folder(1): 10,
     }  # fmt: skip
     assert [branch.cluster for branch in branches.values()] == [None, 0, 1]
     assert {branch.init for branch in branches.values()} == {run.uri("seed")}
@@ -99,7 +96,7 @@ def test_a_budget_by_size_follows_the_clusters_tokens_and_sums_to_the_same(tiny_
     run.finish("shards", {"train": {"clusters": clusters}})
     branches = expert_branches(run)
     assert [(branch.spec.name, branch.spec.steps) for branch in branches] == [
-        (DENSE, 16), (expert_folder(1), 12), (expert_folder(0), 4),
+        (DENSE_FOLDER, 16), (expert_folder(1), 12), (expert_folder(0), 4),
     ]  # fmt: skip
     assert [branch.cluster for branch in branches] == [None, 1, 0]
     assert [len(group) for group in _groups(branches, 2)] == [1, 2]
@@ -155,7 +152,7 @@ def test_one_cluster_is_the_dense_control(finished_run: Run, tmp_path: Path) -> 
     assert len(ours) > 100
     for job in ("train_seed", "train_experts"):
         run_job(run, job)
-    expert, dense = (files.read_bytes(run.uri(name, "model.safetensors")) for name in (expert_folder(0), DENSE))
+    expert, dense = (files.read_bytes(run.uri(name, "model.safetensors")) for name in (expert_folder(0), DENSE_FOLDER))
     assert expert == dense
 
 
@@ -228,15 +225,17 @@ def test_a_part_of_the_experts_leaves_the_stage_unfinished_and_says_what_is_miss
     finished_run: Run, tmp_path: Path
 ) -> None:
     run = part_of(finished_run, tmp_path, (1,), (expert_folder(1),))
-    expected = rf"^train\.clusters=\[1\] are trained\. Still missing: {DENSE}, {expert_folder(0)}; the same command"
+    expected = (
+        rf"^train\.clusters=\[1\] are trained\. Still missing: {DENSE_FOLDER}, {expert_folder(0)}; the same command"
+    )
     with pytest.raises(Unfinished, match=expected):
         run_job(run, "train_experts")
     assert run.manifest("experts") is None
-    assert [run.manifest(name) is not None for name in (DENSE, expert_folder(0), expert_folder(1))] == [0, 0, 1]
+    assert [run.manifest(name) is not None for name in (DENSE_FOLDER, expert_folder(0), expert_folder(1))] == [0, 0, 1]
 
 
 def test_the_last_part_finishes_the_stage(finished_run: Run, tmp_path: Path) -> None:
-    run = part_of(finished_run, tmp_path, (0,), (DENSE, expert_folder(0), expert_folder(1)))
+    run = part_of(finished_run, tmp_path, (0,), (DENSE_FOLDER, expert_folder(0), expert_folder(1)))
     run_job(run, "train_experts")
     assert run.manifest("experts")["experts"] == 2
 
@@ -249,7 +248,7 @@ def test_a_job_trains_the_experts_asked_for_and_no_others(finished_run: Run, tmp
     found = subprocess.run(job, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("Still missing") == 1
-    assert [run.manifest(name) is not None for name in (DENSE, expert_folder(0), expert_folder(1))] == [0, 0, 1]
+    assert [run.manifest(name) is not None for name in (DENSE_FOLDER, expert_folder(0), expert_folder(1))] == [0, 0, 1]
     ours, theirs = (files.read_bytes(r.uri(expert_folder(1), "model.safetensors")) for r in (run, finished_run))
     assert ours == theirs
 

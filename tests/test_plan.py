@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
 from cbtm_ray import flops
-from cbtm_ray.branch import expert_branches, expert_folder, seed_branch
+from cbtm_ray.branch import expert_branches, seed_branch
 from cbtm_ray.cluster import BalancedKMeans
 from cbtm_ray.config import Config
 from cbtm_ray.discover import SHARD_ROWS
@@ -34,7 +34,7 @@ from cbtm_ray.plan import (
     model_of,
 )
 from cbtm_ray.plan_text import clock, main, size
-from cbtm_ray.run import Run
+from cbtm_ray.run import Run, expert_folder
 from cbtm_ray.shard_steps import LocalShards, Shard
 from cbtm_ray.tokens import PackedSequences, train_tokenizer
 from cbtm_ray.train import Trainer
