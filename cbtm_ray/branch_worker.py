@@ -23,12 +23,12 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.trackers import tracking
 from cbtm_ray.train import Leaving, train_model
+from cbtm_ray.training_data import PackedSequences, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cbtm_ray.branch import Branch
-    from cbtm_ray.tokens import PackedSequences
 
 Post = Callable[[str, dict[str, Any]], Any]
 """Adds news of a branch to the board."""
@@ -159,8 +159,6 @@ def read_sequences(run: Run, branch: Branch, end_of_text: int) -> tuple[PackedSe
 
     A control's partition is one of training documents alone.
     """
-    from cbtm_ray.tokens import PackedSequences, read_documents
-
     shards, partition_uri = run.uri("shards"), run.uri(branch.partition) if branch.partition else None
     train = read_documents(shards, "train", branch.cluster, partition_uri)
     held_out = [] if partition_uri else list(read_documents(shards, "valid", branch.cluster))

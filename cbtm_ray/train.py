@@ -19,11 +19,10 @@ import torch
 from cbtm_ray import flops, parallel
 from cbtm_ray.errors import UserError
 from cbtm_ray.loss import loss_function
+from cbtm_ray.training_data import PackedSequences
 
-if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what they take seconds to import
+if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what it takes seconds to import
     from transformers import PreTrainedModel
-
-    from cbtm_ray.tokens import PackedSequences
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,8 @@ from cbtm_ray.load_config import dump_config
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import DENSE_FOLDER, Run, Unfinished, expert_folder, partition_folder
-from cbtm_ray.tokens import load_tokenizer, read_documents
+from cbtm_ray.tokens import load_tokenizer
+from cbtm_ray.training_data import read_documents
 from tests.seeded_run import seeded_run, train_here
 
 pytestmark = pytest.mark.ray

@@ -25,8 +25,9 @@ from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_all, run_job
 from cbtm_ray.results import held_out_documents
 from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, expert_folder, partition_folder
-from cbtm_ray.tokens import PackedSequences, load_tokenizer, read_documents
+from cbtm_ray.tokens import load_tokenizer
 from cbtm_ray.train import train_model
+from cbtm_ray.training_data import PackedSequences, read_documents
 from cbtm_ray.upcycle import upcycle
 from tests.tiny import DOMAINS
 

@@ -36,8 +36,9 @@ from cbtm_ray.plan import (
 from cbtm_ray.plan_text import clock, main, size
 from cbtm_ray.run import Run, expert_folder
 from cbtm_ray.shard_steps import LocalShards, Shard
-from cbtm_ray.tokens import PackedSequences, train_tokenizer
+from cbtm_ray.tokens import train_tokenizer
 from cbtm_ray.train import Trainer
+from cbtm_ray.training_data import PackedSequences
 
 
 def config(**sections: dict[str, Any]) -> Config:

@@ -28,8 +28,9 @@ from cbtm_ray.branch_worker import read_sequences, train_group
 from cbtm_ray.checkpoints import Checkpoints
 from cbtm_ray.models import load_model, new_model, save_model
 from cbtm_ray.run import Run
-from cbtm_ray.tokens import PackedSequences, load_tokenizer, train_tokenizer
+from cbtm_ray.tokens import load_tokenizer, train_tokenizer
 from cbtm_ray.train import Trainer, TrainSpec, train_model
+from cbtm_ray.training_data import PackedSequences
 from tests.local_head import free_ports
 from tests.seeded_run import check_as_undisturbed, seeded_run, write_shards
 from tests.test_object_store import CREDENTIALS
