@@ -37,8 +37,9 @@ from cbtm_ray.config import Config
 from cbtm_ray.load_config import build_config
 from cbtm_ray.ray_session import TRAINING_ENV
 from cbtm_ray.run import Run
-from cbtm_ray.tokens import PackedSequences, save_tokenizer, train_tokenizer
+from cbtm_ray.tokens import save_tokenizer, train_tokenizer
 from cbtm_ray.train import Trainer, TrainSpec, learning_rate, make_optimizer, train_model
+from cbtm_ray.training_data import PackedSequences
 
 SIZES: dict[str, dict[str, Any]] = {
     "1M": {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,

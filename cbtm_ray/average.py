@@ -11,12 +11,11 @@ import numpy as np
 import ray
 
 from cbtm_ray import files
-from cbtm_ray.branch import DENSE
 from cbtm_ray.config import Config
 from cbtm_ray.merge import average_weights
 from cbtm_ray.models import save_model
 from cbtm_ray.router import Route
-from cbtm_ray.run import Run
+from cbtm_ray.run import DENSE_FOLDER, Run
 from cbtm_ray.scoring import held_out_documents, score_models
 from cbtm_ray.systems import Measured, ensemble_system, measure
 from cbtm_ray.tokens import load_tokenizer
@@ -30,7 +29,7 @@ def average_experts(run: Run) -> dict[str, Any]:
     """
     run.need("evaluation", "evaluate_mixture")
     ensemble, documents = ensemble_system(run), held_out_documents(run)
-    logprobs = score_models(run, [DENSE, *ensemble.experts])
+    logprobs = score_models(run, [DENSE_FOLDER, *ensemble.experts])
     [measured] = measure(run, documents, logprobs, [ensemble])
     uniform_K = np.full(len(ensemble.experts), 1 / len(ensemble.experts))
     weights = {"average/uniform": uniform_K, "average/routing": _mean_weights(run, measured)}
@@ -38,11 +37,11 @@ def average_experts(run: Run) -> dict[str, Any]:
     ray.get([task.remote(run.config, ensemble.experts, name, weights_K) for name, weights_K in weights.items()])
     logprobs |= score_models(run, list(weights))
     reported_T = documents.token_mask(tuning=False)
-    dense_R = logprobs[DENSE][reported_T]
+    dense_R = logprobs[DENSE_FOLDER][reported_T]
     return {
         "rows": [
             {"folder": name, "weights": weights_K, **documents.summarise(logprobs[name][reported_T], dense_R)}
-            for name, weights_K in [(DENSE, None), *((name, found.tolist()) for name, found in weights.items())]
+            for name, weights_K in [(DENSE_FOLDER, None), *((name, found.tolist()) for name, found in weights.items())]
         ]
     }
 

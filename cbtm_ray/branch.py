@@ -25,11 +25,10 @@ from cbtm_ray.branch_worker import train_group
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.ray_session import TRAINING_ENV, capacity, check_fits
-from cbtm_ray.run import Run, Unfinished, expert_folder
+from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, Unfinished, expert_folder, partition_folder
 from cbtm_ray.train import TrainSpec
 from cbtm_ray.warm_start import check_warm_start, start_model
 
-DENSE, MOE = "controls/dense", "controls/moe"
 POLL_S = 0.5
 
 
@@ -46,11 +45,6 @@ class Branch:
     upcycled_experts: int | None = None
     """Experts that the model is upcycled to before training. None: it stays as it is."""
     spec: TrainSpec
-
-
-def partition_folder(control: str) -> str:
-    """Where the run keeps which cluster of the control every document is of."""
-    return f"shards/controls/{control}"
 
 
 def seed_branch(run: Run) -> Branch:
@@ -77,7 +71,7 @@ def expert_branches(run: Run) -> list[Branch]:
     """
     steps_K = expert_steps(run)
     return [
-        _branch(run, DENSE, None, sum(steps_K)),
+        _branch(run, DENSE_FOLDER, None, sum(steps_K)),
         *(
             _branch(run, expert_folder(k), k, steps_K[k])
             for k in sorted(range(len(steps_K)), key=lambda k: -steps_K[k])
@@ -101,7 +95,7 @@ def control_branches(run: Run, control: str) -> list[Branch]:
 
 def _moe_branch(run: Run) -> Branch:
     """The seed upcycled, with the steps of the dense control. UserError if it cannot be."""
-    branch = _branch(run, MOE, None, sum(expert_steps(run)))
+    branch = _branch(run, MOE_FOLDER, None, sum(expert_steps(run)))
     if run.config.train.warm_start:  # from a mixture of experts
         return branch
     _check_upcyclable(run.uri("seed"))
@@ -304,9 +298,19 @@ def _raise_failures(failed: dict[str, BaseException], untrained: list[str]) -> N
     ) from error
 
 
-def seed_cpus(config: Config) -> float:
-    """CPUs for the seed's training, which has the cluster to itself: the most that one node has."""
-    return config.seed_model.cpus or max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+def seed_cpus(config: Config, nodes: list[dict[str, Any]]) -> float:
+    """CPUs for the seed's training, which has the cluster to itself: all of the largest living node that has its GPUs too.
+
+    Without such a node, as on a cluster whose nodes come when work waits for them, as many as an expert's training.
+
+    Args:
+        nodes: as `ray.nodes()` gives them.
+    """
+    train = config.train
+    gpus_per_worker = train.gpus_per_expert / train.workers_per_expert
+    living = [node["Resources"] for node in nodes if node["Alive"]]
+    largest = max((each.get("CPU", 0) for each in living if each.get("GPU", 0) >= gpus_per_worker), default=0)
+    return config.seed_model.cpus or largest or train.cpus_per_expert
 
 
 def train_seed(run: Run) -> dict[str, Any]:
@@ -315,7 +319,7 @@ def train_seed(run: Run) -> dict[str, Any]:
     branch = seed_branch(run)
     if branch.init and "moe" in run.config.train.controls:
         _check_upcyclable(branch.init)
-    cpus = seed_cpus(run.config)
+    cpus = seed_cpus(run.config, ray.nodes())
     check_fits("seed_model.cpus", "CPU", cpus)
     train_branches(run, [branch], title="train_seed", cpus=cpus, slots=1)
     return run.need("seed", "train_seed")

@@ -9,7 +9,7 @@ import errno
 import socket
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,18 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.trackers import tracking
 from cbtm_ray.train import Leaving, train_model
+from cbtm_ray.training_data import PackedSequences, read_documents
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from cbtm_ray.branch import Branch
-    from cbtm_ray.tokens import PackedSequences
 
 Post = Callable[[str, dict[str, Any]], Any]
 """Adds news of a branch to the board."""
+
+UNTRAINED: dict[str, Any] = {"epochs": 0.0, "valid_loss_nats": None, "valid_tokens": 0, "mfu": None, "curve": []}
+"""What the manifest says of training where a seed is taken as it is, for which no document is read."""
 
 
 def train_group(task: dict[str, Any]) -> tuple[dict[str, str], bool]:
@@ -68,70 +73,84 @@ def train_group(task: dict[str, Any]) -> tuple[dict[str, str], bool]:
 
 
 def _train_branch(run: Run, branch: Branch, board: Any, post: Post) -> dict[str, Any] | None:
-    """Train a branch and write its model's folder; what the manifest is to say of it, of the first worker."""
-    from cbtm_ray.models import check_tokenizer, load_model, new_model, save_model
+    """Train a branch and write its model's folder; the manifest, of the first worker."""
+    from cbtm_ray.models import save_model
+
+    spec, started = branch.spec, time.perf_counter()
+    with parallel.agreed():
+        model, tokenizer = _load(run, branch)
+    trained = _train(run, branch, model, tokenizer.eos_token_id, board, post) if spec.steps else UNTRAINED
+    whole = parallel.whole_model(model)
+    if parallel.rank() > 0:
+        return None
+    _write_events(run, spec.name, trained["curve"])
+    files.delete_unfinished(run.uri(spec.name))
+    save_model(whole, tokenizer, run.uri(spec.name))
+    seconds = round(time.perf_counter() - started, 1)
+    return {**_manifest(branch, whole), **trained, "workers": parallel.workers(), "seconds": seconds}
+
+
+def _load(run: Run, branch: Branch) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that the branch begins with, on the device to train on, and the run's tokenizer."""
+    from cbtm_ray.models import check_tokenizer, load_model, new_model
     from cbtm_ray.tokens import load_tokenizer
     from cbtm_ray.upcycle import upcycle
 
-    config, spec, started = run.config, branch.spec, time.perf_counter()
-    tokenizer = load_tokenizer(run.uri("tokenizer"))
+    config, tokenizer = run.config, load_tokenizer(run.uri("tokenizer"))
     if branch.init is None:
-        model = new_model(config.seed_model, tokenizer, 4 * spec.sequence_length, config.run.seed)
+        model = new_model(config.seed_model, tokenizer, 4 * branch.spec.sequence_length, config.run.seed)
     else:
         model = load_model(branch.init)
         check_tokenizer(branch.init, tokenizer)
     if branch.upcycled_experts:
         model = upcycle(model, branch.upcycled_experts, config.run.seed)
     torch.nn.Module.to(model, ray.train.torch.get_device() if config.train.gpus_per_expert else "cpu")
-    sequences, valid = read_sequences(run, branch, tokenizer.eos_token_id)
-    trackers = config.train.trackers if parallel.rank() == 0 else ()
-    with (
-        closing(Checkpoints(run.uri("checkpoints", spec.name))) as checkpoints,
-        tracking(trackers, config.run.dir, spec.name) as tell,
-    ):
+    return model, tokenizer
+
+
+def _train(
+    run: Run, branch: Branch, model: PreTrainedModel, end_of_text: int, board: Any, post: Post
+) -> dict[str, Any]:
+    """Train the branch's model in place, from its last checkpoint on; what the manifest says of that."""
+    spec, first = branch.spec, parallel.rank() == 0
+    with ExitStack() as stack:
+        with parallel.agreed():
+            sequences, valid = read_sequences(run, branch, end_of_text)
+            checkpoints = stack.enter_context(closing(Checkpoints(run.uri("checkpoints", spec.name))))
+            state = checkpoints.last()
+            tell = stack.enter_context(tracking(run.config.train.trackers if first else (), run.dir, spec.name))
+        if first:
+            board.begin.remote(spec.name, socket.gethostname(), state["step"] if state else 0)
 
         def log(point: dict[str, Any]) -> None:
             post(spec.name, point)
             tell(point)
 
-        state = checkpoints.last()
-        if parallel.rank() == 0:
-            board.begin.remote(spec.name, socket.gethostname(), state["step"] if state else 0)
-        curve = train_model(
-            model,
-            sequences,
-            spec,
-            valid=valid,
-            state=state,
-            save=partial(_save, run, spec.name, checkpoints),
-            log=log,
-            leaving=_leaving,
-        )
-    whole = parallel.whole_model(model)
-    if parallel.rank() > 0:
-        return None
-    _write_events(run, spec.name, curve)
-    files.delete_unfinished(run.uri(spec.name))
-    save_model(whole, tokenizer, run.uri(spec.name))
-    per_token = flops.model_flops_per_token(whole, spec.sequence_length)
+        save = partial(_save, run, spec.name, checkpoints)
+        curve = train_model(model, sequences, spec, valid=valid, state=state, save=save, log=log, leaving=_leaving)
+    return {
+        "epochs": spec.steps * spec.batch_size / sequences.per_epoch,
+        "valid_loss_nats": curve[-1]["valid_loss_nats"],
+        "valid_tokens": 0 if valid is None else spec.valid_sequences(valid) * valid.sequence_length,
+        "mfu": curve[-1]["mfu"],
+        "curve": curve,
+    }
+
+
+def _manifest(branch: Branch, model: PreTrainedModel) -> dict[str, Any]:
+    """What the manifest says of the branch's model and of how much it was trained."""
+    spec = branch.spec
+    per_token = flops.model_flops_per_token(model, spec.sequence_length)
     train_tokens = spec.steps * spec.tokens_per_step
-    last = curve[-1] if curve else {}
     return {
         "cluster": branch.cluster,
         "init": branch.init,
-        "experts": getattr(whole.config, "num_local_experts", 1),
+        "experts": getattr(model.config, "num_local_experts", 1),
         "steps": spec.steps,
         "train_tokens": train_tokens,
-        "epochs": spec.steps * spec.batch_size / sequences.per_epoch,
-        "valid_loss_nats": last.get("valid_loss_nats"),
-        "valid_tokens": 0 if valid is None else spec.valid_sequences(valid) * valid.sequence_length,
-        "parameters": sum(p.numel() for p in whole.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "infer_flops_per_token": per_token,
         "train_flops": flops.train_flops(per_token, train_tokens),
-        "mfu": last.get("mfu"),
-        "workers": parallel.workers(),
-        "seconds": round(time.perf_counter() - started, 1),
-        "curve": curve,
     }
 
 
@@ -140,8 +159,6 @@ def read_sequences(run: Run, branch: Branch, end_of_text: int) -> tuple[PackedSe
 
     A control's partition is one of training documents alone.
     """
-    from cbtm_ray.tokens import PackedSequences, read_documents
-
     shards, partition_uri = run.uri("shards"), run.uri(branch.partition) if branch.partition else None
     train = read_documents(shards, "train", branch.cluster, partition_uri)
     held_out = [] if partition_uri else list(read_documents(shards, "valid", branch.cluster))

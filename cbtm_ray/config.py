@@ -166,7 +166,8 @@ class SeedModelConfig:
     learning_rate: Positive = 2e-3
     """Peak learning rate of the seed's own training."""
     cpus: Count | None = None
-    """CPUs of the seed's training. None: all of the cluster's largest node."""
+    """CPUs of the seed's training. None: all of the largest node that has `train.gpus_per_expert` too, or as many as
+    `train.cpus_per_expert` where no such node is up yet."""
     final_lr_fraction: Fraction = 0.5
     """Learning rate at the end of the seed's training, as a share of its peak."""
 

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 import torch
 
 from cbtm_ray import files, progress
-from cbtm_ray.branch import partition_folder
 from cbtm_ray.config import Config
 from cbtm_ray.corpus import read_sample
 from cbtm_ray.discover import embed_sample, fit_centers, forget_fit
@@ -31,7 +30,7 @@ from cbtm_ray.embed import load_centers, load_embedder
 from cbtm_ray.embed_workers import map_embedding
 from cbtm_ray.errors import UserError
 from cbtm_ray.partition import CHUNK_DOCUMENTS, Totals, tools
-from cbtm_ray.run import Run
+from cbtm_ray.run import Run, partition_folder
 from cbtm_ray.shard_steps import squared_distances
 from cbtm_ray.tokens import encode, load_tokenizer
 

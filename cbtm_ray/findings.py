@@ -10,19 +10,21 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from cbtm_ray import files, progress
-from cbtm_ray.branch import DENSE, MOE, control_branches, expert_folder
+from cbtm_ray.branch import control_branches
 from cbtm_ray.config import SPLIT_CONTROLS
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.report import ReportData, fewshot_by_system, fewshot_columns, render_report, verdict
 from cbtm_ray.result_rows import CurvePoint, Evaluation, FewshotRow, Summary, system_name
-from cbtm_ray.run import Run
+from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, expert_folder
 
 PERPLEXITY = "Held-out perplexity, with 95 % intervals over documents"
 
 
 def curves(run: Run) -> dict[str, list[CurvePoint]]:
     """Training curves by model: seed, dense, moe where there is one, expert NNNN."""
-    folders = {"seed": "seed", "dense": DENSE} | ({"moe": MOE} if "moe" in run.config.train.controls else {})
+    folders = {"seed": "seed", "dense": DENSE_FOLDER}
+    if "moe" in run.config.train.controls:
+        folders["moe"] = MOE_FOLDER
     folders |= {f"expert {cluster:04d}": expert_folder(cluster) for cluster in range(run.config.cluster.n_clusters)}
     return {name: run.need(folder, "train_experts")["curve"] for name, folder in folders.items()}
 

@@ -48,6 +48,7 @@ def load_model(uri_or_name: str) -> PreTrainedModel:
 
     Raises:
         UserError: there is none.
+        OSError: its store cannot be reached.
     """
     try:
         if files.exists(uri_or_name):
@@ -55,6 +56,8 @@ def load_model(uri_or_name: str) -> PreTrainedModel:
                 return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return AutoModelForCausalLM.from_pretrained(uri_or_name, dtype=torch.float32)
     except (OSError, ValueError) as error:
+        if files.refusal(error):  # the store's, whose trouble may pass
+            raise
         first = str(error).strip().splitlines()[0]
         raise UserError(f"no causal language model can be loaded from {uri_or_name!r}: {first}") from error
 

@@ -7,12 +7,14 @@ What takes a second to import, and few runs have a use for, is imported inside t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+
+from cbtm_ray.errors import UserError
 
 if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what it takes seconds to import
     from transformers import PreTrainedModel
@@ -78,6 +80,28 @@ def mean(value: torch.Tensor) -> torch.Tensor:
 def any_of(own: bool, device: torch.device) -> bool:
     """Whether it is so for one of the workers; every worker gets the same answer."""
     return own if workers() == 1 else bool(mean(torch.tensor(float(own), device=device)) > 0)
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """A UserError that one worker meets in the block is raised by all of them at its end.
+
+    Else that worker would go on to other work while the rest waited for it in their next exchange. All workers must enter
+    the block, and none may exchange anything in it. Any other exception is raised by its worker at once, whose caller ends
+    the group.
+    """
+    own: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        own = error
+    messages: list[str | None] = [str(own) if own else None] * workers()
+    if workers() > 1:
+        distributed.all_gather_object(messages, messages[0])
+    if own:
+        raise own
+    if theirs := next(filter(None, messages), None):
+        raise UserError(theirs)
 
 
 def all_finite(model: PreTrainedModel) -> bool:

@@ -14,13 +14,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cbtm_ray import evaluate, files
-from cbtm_ray.branch import DENSE, MOE
 from cbtm_ray.config import SPLIT_CONTROLS, EvaluateConfig, task_name
 from cbtm_ray.errors import UserError
 from cbtm_ray.result_rows import DomainRow, DomainSummary, Evaluation, FewshotRow, ResultRow, SampleToken
 from cbtm_ray.route import HeldOut
 from cbtm_ray.router import ROUTERS, Route
-from cbtm_ray.run import Run
+from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run
 from cbtm_ray.scoring import HeldOutDocuments, fewshot_prompts, held_out_documents, score_models
 from cbtm_ray.systems import Measured, control_system, ensemble_system, measure, system_distances
 from cbtm_ray.tokens import load_tokenizer
@@ -57,12 +56,12 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
     """
     config, controls = run.config.evaluate, run.config.train.controls
     systems = [ensemble_system(run), *(control_system(run, name) for name in controls if name in SPLIT_CONTROLS)]
-    singles = {"seed": "seed", "dense": DENSE, **({"moe": MOE} if "moe" in controls else {})}
+    singles = {"seed": "seed", "dense": DENSE_FOLDER, **({"moe": MOE_FOLDER} if "moe" in controls else {})}
     names = [*singles.values(), *(name for system in systems for name in system.experts)]
     models = {name: run.need(name, "train_experts") for name in names}
     documents, logprobs = held_out_documents(run), score_models(run, names)
     reported_T = documents.token_mask(tuning=False)
-    summarise = partial(documents.summarise, dense_R=logprobs[DENSE][reported_T])
+    summarise = partial(documents.summarise, dense_R=logprobs[DENSE_FOLDER][reported_T])
     rows = [
         _single_row(system, models[name], summarise(logprobs[name][reported_T])) for system, name in singles.items()
     ]

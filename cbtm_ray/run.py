@@ -47,9 +47,17 @@ SHAREABLE = ("corpus", "tokenizer", "clusterer", "shards", "seed")
 """Stages that a run may take from another; a control's partition is kept beside the shards that it is one of."""
 
 
+DENSE_FOLDER, MOE_FOLDER = "controls/dense", "controls/moe"
+
+
 def expert_folder(cluster: int, control: str | None = None) -> str:
     """Folder of an expert's model in the run directory."""
     return f"{f'controls/{control}' if control else 'experts'}/cluster={cluster:04d}"
+
+
+def partition_folder(control: str) -> str:
+    """Folder of the control's cluster of every document."""
+    return f"shards/controls/{control}"
 
 
 class Unfinished(Exception):

@@ -26,7 +26,8 @@ from cbtm_ray.result_rows import DomainSummary
 from cbtm_ray.route import HeldOut
 from cbtm_ray.run import Run
 from cbtm_ray.shard_steps import squared_distances
-from cbtm_ray.tokens import READ_AHEAD, load_tokenizer
+from cbtm_ray.tokens import load_tokenizer
+from cbtm_ray.training_data import READ_AHEAD
 
 
 @dataclass(frozen=True)

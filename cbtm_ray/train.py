@@ -19,11 +19,10 @@ import torch
 from cbtm_ray import flops, parallel
 from cbtm_ray.errors import UserError
 from cbtm_ray.loss import loss_function
+from cbtm_ray.training_data import PackedSequences
 
-if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what they take seconds to import
+if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what it takes seconds to import
     from transformers import PreTrainedModel
-
-    from cbtm_ray.tokens import PackedSequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,32 +98,39 @@ class Trainer:
     def __init__(
         self, model: PreTrainedModel, sequences: PackedSequences, spec: TrainSpec, valid: PackedSequences | None = None
     ) -> None:
-        vocabulary: Any = model.get_input_embeddings().num_embeddings
-        for tokens in (part.tokens for part in (sequences, valid) if part is not None):
-            if (largest := int(tokens.max())) >= vocabulary:
-                raise UserError(
-                    f"{spec.name}: token id {largest} is not below the model's vocabulary of {vocabulary}. "
-                    "Use the seed model's own tokenizer: tokens.tokenizer."
-                )
-        if spec.batch_size % parallel.workers():
-            raise UserError(
-                f"train.batch_size={spec.batch_size} must be a multiple of the {parallel.workers()} workers."
-            )
         self.model, self.sequences, self.valid, self.spec = model.train(), sequences, valid, spec
         self.share = spec.batch_size // parallel.workers()
-        border = None if spec.cross_documents else sequences.end_of_text
-        self.token_loss = loss_function(model, self._batch(sequences, 0, 1), border=border)
+        with parallel.agreed():
+            self._check()
+            border = None if spec.cross_documents else sequences.end_of_text
+            self.token_loss = loss_function(model, self._batch(sequences, 0, 1), border=border)
+            if spec.activation_checkpointing:
+                checkpoint_activations(model)
         if parallel.workers() > 1:
             self.token_loss = parallel.shared_loss(model, self.token_loss, spec.parallel)
         self.optimizer = make_optimizer(model, spec)
-        self.train_loss = compiled(self.token_loss, model.device) if spec.compile else self.token_loss
-        if spec.activation_checkpointing:
-            checkpoint_activations(model)
+        self.train_loss = torch.compile(self.token_loss) if spec.compile else self.token_loss
         self.step = 0
         self._reader = ThreadPoolExecutor(1)
         self._ahead: Future[torch.Tensor] | None = None
         self.curve: list[dict[str, Any]] = []
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
+
+    def _check(self) -> None:
+        """UserError if the input does not suit the model, the workers or this machine."""
+        vocabulary: Any = self.model.get_input_embeddings().num_embeddings
+        for tokens in (part.tokens for part in (self.sequences, self.valid) if part is not None):
+            if (largest := int(tokens.max())) >= vocabulary:
+                raise UserError(
+                    f"{self.spec.name}: token id {largest} is not below the model's vocabulary of {vocabulary}. "
+                    "Use the seed model's own tokenizer: tokens.tokenizer."
+                )
+        if self.spec.batch_size % parallel.workers():
+            raise UserError(
+                f"train.batch_size={self.spec.batch_size} must be a multiple of the {parallel.workers()} workers."
+            )
+        if self.spec.compile:
+            check_compiler(self.model.device)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes on any number of workers. All must ask for it; worker 0 gets it."""
@@ -173,7 +179,7 @@ class Trainer:
             with self._autocast():
                 losses.append(self.token_loss(part).double())
         self.model.train()
-        return torch.cat(losses).mean().item()
+        return parallel.mean(torch.cat(losses).mean()).item()
 
     def add_point(self, tokens_per_s: float, *, evaluate: bool = False) -> dict[str, Any]:
         """Close a stretch of the curve: the mean loss since the last point, and the loss on held-out documents if asked.
@@ -259,8 +265,6 @@ def train_model(
         Leaving: the machine is leaving; the state has been given to `save`.
         UserError: the loss or a weight is not a finite number, or the input does not suit the model.
     """
-    if spec.steps == 0:
-        return []
     trainer = Trainer(model, sequences, spec, valid)
     if state is not None:
         trainer.load_state_dict(state)
@@ -308,13 +312,10 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def compiled(
-    token_loss: Callable[[torch.Tensor], torch.Tensor], device: torch.device
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The same function through torch.compile. UserError on a CPU without a C++ compiler, which it needs."""
+def check_compiler(device: torch.device) -> None:
+    """UserError on a CPU without a C++ compiler, which torch.compile needs there."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise UserError(
             f"train.compile=True needs a C++ compiler, and there is no {compiler}. Install one, or set train.compile=false."
         )
-    return torch.compile(token_loss)

@@ -19,11 +19,11 @@ from ray.util import metrics
 from starlette.exceptions import HTTPException
 
 from cbtm_ray import files, sequence
-from cbtm_ray.branch import expert_folder
 from cbtm_ray.ensemble import load_ensemble
 from cbtm_ray.errors import UserError
 from cbtm_ray.models import load_model_config
 from cbtm_ray.route import check_top_k
+from cbtm_ray.run import expert_folder
 from cbtm_ray.tokens import encode
 
 from .answer import chat_prompt, choice_pieces, events, merged, sequence_request, total

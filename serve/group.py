@@ -20,11 +20,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import metrics
 
 from cbtm_ray import files
-from cbtm_ray.branch import DENSE as DENSE_FOLDER
 from cbtm_ray.contexts import Contexts, FarRead
 from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import load_ensemble
 from cbtm_ray.models import load_model
+from cbtm_ray.run import DENSE_FOLDER
 from cbtm_ray.sequence import Request, Step
 
 from .far import REPLICA_LOST, Answering, Asking

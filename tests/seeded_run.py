@@ -10,14 +10,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from transformers import PreTrainedModel
 
 from cbtm_ray import files
 from cbtm_ray.branch import Branch
+from cbtm_ray.branch_worker import read_sequences
 from cbtm_ray.load_config import build_config
-from cbtm_ray.models import new_model, save_model
+from cbtm_ray.models import load_model, new_model, save_model
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import encode, load_tokenizer, save_tokenizer, train_tokenizer
-from tests.test_branch import train_here
+from cbtm_ray.train import train_model
 from tests.tiny import tiny_tree, write_corpus
 
 Document = tuple[int, list[int]]
@@ -48,6 +50,15 @@ def write_shards(run: Run, part: int, held_out: list[Document], documents: list[
         rows = [{"cluster": cluster, "tokens": tokens} for cluster, tokens in given]
         with files.writing(run.uri("shards", split, f"part-{part:05d}.parquet")) as stream:
             pq.write_table(pa.Table.from_pylist(rows, schema), stream)
+
+
+def train_here(run: Run, branch: Branch) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """The same training without Ray and without an interruption."""
+    sequences, valid = read_sequences(run, branch, load_tokenizer(run.uri("tokenizer")).eos_token_id)
+    model = load_model(branch.init)
+    kept: list[dict[str, Any]] = []
+    curve = train_model(model, sequences, branch.spec, valid=valid, state=None, save=kept.append, log=kept.append)
+    return model, curve
 
 
 def check_as_undisturbed(run: Run, branch: Branch, folder: Path) -> None:

@@ -8,10 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbtm_ray import files
-from cbtm_ray.branch import DENSE, expert_folder
 from cbtm_ray.errors import UserError
 from cbtm_ray.pipeline import run_job
-from cbtm_ray.run import Run
+from cbtm_ray.run import DENSE_FOLDER, Run, expert_folder
 from cbtm_ray.scoring import held_out_documents
 
 pytestmark = pytest.mark.ray
@@ -26,7 +25,7 @@ def averaged(finished_run: Run) -> Run:
 def test_an_average_has_the_weighted_parameters_of_the_experts(averaged: Run) -> None:
     experts = [AutoModelForCausalLM.from_pretrained(averaged.uri(expert_folder(k))).state_dict() for k in range(2)]
     rows = {row["folder"]: row for row in averaged.manifest("average")["rows"]}
-    assert list(rows) == [DENSE, "average/uniform", "average/routing"]
+    assert list(rows) == [DENSE_FOLDER, "average/uniform", "average/routing"]
     assert rows["average/uniform"]["weights"] == [0.5, 0.5]
     assert sum(rows["average/routing"]["weights"]) == pytest.approx(1)
     for folder in ("average/uniform", "average/routing"):
@@ -58,7 +57,7 @@ def test_an_average_is_measured_on_the_documents_reported_on(averaged: Run) -> N
     rows = {row["folder"]: row for row in averaged.manifest("average")["rows"]}
     dense = files.read_json(averaged.uri("evaluation", "results.json"))["rows"][1]
     assert {key: dense[key] for key in ("ppl", "ppl_low", "ppl_high", "bpb")} == {
-        key: rows[DENSE][key] for key in ("ppl", "ppl_low", "ppl_high", "bpb")
+        key: rows[DENSE_FOLDER][key] for key in ("ppl", "ppl_low", "ppl_high", "bpb")
     }
     model = AutoModelForCausalLM.from_pretrained(averaged.uri("average/uniform")).eval()
     documents = held_out_documents(averaged)

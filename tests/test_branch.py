@@ -25,11 +25,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from cbtm_ray import files, progress
 from cbtm_ray.branch import (
-    DENSE,
     Branch,
     _groups,
     _run_name,
@@ -37,21 +35,21 @@ from cbtm_ray.branch import (
     _with_failed_runs,
     control_branches,
     expert_branches,
-    expert_folder,
     in_proportion,
-    partition_folder,
     seed_branch,
+    seed_cpus,
     train_branches,
 )
-from cbtm_ray.branch_worker import read_sequences
+from cbtm_ray.branch_worker import _train_branch, read_sequences
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
-from cbtm_ray.run import Run, Unfinished
-from cbtm_ray.tokens import load_tokenizer, read_documents
-from cbtm_ray.train import train_model
+from cbtm_ray.run import DENSE_FOLDER, Run, Unfinished, expert_folder, partition_folder
+from cbtm_ray.tokens import load_tokenizer
+from cbtm_ray.training_data import read_documents
+from tests.seeded_run import seeded_run, train_here
 
 pytestmark = pytest.mark.ray
 
@@ -61,7 +59,7 @@ def test_experts_share_the_budget_and_the_control_gets_all_of_it(tiny_config: Co
     run = Run(config)
     branches = {branch.spec.name: branch for branch in expert_branches(run)}
     assert {name: branch.spec.steps for name, branch in branches.items()} == {
-        DENSE: 20, expert_folder(0): 10, expert_folder(1): 10,
+        DENSE_FOLDER: 20, expert_folder(0): 10, expert_folder(1): 10,
     }  # fmt: skip
     assert [branch.cluster for branch in branches.values()] == [None, 0, 1]
     assert {branch.init for branch in branches.values()} == {run.uri("seed")}
@@ -99,12 +97,37 @@ def test_a_budget_by_size_follows_the_clusters_tokens_and_sums_to_the_same(tiny_
     run.finish("shards", {"train": {"clusters": clusters}})
     branches = expert_branches(run)
     assert [(branch.spec.name, branch.spec.steps) for branch in branches] == [
-        (DENSE, 16), (expert_folder(1), 12), (expert_folder(0), 4),
+        (DENSE_FOLDER, 16), (expert_folder(1), 12), (expert_folder(0), 4),
     ]  # fmt: skip
     assert [branch.cluster for branch in branches] == [None, 1, 0]
     assert [len(group) for group in _groups(branches, 2)] == [1, 2]
     run.finish(partition_folder("metadata"), {"n_clusters": 4, "clusters": [{"tokens": n} for n in (1, 2, 3, 10)]})
     assert [branch.spec.steps for branch in control_branches(run, "metadata")] == [1, 2, 3, 10]
+
+
+def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
+    """As `ray.nodes()` says it, which leaves out what a node has none of."""
+    return {"Alive": alive, "Resources": {kind: n for kind, n in (("CPU", cpus), ("GPU", gpus)) if n}}
+
+
+@pytest.mark.parametrize(
+    ("train", "nodes", "cpus"),
+    [
+        ({}, [node(0), node(4), node(16), node(32, alive=False)], 16),
+        ({}, [node(0)], 1),  # a head that keeps work off it, and workers yet to come
+        ({"cpus_per_expert": 3}, [node(0)], 3),
+        ({"gpus_per_expert": 1, "cpus_per_expert": 4}, [node(0), node(16)], 4),  # no node has 16 CPUs and a GPU
+        ({"gpus_per_expert": 1, "cpus_per_expert": 2}, [node(16), node(8, gpus=1)], 8),
+        ({"gpus_per_expert": 4, "workers_per_expert": 2}, [node(8, gpus=2), node(64, gpus=1)], 8),
+    ],
+)
+def test_the_seed_asks_for_what_a_node_has_and_never_for_nothing(
+    tiny_config: Config, train: dict[str, Any], nodes: list[dict[str, Any]], cpus: float
+) -> None:
+    config = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, **train))
+    assert seed_cpus(config, nodes) == cpus
+    asked = dataclasses.replace(config, seed_model=dataclasses.replace(config.seed_model, cpus=5))
+    assert seed_cpus(asked, nodes) == 5
 
 
 def one_cluster(config: Config, folder: Path) -> Run:
@@ -130,7 +153,7 @@ def test_one_cluster_is_the_dense_control(finished_run: Run, tmp_path: Path) -> 
     assert len(ours) > 100
     for job in ("train_seed", "train_experts"):
         run_job(run, job)
-    expert, dense = (files.read_bytes(run.uri(name, "model.safetensors")) for name in (expert_folder(0), DENSE))
+    expert, dense = (files.read_bytes(run.uri(name, "model.safetensors")) for name in (expert_folder(0), DENSE_FOLDER))
     assert expert == dense
 
 
@@ -203,15 +226,17 @@ def test_a_part_of_the_experts_leaves_the_stage_unfinished_and_says_what_is_miss
     finished_run: Run, tmp_path: Path
 ) -> None:
     run = part_of(finished_run, tmp_path, (1,), (expert_folder(1),))
-    expected = rf"^train\.clusters=\[1\] are trained\. Still missing: {DENSE}, {expert_folder(0)}; the same command"
+    expected = (
+        rf"^train\.clusters=\[1\] are trained\. Still missing: {DENSE_FOLDER}, {expert_folder(0)}; the same command"
+    )
     with pytest.raises(Unfinished, match=expected):
         run_job(run, "train_experts")
     assert run.manifest("experts") is None
-    assert [run.manifest(name) is not None for name in (DENSE, expert_folder(0), expert_folder(1))] == [0, 0, 1]
+    assert [run.manifest(name) is not None for name in (DENSE_FOLDER, expert_folder(0), expert_folder(1))] == [0, 0, 1]
 
 
 def test_the_last_part_finishes_the_stage(finished_run: Run, tmp_path: Path) -> None:
-    run = part_of(finished_run, tmp_path, (0,), (DENSE, expert_folder(0), expert_folder(1)))
+    run = part_of(finished_run, tmp_path, (0,), (DENSE_FOLDER, expert_folder(0), expert_folder(1)))
     run_job(run, "train_experts")
     assert run.manifest("experts")["experts"] == 2
 
@@ -224,7 +249,7 @@ def test_a_job_trains_the_experts_asked_for_and_no_others(finished_run: Run, tmp
     found = subprocess.run(job, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("Still missing") == 1
-    assert [run.manifest(name) is not None for name in (DENSE, expert_folder(0), expert_folder(1))] == [0, 0, 1]
+    assert [run.manifest(name) is not None for name in (DENSE_FOLDER, expert_folder(0), expert_folder(1))] == [0, 0, 1]
     ours, theirs = (files.read_bytes(r.uri(expert_folder(1), "model.safetensors")) for r in (run, finished_run))
     assert ours == theirs
 
@@ -237,15 +262,6 @@ def test_documents_read_more_than_once_are_said(finished_run: Run, capsys: pytes
     assert capsys.readouterr().out == ""
     _say_epochs(finished_run, [once, often, twice])
     assert capsys.readouterr().out == "2 of 3 read their documents more than once: extra/often 7.5 times\n"
-
-
-def train_here(run: Run, branch: Branch) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-    """The same training without Ray and without an interruption."""
-    sequences, valid = read_sequences(run, branch, load_tokenizer(run.uri("tokenizer")).eos_token_id)
-    model = load_model(branch.init)
-    kept: list[dict[str, Any]] = []
-    curve = train_model(model, sequences, branch.spec, valid=valid, state=None, save=kept.append, log=kept.append)
-    return model, curve
 
 
 def kill_training_worker(manifest: Path, checkpoints: Path, killed: list[int]) -> None:
@@ -327,6 +343,20 @@ def test_the_held_out_loss_is_that_of_the_branch_s_own_documents(finished_run: R
         assert manifest["valid_loss_nats"] == pytest.approx(expected, rel=1e-5)
         assert manifest["valid_tokens"] == len(batch) * 32
         assert manifest["curve"][-1]["valid_loss_nats"] == manifest["valid_loss_nats"]
+
+
+def test_a_seed_that_is_taken_as_it_is_reads_no_document(tmp_path: Path) -> None:
+    seeded, _ = seeded_run(tmp_path, steps=1)
+    as_it_is = dataclasses.replace(seeded.config.seed_model, name_or_path=seeded.uri("seed"), train_tokens=0)
+    run = Run(dataclasses.replace(seeded.config, seed_model=as_it_is))
+    shutil.rmtree(run.uri("shards"))
+    branch = seed_branch(run)
+    manifest = _train_branch(
+        run, dataclasses.replace(branch, spec=dataclasses.replace(branch.spec, name="copy")), None, None
+    )
+    assert [manifest[key] for key in ("steps", "epochs", "curve", "valid_loss_nats")] == [0, 0, [], None]
+    copy, seed = (load_model(run.uri(name)).state_dict() for name in ("copy", "seed"))
+    assert all(torch.equal(weights, copy[name]) for name, weights in seed.items())
 
 
 def shards_of(run: Run, held_out: list[list[int]]) -> None:

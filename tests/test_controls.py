@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cbtm_ray import files, findings
-from cbtm_ray.branch import DENSE, MOE, control_branches, expert_folder, partition_folder
+from cbtm_ray.branch import control_branches
 from cbtm_ray.branch_worker import read_sequences
 from cbtm_ray.config import CONTROLS, SPLIT_CONTROLS
 from cbtm_ray.controls import control_centers, partition_control, random_clusters
@@ -24,9 +24,10 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_all, run_job
 from cbtm_ray.results import held_out_documents
-from cbtm_ray.run import Run
-from cbtm_ray.tokens import PackedSequences, load_tokenizer, read_documents
+from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, expert_folder, partition_folder
+from cbtm_ray.tokens import load_tokenizer
 from cbtm_ray.train import train_model
+from cbtm_ray.training_data import PackedSequences, read_documents
 from cbtm_ray.upcycle import upcycle
 from tests.tiny import DOMAINS
 
@@ -150,7 +151,7 @@ def test_an_expert_of_a_control_is_the_seed_trained_on_its_documents(controls_ru
 @pytest.mark.ray
 @pytest.mark.slow
 def test_every_control_has_the_budget_of_the_dense_one(controls_run: Run) -> None:
-    dense = controls_run.manifest(DENSE)["train_tokens"]
+    dense = controls_run.manifest(DENSE_FOLDER)["train_tokens"]
     for control, n_clusters in SPLITS.items():
         experts = [controls_run.manifest(expert_folder(k, control)) for k in range(n_clusters)]
         assert [expert["cluster"] for expert in experts] == list(range(n_clusters))
@@ -166,10 +167,10 @@ def test_the_mixture_of_experts_is_the_upcycled_seed_trained_like_the_dense_cont
     sequences, _ = read_sequences(controls_run, branch, load_tokenizer(controls_run.uri("tokenizer")).eos_token_id)
     model = upcycle(load_model(controls_run.uri("seed")), 2, controls_run.config.run.seed)
     train_model(model, sequences, branch.spec, state=None, save=lambda _: None, log=lambda _: None)
-    trained = load_model(controls_run.uri(MOE)).state_dict()
+    trained = load_model(controls_run.uri(MOE_FOLDER)).state_dict()
     for name, weights in model.state_dict().items():
         torch.testing.assert_close(weights, trained[name], atol=1e-6, rtol=1e-5)
-    dense, moe = (controls_run.manifest(name) for name in (DENSE, MOE))
+    dense, moe = (controls_run.manifest(name) for name in (DENSE_FOLDER, MOE_FOLDER))
     assert [moe[key] == dense[key] for key in ("steps", "train_tokens", "epochs")] == [True] * 3
     mlp, router = 3 * 16 * 32, 2 * 16
     assert moe["infer_flops_per_token"] == dense["infer_flops_per_token"] + 2 * (mlp + router)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from cbtm_ray import files, findings
-from cbtm_ray.branch import DENSE
 from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.errors import UserError
 from cbtm_ray.evaluate import score_documents
@@ -21,7 +20,7 @@ from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.route import HeldOut
 from cbtm_ray.router import Route
-from cbtm_ray.run import Run
+from cbtm_ray.run import DENSE_FOLDER, Run
 from cbtm_ray.scoring import fewshot_prompts
 from cbtm_ray.tokens import END_OF_TEXT, load_tokenizer, train_tokenizer
 
@@ -206,7 +205,7 @@ def test_every_system_has_its_accuracy(fewshot_run: Run, capsys: pytest.CaptureF
 def test_the_dense_accuracy_is_that_of_its_own_probabilities(fewshot_run: Run) -> None:
     prompts = fewshot_prompts(fewshot_run, fewshot_run.config.evaluate.fewshot[0])
     end = load_tokenizer(fewshot_run.uri("tokenizer")).convert_tokens_to_ids(END_OF_TEXT)
-    model = load_model(fewshot_run.uri(DENSE))
+    model = load_model(fewshot_run.uri(DENSE_FOLDER))
     logprobs = score_documents(model, prompts.tokens, sequence_length=32, end_of_text=end, batch_tokens=999)
     ends = np.cumsum(prompts.lengths)
     lengths = [*prompts.label_lengths, *prompts.label_lengths[:4].tolist() * 5]

@@ -13,8 +13,9 @@ import torch
 
 from cbtm_ray.errors import UserError
 from cbtm_ray.models import load_model
-from cbtm_ray.tokens import PackedSequences, encode, load_tokenizer
+from cbtm_ray.tokens import encode, load_tokenizer
 from cbtm_ray.train import train_model
+from cbtm_ray.training_data import PackedSequences
 from ops.gguf import convert
 from tests.tiny import DOMAINS
 from tests.tiny_models import SPEC

@@ -18,9 +18,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbtm_ray import files, pipeline
-from cbtm_ray.branch import DENSE, expert_folder
 from cbtm_ray.findings import curves
-from cbtm_ray.run import Run
+from cbtm_ray.run import DENSE_FOLDER, Run, expert_folder
 from tests.artefacts import artefacts
 from tests.tiny import tiny_tree, write_corpus
 
@@ -72,8 +71,8 @@ def test_results_have_the_settings_of_every_router_for_every_top_k(finished_run:
 def test_dense_row_is_what_hugging_face_gives(finished_run: Run) -> None:
     from cbtm_ray.results import held_out_documents
 
-    model = AutoModelForCausalLM.from_pretrained(finished_run.uri(DENSE)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(finished_run.uri(DENSE))
+    model = AutoModelForCausalLM.from_pretrained(finished_run.uri(DENSE_FOLDER)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished_run.uri(DENSE_FOLDER))
     documents = held_out_documents(finished_run)
     total, tokens = 0.0, 0
     for ids, tuning in zip(documents.tokens, documents.for_tuning, strict=True):
@@ -88,7 +87,7 @@ def test_dense_row_is_what_hugging_face_gives(finished_run: Run) -> None:
 
 
 def test_every_model_loads_as_a_hugging_face_folder(finished_run: Run) -> None:
-    for folder in ("seed", DENSE, *(expert_folder(cluster) for cluster in range(2))):
+    for folder in ("seed", DENSE_FOLDER, *(expert_folder(cluster) for cluster in range(2))):
         model = AutoModelForCausalLM.from_pretrained(finished_run.uri(folder))
         tokenizer = AutoTokenizer.from_pretrained(finished_run.uri(folder))
         generated = model.generate(**tokenizer("the ship", return_tensors="pt"), max_new_tokens=3, do_sample=False)

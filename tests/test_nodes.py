@@ -90,17 +90,27 @@ def most_nodes(command: list[str], head: LocalHead) -> int:
     return most
 
 
+def command_of(job: str, finished_run: Run, folder: Path, *stages: str) -> list[str]:
+    """A job on a run in `folder` that has these stages of the finished one."""
+    for name in stages:
+        shutil.copytree(finished_run.uri(name), folder / "run" / name)
+    tree = tiny_tree(folder / "run", Path(finished_run.config.corpus.paths[0]))
+    tree["train"] |= {"experts_per_run": 1, "slots": MOST_NODES}
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return [sys.executable, "-m", f"jobs.{job}", "--config", str(folder / "config.yaml")]
+
+
+def test_a_node_comes_for_the_seed_where_there_is_none(head: LocalHead, finished_run: Run, tmp_path: Path) -> None:
+    command = command_of("train_seed", finished_run, tmp_path, "corpus", "tokenizer", "clusterer", "shards")
+    assert nodes(head) == 0
+    assert most_nodes(command, head) == 1
+
+
 def test_nodes_come_for_waiting_experts_and_go_when_they_are_done(
     head: LocalHead, finished_run: Run, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
-    for name in ("corpus", "tokenizer", "clusterer", "shards", "seed"):
-        shutil.copytree(finished_run.uri(name), run_dir / name)
-    tree = tiny_tree(run_dir, Path(finished_run.config.corpus.paths[0]))
-    tree["train"] |= {"experts_per_run": 1, "slots": MOST_NODES}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "jobs.train_experts", "--config", str(tmp_path / "config.yaml")]
-
+    run_dir, stages = tmp_path / "run", ("corpus", "tokenizer", "clusterer", "shards", "seed")
+    command = command_of("train_experts", finished_run, tmp_path, *stages)
     assert nodes(head) == 0
     assert most_nodes(command, head) == MOST_NODES  # for two experts and the dense control
     wait_for(lambda: nodes(head) == 0, "the end of idle nodes")

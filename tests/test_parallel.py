@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,14 @@ def notice_of_one(rank: int) -> list[int]:
     return [-1]
 
 
+def refused(rank: int, **changes: Any) -> str:
+    """What a worker says where the second one alone has no compiler."""
+    os.environ["CXX"] = "no-such-compiler" if rank else sys.executable
+    with pytest.raises(UserError) as caught:
+        train(make_model(), dataclasses.replace(SHORT, **changes))
+    return str(caught.value)
+
+
 def work(rank: int, folder: Path) -> None:
     """What a worker of two does: every spec from the start, and from the checkpoint that one worker left."""
     torch.set_num_threads(1)
@@ -71,6 +81,8 @@ def work(rank: int, folder: Path) -> None:
         list(trainer.model.parameters())[-1].to_local().fill_(float("nan") if rank else 1.0)
     found["finite"] = parallel.all_finite(trainer.model)
     found["left"] = notice_of_one(rank)
+    found["no compiler"] = refused(rank, compile=True)
+    found["odd batch"] = refused(rank, batch_size=3)
     torch.save(found, folder / f"worker-{rank}.pt")
     distributed.destroy_process_group()
 
@@ -130,7 +142,11 @@ def test_a_notice_of_one_worker_stops_all(together: list[dict[str, Any]]) -> Non
     assert [found["left"] for found in together] == [[2], []]
 
 
-def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "workers", lambda: 3)
-    with pytest.raises(UserError, match=r"train\.batch_size=4 must be a multiple of the 3 workers"):
-        train(make_model())
+def test_what_one_worker_refuses_all_refuse_and_none_waits_for_it(together: list[dict[str, Any]]) -> None:
+    expected = "train.compile=True needs a C++ compiler, and there is no no-such-compiler."
+    assert all(found["no compiler"].startswith(expected) for found in together)
+
+
+def test_a_batch_that_does_not_divide_is_refused(together: list[dict[str, Any]]) -> None:
+    expected = "train.batch_size=3 must be a multiple of the 2 workers."
+    assert [found["odd batch"] for found in together] == [expected, expected]

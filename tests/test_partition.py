@@ -25,7 +25,8 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.partition import partition_corpus
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import Run
-from cbtm_ray.tokens import encode, load_tokenizer, read_documents
+from cbtm_ray.tokens import encode, load_tokenizer
+from cbtm_ray.training_data import read_documents
 
 pytestmark = pytest.mark.ray
 

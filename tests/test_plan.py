@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
 from cbtm_ray import flops
-from cbtm_ray.branch import expert_branches, expert_folder, in_proportion, seed_branch
+from cbtm_ray.branch import expert_branches, in_proportion, seed_branch
 from cbtm_ray.cluster import BalancedKMeans
 from cbtm_ray.config import Config, TrainConfig
 from cbtm_ray.discover import SHARD_ROWS
@@ -35,10 +35,11 @@ from cbtm_ray.plan import (
 )
 from cbtm_ray.plan_sizes import clusterer_bytes
 from cbtm_ray.plan_text import clock, main, size
-from cbtm_ray.run import Run
+from cbtm_ray.run import Run, expert_folder
 from cbtm_ray.shard_steps import LocalShards, Shard
-from cbtm_ray.tokens import PackedSequences, train_tokenizer
+from cbtm_ray.tokens import train_tokenizer
 from cbtm_ray.train import Trainer
+from cbtm_ray.training_data import PackedSequences
 from cbtm_ray.upcycle import upcycle
 
 

@@ -25,13 +25,12 @@ from test_report_browser import CHROMIUM
 
 from benchmarks.served_run import replicas
 from cbtm_ray import evaluate
-from cbtm_ray.branch import DENSE
 from cbtm_ray.engine import generate
 from cbtm_ray.ensemble import Ensemble, load_ensemble
 from cbtm_ray.models import load_model
 from cbtm_ray.route import HeldOut
 from cbtm_ray.router import Route
-from cbtm_ray.run import Run
+from cbtm_ray.run import DENSE_FOLDER, Run
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request
 from cbtm_ray.shard_steps import squared_distances
@@ -291,7 +290,7 @@ def test_models_and_the_dense_control(endpoint: openai.OpenAI) -> None:
 
 def test_the_dense_control_has_its_own_logprobs(endpoint: openai.OpenAI, served_run: str, tokenizer: Any) -> None:
     text = "stir the butter into the flour then bake the cake"
-    tokens, model = encode(tokenizer, [text])[0], load_model(f"{served_run}/{DENSE}")
+    tokens, model = encode(tokenizer, [text])[0], load_model(f"{served_run}/{DENSE_FOLDER}")
     expected_T = evaluate.score_documents(
         model, [tokens], sequence_length=100, end_of_text=tokenizer.eos_token_id, batch_tokens=1000
     )

@@ -13,8 +13,8 @@ import torch
 
 from cbtm_ray.errors import UserError
 from cbtm_ray.loss import loss_function
-from cbtm_ray.tokens import PackedSequences
 from cbtm_ray.train import Trainer
+from cbtm_ray.training_data import PackedSequences
 from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
 
 

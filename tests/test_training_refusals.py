@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -21,12 +24,13 @@ from transformers import PreTrainedModel
 from cbtm_ray import files
 from cbtm_ray.board import Board
 from cbtm_ray.branch import Branch, _fit, expert_branches
-from cbtm_ray.branch_worker import read_sequences
+from cbtm_ray.branch_worker import read_sequences, train_group
 from cbtm_ray.checkpoints import Checkpoints
 from cbtm_ray.models import load_model, new_model, save_model
 from cbtm_ray.run import Run
-from cbtm_ray.tokens import PackedSequences, load_tokenizer, train_tokenizer
+from cbtm_ray.tokens import load_tokenizer, train_tokenizer
 from cbtm_ray.train import Trainer, TrainSpec, train_model
+from cbtm_ray.training_data import PackedSequences
 from tests.local_head import free_ports
 from tests.seeded_run import check_as_undisturbed, seeded_run, write_shards
 from tests.test_object_store import CREDENTIALS
@@ -106,10 +110,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     client = boto3.client("s3")
     client.create_bucket(Bucket="bucket")
     yield made
-    client.delete_objects(
-        Bucket="bucket",
-        Delete={"Objects": [{"Key": found["Key"]} for found in client.list_objects_v2(Bucket="bucket")["Contents"]]},
-    )
+    for found in client.list_objects_v2(Bucket="bucket").get("Contents", []):
+        client.delete_object(Bucket="bucket", Key=found["Key"])
     client.delete_bucket(Bucket="bucket")
     made.go_away()
     files._bucket.cache_clear()
@@ -134,6 +136,17 @@ def test_a_bucket_that_goes_away_keeps_the_checkpoints_before_and_training_goes_
     resumed_curve, _ = train(mended, state=checkpoints.last())
     assert without_speed(resumed_curve) == without_speed(curve)
     assert all(torch.equal(a, b) for a, b in zip(mended.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_bucket_that_is_away_is_an_error_that_may_pass_and_no_mistake(store: Store, load: Any) -> None:
+    """A UserError would be a refusal, after which the expert is not tried again."""
+    store.go_away()
+    try:
+        with pytest.raises(OSError, match="AWS Error NETWORK_CONNECTION"):
+            load("s3://bucket/seed")
+    finally:
+        store.come_back()
 
 
 def named(run: Run, name: str, **changes: Any) -> Branch:
@@ -172,6 +185,42 @@ def test_what_an_expert_refuses_is_said_by_name_and_the_next_one_is_trained(boar
     expected = f"tokens.tokenizer gives other tokens than those that the model of '{tmp_path}/other' knows. Set it to"
     assert refused["extra/seed"].startswith(expected)
     check_as_undisturbed(run, sound, tmp_path / "undisturbed")
+
+
+def write_nested_tokens(run: Run) -> None:
+    """A document of two lists of tokens, which only a defect of ours can write: NumPy meets it with a ValueError."""
+    with files.writing(run.uri("shards", "train", "part-00000.parquet")) as stream:
+        pq.write_table(pa.table({"cluster": pa.array([0], pa.int32()), "tokens": [[[1, 2], [3]]]}), stream)
+
+
+@pytest.mark.ray
+def test_a_value_error_is_no_refusal_of_an_expert(board: Any, tmp_path: Path) -> None:
+    run, _ = seeded_run(tmp_path, steps=1)
+    write_nested_tokens(run)
+    with pytest.raises(ValueError, match="setting an array element with a sequence"):
+        train_group({"config": run.config, "board": board, "group": [named(run, "extra/nested")]})
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_job_that_ends_with_a_value_error_shows_its_traceback_and_no_refusal(tmp_path: Path) -> None:
+    run, command = seeded_run(tmp_path, steps=1, max_failures=0, clusters=[0])
+    write_nested_tokens(run)
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert found.stderr.startswith("Traceback")
+    assert "ValueError: setting an array element with a sequence" in found.stderr
+    assert not any(line.startswith("error:") for line in found.stderr.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is not None, reason="only where MLflow is not installed")
+def test_a_tracker_that_the_first_of_two_workers_cannot_use_is_refused_by_both(board: Any, tmp_path: Path) -> None:
+    run, _ = seeded_run(tmp_path, steps=12, workers_per_expert=2, trackers=["mlflow"])
+    refused = _fit(run, [named(run, "extra/tracked"), named(run, "extra/next")], board, 2, 0)
+    assert set(refused) == {"extra/tracked", "extra/next"}
+    assert all(str(error).startswith("train.trackers names 'mlflow', which this") for error in refused.values())
 
 
 @pytest.mark.slow

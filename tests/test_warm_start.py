@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from cbtm_ray import files
-from cbtm_ray.branch import DENSE, expert_branches, expert_folder
+from cbtm_ray.branch import expert_branches
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
-from cbtm_ray.run import Run
+from cbtm_ray.run import DENSE_FOLDER, Run, expert_folder
 from cbtm_ray.tokens import save_tokenizer, train_tokenizer
 from cbtm_ray.warm_start import check_warm_start
 
-NAMES = [DENSE, expert_folder(0), expert_folder(1)]
+NAMES = [DENSE_FOLDER, expert_folder(0), expert_folder(1)]
 
 
 def make(config: Config, folder: Path, warm_start: Path | None = None, words: str = "some words") -> Run:

@@ -20,8 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from cbtm_ray.tokens import PackedSequences
 from cbtm_ray.train import TrainSpec, train_model
+from cbtm_ray.training_data import PackedSequences
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
 MODELS = {
