@@ -17,6 +17,7 @@ from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.errors import UserError
 from cbtm_ray.paging import PagedExperts
 from cbtm_ray.router import Route
+from cbtm_ray.run import expert_folder
 from cbtm_ray.tokens import load_tokenizer
 
 
@@ -112,8 +113,6 @@ def load_ensemble(
     Raises:
         UserError: the run is not finished, or has not evaluated that routing.
     """
-    from cbtm_ray.branch import expert_folder  # brings Ray, which decoding does without
-
     routes = tuned_routes(run_dir, routing)
     tokenizer = load_tokenizer(files.join(run_dir, "tokenizer"))
     embedder, centers_KD = load_clusterer(files.join(run_dir, "clusterer"), tokenizer)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cbtm_ray.sequence import Request, Step
     from cbtm_ray.text import TextAssembler
 
-MAX_TOKENS = 100
+MAX_TOKENS, TOP_K = 100, 2
 COLORS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green", "bright_yellow",
           "bright_magenta", "bright_blue", "bright_red")  # fmt: skip
 
@@ -49,7 +49,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, metavar="N", help=f"most tokens of the answer ({MAX_TOKENS})")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest token (1)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="share of the probability kept (1)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="experts mixed for a token (2)")
+    parser.add_argument("--top-k", type=int, metavar="K", help=f"experts mixed for a token ({TOP_K})")
+    parser.add_argument("--routing", default="prefix", help="a router of evaluate.routings (prefix)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed draws the same text (0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be given again")
     parser.add_argument("--strategy", default="auto", help="auto, lockstep, ancestral or speculative (auto)")
@@ -65,7 +66,7 @@ def _generate(options: argparse.Namespace) -> None:
     from cbtm_ray.text import TextAssembler
 
     prompt = _read_prompt(options.prompt)
-    ensemble, tokenizer = _load(options.run)
+    ensemble, tokenizer = _load(options.run, options.routing)
     request = _request(options, prompt, ensemble, tokenizer)
     assembler = TextAssembler(tokenizer, options.stop)
     started = time.perf_counter()
@@ -82,7 +83,7 @@ def _read_prompt(given: str) -> str:
         raise UserError(f"--prompt must be UTF-8, which byte {error.start} is not. Convert it.") from None
 
 
-def _load(run_dir: str) -> tuple[Ensemble, PreTrainedTokenizerBase]:
+def _load(run_dir: str, routing: str) -> tuple[Ensemble, PreTrainedTokenizerBase]:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -90,7 +91,7 @@ def _load(run_dir: str) -> tuple[Ensemble, PreTrainedTokenizerBase]:
 
     disable_progress_bar()
     with files.reaching("--run", run_dir):
-        return load_ensemble(run_dir, device="cuda" if torch.cuda.is_available() else "cpu")
+        return load_ensemble(run_dir, routing=routing, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _request(
@@ -103,10 +104,11 @@ def _request(
 
     token_ids = encode(tokenizer, [prompt])[0].tolist()
     room = max(min(MAX_TOKENS, ensemble.max_length - len(token_ids)), 1)
+    sizes = ensemble.routes  # by top_k
     request = Request(
         prompt=token_ids,
         max_tokens=room if options.max_tokens is None else options.max_tokens,
-        top_k=min(2, ensemble.n_experts) if options.top_k is None else options.top_k,
+        top_k=min(max(TOP_K, min(sizes)), max(sizes)) if options.top_k is None else options.top_k,
         sampling=Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed),
         strategy=options.strategy,
     )
