@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cbtm_ray import flops
 from cbtm_ray.config import Config, SeedModelConfig
-from cbtm_ray.discover import SHARD_ROWS
 from cbtm_ray.errors import UserError
 from cbtm_ray.models import load_model_config
-from cbtm_ray.shard_steps import GROUPS
+from cbtm_ray.shard_steps import GROUPS, SHARD_ROWS
 from cbtm_ray.tokens import load_tokenizer
 
 PEAK_TFLOPS = {"-".join(words).lower(): peaks for words, peaks in flops.PEAK_TFLOPS.items()}
