@@ -19,11 +19,10 @@ from cbtm_ray.distributed import fit_distributed
 from cbtm_ray.embed import Embedder, fit_embedder, load_embedder, save_embedder
 from cbtm_ray.embed_workers import map_embedding
 from cbtm_ray.run import Run
+from cbtm_ray.shard_steps import SHARD_ROWS
 from cbtm_ray.tokens import encode, load_tokenizer
 
 TERMS, NEAREST, MAP_DOCUMENTS = 12, 3, 2000
-SHARD_ROWS = 4096
-"""Embeddings in a shard of the fit. Fixed, so that the number of actors cannot change the order of any sum."""
 
 
 def fit_clusters(run: Run) -> dict[str, Any]:

@@ -13,10 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from cbtm_ray.config import Config
-from cbtm_ray.discover import SHARD_ROWS
 from cbtm_ray.errors import UserError
 from cbtm_ray.models import load_model_config
-from cbtm_ray.shard_steps import GROUPS
+from cbtm_ray.shard_steps import GROUPS, SHARD_ROWS
 from cbtm_ray.tokens import load_tokenizer
 from cbtm_ray.upcycle import upcycle
 

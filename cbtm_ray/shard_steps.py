@@ -19,6 +19,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 ROWS = 1 << 13  # rows of a shard on this machine
+SHARD_ROWS = 4096  # of a shard over actors: fixed, so that the number of actors cannot change the order of any sum
 GROUPS = 16  # sums that a step sends over the network, and so the most actors that can hold the shards
 _BLAS = ThreadpoolController().select(user_api="blas")  # numpy's
 CACHE_BYTES = 1 << 30  # distances that a process keeps between steps; what does not fit is computed again each time

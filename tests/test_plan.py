@@ -18,7 +18,6 @@ from cbtm_ray import flops
 from cbtm_ray.branch import expert_branches, in_proportion, seed_branch
 from cbtm_ray.cluster import BalancedKMeans
 from cbtm_ray.config import Config, TrainConfig
-from cbtm_ray.discover import SHARD_ROWS
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config, dump_config
 from cbtm_ray.models import new_model
@@ -36,7 +35,7 @@ from cbtm_ray.plan import (
 from cbtm_ray.plan_sizes import clusterer_bytes
 from cbtm_ray.plan_text import clock, main, size
 from cbtm_ray.run import Run, expert_folder
-from cbtm_ray.shard_steps import LocalShards, Shard
+from cbtm_ray.shard_steps import SHARD_ROWS, LocalShards, Shard
 from cbtm_ray.tokens import train_tokenizer
 from cbtm_ray.train import Trainer
 from cbtm_ray.training_data import PackedSequences
