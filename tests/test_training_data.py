@@ -178,8 +178,8 @@ def test_a_corpus_of_one_sequence_is_enough() -> None:
 
 def write_shard(uri: str, rows: list[tuple[int, list[int]]]) -> None:
     """A shard as partitioning writes it, of (cluster, tokens)."""
-    with files.writing(uri) as stream:
-        output = partition._Output(stream, n_clusters=4)
+    with partition._writing(uri) as writer:
+        output = partition._Output(writer, n_clusters=4)
         for n, (cluster, tokens) in enumerate(rows):
             ids = np.array(tokens, np.int32)
             output.add({"id": f"{uri}:{n}", "domain": None, "cluster": cluster, "text_bytes": 9, "tokens": ids})
