@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import ray
 import torch
+from pyarrow import fs
 from torch import Tensor
 
 from cbtm_ray import evaluate, files, progress
@@ -27,7 +30,8 @@ from cbtm_ray.route import HeldOut
 from cbtm_ray.run import Run
 from cbtm_ray.shard_steps import squared_distances
 from cbtm_ray.tokens import load_tokenizer
-from cbtm_ray.training_data import READ_AHEAD
+
+CHUNK_DOCUMENTS = 512  # read at once
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,26 @@ def held_out_documents(run: Run) -> HeldOutDocuments:
     ids = dataset.to_table(columns=["id"], use_threads=False)["id"]
     hashes = np.array([unit_hash(seed + 1, document_id) for document_id in ids.to_pylist()])
     kept = np.sort(np.argsort(hashes, kind="stable")[:most])
-    table = dataset.take(kept, columns=["tokens", "text_bytes", "domain"], use_threads=False, **READ_AHEAD)
+    table = pa.Table.from_batches(_take_rows(filesystem, dataset.files, kept, ["tokens", "text_bytes", "domain"]))
     return HeldOutDocuments(
         tokens=[np.asarray(tokens, np.int32) for tokens in table["tokens"].to_pylist()],
         text_bytes=table["text_bytes"].to_numpy(),
         domains=table["domain"].to_pylist(),
         for_tuning=np.argsort(np.argsort(hashes[kept], kind="stable")) % 2 == 0,
     )
+
+
+def _take_rows(
+    filesystem: fs.FileSystem, paths: list[str], rows: np.ndarray, columns: list[str]
+) -> Iterator[pa.RecordBatch]:
+    """Rows by their number in all files, sorted. (`Dataset.take` can come to hold all rows: it reads ahead.)"""
+    first = 0
+    for path in paths:
+        with filesystem.open_input_file(path) as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(CHUNK_DOCUMENTS, columns=columns):
+                here = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + len(batch))]
+                yield batch.take(pa.array(here - first))
+                first += len(batch)
 
 
 def fewshot_prompts(run: Run, task: str) -> Prompts:

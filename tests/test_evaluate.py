@@ -75,8 +75,8 @@ def test_held_out_documents_are_chosen_by_their_ids_before_any_tokens_are_read(t
         {"id": f"d{n}", "domain": "sea", "cluster": 0, "text_bytes": n, "tokens": np.full(4000 + n, n, np.int32)}
         for n in random.permutation(400)
     ]
-    for part in range(8):
-        table = pa.Table.from_pylist(rows[50 * part : 50 * (part + 1)], SCHEMA)
+    for part in range(20):
+        table = pa.Table.from_pylist(rows[20 * part : 20 * (part + 1)], SCHEMA)
         pq.write_table(table, run.uri("shards", "valid", f"part-{part:05d}.parquet"), row_group_size=10)
     hashes = sorted(unit_hash(1, row["id"]) for row in rows)[:20]
     expected = [row for row in rows if unit_hash(1, row["id"]) in hashes]
