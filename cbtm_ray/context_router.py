@@ -80,8 +80,9 @@ class ContextRouter:
     def observe(self, logprobs: Mapping[int, Sequence[float]]) -> None:
         """Take in the evidence up to here: each running expert's log-probabilities of the text's tokens, from the first on."""
         for row in self._rows.tolist():
-            evidence = float(self._evidence_R[row])
-            for logprob in logprobs[int(self._experts_R[row])][self._observed_R[row] : self.length]:
+            evidence, told = float(self._evidence_R[row]), logprobs[int(self._experts_R[row])]
+            assert len(told) >= self.length
+            for logprob in told[self._observed_R[row] : self.length]:
                 evidence = self._route.gamma * evidence + logprob
             self._evidence_R[row], self._observed_R[row] = evidence, self.length
         self._weights_K = None

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,24 @@ GREEDY: dict[str, Any] = {"model": "cbtm", "prompt": "the captain watched the", 
 SEEDED: dict[str, Any] = {**GREEDY, "temperature": 0.9, "seed": 7}  # so small a model is dull when it is greedy
 
 
+OF_ONE = {"temperature": 1000.0, "beta": 1.0, "gamma": 0.5}
+"""Settings that route this run's texts to other experts than the settings it tunes do."""
+
+
 @pytest.fixture(scope="module")
 def served_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The finished run with a chat template."""
+    """The finished run with a chat template, and settings of their own for prefix routing of one expert."""
     folder = tmp_path_factory.mktemp("served") / "run"
     shutil.copytree(finished_run.dir, folder, ignore=shutil.ignore_patterns("checkpoints", "corpus"))
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "tokenizer")
+    path = folder / "evaluation" / "results.json"
+    results = json.loads(path.read_text())
+    results["routers"]["prefix"]["1"] = OF_ONE
+    [row] = [row for row in results["rows"] if (row["routing"], row["top_k"]) == ("prefix", 1)]
+    row["settings"] = OF_ONE
+    path.write_text(json.dumps(results))
     return str(folder)
 
 
@@ -173,8 +184,8 @@ def reported_route(run_dir: str, top_k: int) -> Route:
     return Route(routing=routing, top_k=top_k, settings=row["settings"], prefix_tokens=results["prefix_tokens"])
 
 
-def reported_logprobs(run_dir: str, ensemble: Ensemble, tokens: np.ndarray, top_k: int) -> np.ndarray:
-    """The mixture's log-probability of every token, computed as the evaluation computes that row."""
+def reported_logprobs(ensemble: Ensemble, tokens: np.ndarray, route: Route) -> np.ndarray:
+    """The mixture's log-probability of every token, computed as the evaluation computes a row."""
     logprobs_TK = np.stack(
         [
             evaluate.score_documents(
@@ -187,7 +198,7 @@ def reported_logprobs(run_dir: str, ensemble: Ensemble, tokens: np.ndarray, top_
     prefixes_TD = torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens))
     distances_TK = squared_distances(prefixes_TD, ensemble.centers_KD).numpy()
     held_out = HeldOut(np.array([len(tokens)]), logprobs_TK, distances_TK)
-    return evaluate.mixture_logprobs(held_out, reported_route(run_dir, top_k))
+    return evaluate.mixture_logprobs(held_out, route)
 
 
 def test_echoed_logprobs_are_those_of_the_evaluation(
@@ -196,15 +207,14 @@ def test_echoed_logprobs_are_those_of_the_evaluation(
     text = "the captain watched the harbour lights beyond the reef and the ship sailed over the waves"
     tokens = encode(tokenizer, [text])[0]
     assert len(tokens) > reported_route(served_run, 1).prefix_tokens
-    assert (
-        reported_route(served_run, 1).settings != reported_route(served_run, 2).settings
-    )  # else one could be taken for two
     one = endpoint.completions.create(
         model="cbtm", prompt=text, max_tokens=0, echo=True, logprobs=1, extra_body={"cbtm": {"top_k": 1}}
     )
-    expected_T = reported_logprobs(served_run, ensemble, tokens, top_k=1)
+    expected_T = reported_logprobs(ensemble, tokens, reported_route(served_run, 1))
     np.testing.assert_allclose(one.choices[0].logprobs.token_logprobs, expected_T, atol=1e-4)
-    expected_T = reported_logprobs(served_run, ensemble, tokens, top_k=2)
+    of_two = replace(reported_route(served_run, 1), settings=reported_route(served_run, 2).settings)
+    assert not np.allclose(expected_T, reported_logprobs(ensemble, tokens, of_two), atol=1e-3)
+    expected_T = reported_logprobs(ensemble, tokens, reported_route(served_run, 2))
     for prompt in (text, tokens.tolist()):
         answer = endpoint.completions.create(model="cbtm", prompt=prompt, max_tokens=0, echo=True, logprobs=1)
         found = answer.choices[0].logprobs
