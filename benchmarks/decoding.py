@@ -75,6 +75,7 @@ def make_ensemble(experts: list[PreTrainedModel], weights: list[float]) -> Ensem
     centers_KK = np.diag(np.sqrt(distances_K - distances_K.min()))
     return Ensemble(
         experts=dict(enumerate(experts)),
+        model_config=experts[0].config,
         embedder=TokenTfidf(np.zeros((experts[0].config.vocab_size, len(weights)))),
         centers_KD=torch.from_numpy(centers_KK.astype(np.float32)),
         end_of_text=0,

@@ -69,14 +69,14 @@ class Engine:
         for name, value in (("max_sequences", max_sequences), ("cache_tokens", cache_tokens)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1. Raise it.")
-        check_attention(ensemble.any_expert)
+        check_attention(ensemble.model_config)
         self.ensemble, self._elsewhere = ensemble, elsewhere
         self.failed: list[tuple[int, BaseException]] = []
         """Sequences that ended because an expert elsewhere could not be asked, until somebody takes them out."""
         self.active = set(range(ensemble.n_experts))
         self._max_sequences, self._cache_tokens = max_sequences, cache_tokens
         self._caches = {expert: KVCache(cache_tokens) for expert in ensemble.experts}
-        together = max_sequences > 1 and can_stack(ensemble.experts)
+        together = max_sequences > 1 and can_stack(ensemble.experts, ensemble.model_config)
         self._stacked = StackedExperts(ensemble.experts, self._caches) if together else None
         self._free = list(range(cache_tokens))  # slots of the caches, in order
         self._waiting: deque[tuple[int, Request]] = deque()
@@ -223,7 +223,7 @@ class Engine:
         least = 0 if request.echo_logprobs and request.prompt else 1
         if request.max_tokens < least:
             raise UserError(f"max_tokens={request.max_tokens} must be at least {least}. Raise it.")
-        vocabulary = self.ensemble.any_expert.config.vocab_size
+        vocabulary = self.ensemble.model_config.vocab_size
         for token in request.prompt:
             if not 0 <= token < vocabulary:
                 raise UserError(f"prompt={token} must be token ids from 0 to {vocabulary - 1}.")

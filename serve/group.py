@@ -60,7 +60,7 @@ class ExpertGroup:
         self.engines = {ENSEMBLE: Engine(ensemble, **room, elsewhere=Asking(layout).ask)}
         if dense and index == 0:  # an ensemble of one
             model = torch.nn.Module.to(load_model(files.join(run_dir, DENSE_FOLDER)).eval(), device)
-            alone = replace(ensemble, experts={0: model}, centers_KD=ensemble.centers_KD[:1])
+            alone = replace(ensemble, experts={0: model}, model_config=model.config, centers_KD=ensemble.centers_KD[:1])
             self.engines[DENSE] = Engine(alone, **room)
         self.answering = Answering(Contexts(ensemble, cache_tokens))
         self.n_experts, self.resting, self.n_tokens = ensemble.n_experts, set[int](), 0

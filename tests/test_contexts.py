@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from cbtm_ray.contexts import Contexts, FarRead
+from cbtm_ray import paging
 from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.errors import UserError
 from cbtm_ray.paging import PagedExperts
+from cbtm_ray.models import load_model
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request
 from tests.tiny_ensemble import drain, make_ensemble, make_request, text_logprobs, tokens_of

@@ -212,5 +212,5 @@ def test_no_experts_no_room_and_windows_are_refused() -> None:
     with pytest.raises(UserError, match="cache_tokens=0 must be at least 1"):
         Engine(ensemble, max_sequences=1, cache_tokens=0)
     ensemble.experts[0].config.sliding_window = 8
-    with pytest.raises(UserError, match="LlamaForCausalLM has sliding_window=8, which decoding cannot do"):
+    with pytest.raises(UserError, match="sliding_window=8 of a llama model must be null"):
         Engine(ensemble, max_sequences=1, cache_tokens=10)
