@@ -21,7 +21,7 @@ from cbtm_ray.text import TextAssembler
 
 from .far import MAX_ATTEMPTS, REPLICA_LOST
 from .groups import Groups
-from .limits import FAILED, Refused
+from .limits import Refused, refusal
 from .protocol import ChatRequest, CompletionRequest, Piece, TokenPiece, choice_of
 
 logger = logging.getLogger("ray.serve")
@@ -242,11 +242,10 @@ async def events(
             if request.include_usage:
                 yield event([], total(usage))
             yield "data: [DONE]\n\n"
-        except Refused as refused:
+        except Exception as problem:
+            if (refused := refusal(problem)).status == 500:
+                logger.exception("A stream broke off.")
             yield f"data: {json.dumps(refused.body())}\n\n"
-        except Exception:
-            logger.exception("a stream broke off")
-            yield f"data: {json.dumps(FAILED.body())}\n\n"
 
 
 def total(usage: dict[str, int]) -> dict[str, int]:

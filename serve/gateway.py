@@ -29,7 +29,7 @@ from cbtm_ray.tokens import encode
 from .answer import chat_prompt, choice_pieces, events, merged, sequence_request, total
 from .arguments import AppArguments
 from .groups import DENSE, ENSEMBLE, Groups, Layout
-from .limits import FAILED, Refused, among, bearer_of, out_of_bounds, read_body, read_tokens
+from .limits import Refused, among, bearer_of, out_of_bounds, read_body, read_tokens, refusal
 from .openapi import describe
 from .protocol import ChatRequest, CompletionRequest, ExpertState, Piece, choice_of
 
@@ -40,19 +40,16 @@ PLAYGROUND_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '
 
 
 @web.exception_handler(Refused)
-async def refuse(_: Request, refused: Refused) -> Response:
-    return refused.response()
+@web.exception_handler(UserError)
+@web.exception_handler(Exception)
+async def refuse(_: Request, problem: Exception) -> Response:
+    """An exception that nobody foresaw is raised again by Starlette when this is sent, so that Serve logs it."""
+    return refusal(problem).response()
 
 
 @web.exception_handler(HTTPException)
 async def no_such_route(_: Request, problem: HTTPException) -> Response:
     return Refused(problem.status_code, str(problem.detail), code="invalid_request").response()
-
-
-@web.exception_handler(Exception)
-async def fail(_: Request, __: Exception) -> Response:
-    """Starlette raises the exception again when this is sent, so that it stands in the log."""
-    return FAILED.response()
 
 
 def _clusters(run_dir: str) -> list[dict[str, Any]]:
