@@ -227,20 +227,24 @@ class Engine:
         for token in request.prompt:
             if not 0 <= token < vocabulary:
                 raise UserError(f"prompt={token} must be token ids from 0 to {vocabulary - 1}.")
-        for name, most, needed in (
-            ("", self.ensemble.max_length, len(request.prompt) + request.max_tokens),
-            (" (cache_tokens)", self._cache_tokens, slots_needed(request)),
-        ):
-            if needed > most:
-                raise UserError(
-                    f"max_tokens={request.max_tokens} with a prompt of {len(request.prompt)} tokens must be at most "
-                    f"{most}{name} together. Shorten the prompt or ask for less."
-                )
+        check_room(request, self.ensemble, self._cache_tokens)
 
 
 def slots_needed(request: Request) -> int:
-    """What of `cache_tokens` a request takes: the end-of-text token and all others but the last, which nobody reads."""
+    """Tokens that an expert reads for a request, each of which takes a slot of the cache and a position of the model: the
+    end-of-text token and all others but the last of the answer. A prompt without an answer is read to its end."""
     return len(request.prompt) + max(request.max_tokens, 1)
+
+
+def check_room(request: Request, ensemble: Ensemble, cache_tokens: int) -> None:
+    """UserError: a request needs more slots than the cache has, or more positions than the model."""
+    needed = slots_needed(request)
+    for bound, most in (("max_position_embeddings", ensemble.max_length), ("cache_tokens", cache_tokens)):
+        if needed > most:
+            raise UserError(
+                f"max_tokens={request.max_tokens} with a prompt of {len(request.prompt)} tokens takes {needed} positions, "
+                f"which must be at most {most} ({bound}). Shorten the prompt or ask for less."
+            )
 
 
 def _pending(running: _Running) -> dict[int, int]:

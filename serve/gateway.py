@@ -19,10 +19,9 @@ from ray.util import metrics
 from starlette.exceptions import HTTPException
 
 from cbtm_ray import files, sequence
-from cbtm_ray.branch import expert_folder
+from cbtm_ray.engine import check_room
 from cbtm_ray.ensemble import load_ensemble
 from cbtm_ray.errors import UserError
-from cbtm_ray.models import load_model_config
 from cbtm_ray.route import check_top_k
 from cbtm_ray.tokens import encode
 
@@ -86,8 +85,7 @@ class Gateway:
         ensemble, self.tokenizer = load_ensemble(arguments.run_dir, [])
         self.groups = Groups(layout, groups, roster, ensemble, arguments.prefix_experts)
         self.experts = {ENSEMBLE: ensemble.n_experts, **({DENSE: 1} if arguments.dense else {})}
-        positions = load_model_config(files.join(arguments.run_dir, expert_folder(0))).max_position_embeddings
-        self.max_length = min(positions - 1, arguments.cache_tokens)
+        self.ensemble, self.max_length = ensemble, min(ensemble.max_length, arguments.cache_tokens)
         # A long prompt must not hold up the streams, and a tokenizer is not for several threads: one more for a thread.
         self.encoder, self.encoding = copy.deepcopy(self.tokenizer), ThreadPoolExecutor(1)
         self.longest_token = max(len(token) for token in self.tokenizer.get_vocab())
@@ -220,22 +218,14 @@ class Gateway:
         n_experts = self.experts[request.model]
         top_k = request.cbtm.top_k or min(self.arguments.top_k, n_experts)
         seed = secrets.randbits(62) if request.seed is None else request.seed
-        try:
-            check_top_k(top_k, n_experts)
-            found = [
-                sequence_request(request, prompt, max_tokens=max_tokens, top_k=top_k, seed=seed + index)
-                for prompt in prompts
-                for index in range(request.n)
-            ]
-        except UserError as problem:
-            raise out_of_bounds(str(problem).partition("=")[0], str(problem)) from None
-        longest = max(map(len, prompts))
-        if longest + max_tokens > self.max_length:
-            message = (
-                f"max_tokens={max_tokens} with a prompt of {longest} tokens must be at most {self.max_length} together. "
-                "Shorten the prompt or ask for less."
-            )
-            raise out_of_bounds("max_tokens", message)
+        check_top_k(top_k, n_experts)
+        found = [
+            sequence_request(request, prompt, max_tokens=max_tokens, top_k=top_k, seed=seed + index)
+            for prompt in prompts
+            for index in range(request.n)
+        ]
+        for one in found:
+            check_room(one, self.ensemble, self.arguments.cache_tokens)
         return found
 
     async def _pieces(
