@@ -63,7 +63,8 @@ class ExpertGroup:
             alone = replace(ensemble, experts={0: model}, model_config=model.config, centers_KD=ensemble.centers_KD[:1])
             self.engines[DENSE] = Engine(alone, **room)
         self.answering = Answering(Contexts(ensemble, cache_tokens))
-        self.n_experts, self.resting, self.n_tokens = ensemble.n_experts, set[int](), 0
+        self.n_experts, self.n_tokens = ensemble.n_experts, 0
+        self.resting: set[int] | None = None  # not asked yet
         self.end_of_text = ensemble.end_of_text
         self.roster = roster
         self._requests, self._tokens = Counter[int](), Counter[int]()
@@ -139,7 +140,8 @@ class ExpertGroup:
         self._requests.clear()
         self._tokens.clear()
         try:
-            resting = await self.roster.report.remote(requests, tokens, self.resting)
+            # A new roster knows nothing; a group that knows better tells it before this one reports again.
+            resting = await self.roster.report.remote(requests, tokens, self.resting) or set()
         except REPLICA_LOST as lost:  # another one comes, and is told next time
             logger.warning("The roster died under a report: %s", lost)
             self._requests.update(requests)
