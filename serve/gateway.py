@@ -124,11 +124,15 @@ class Gateway:
         self._admit_admin(http)
         state = await read_body(http, ExpertState, self.arguments.max_body_bytes)
         n_experts = self.experts[ENSEMBLE]
-        if not cluster.isdecimal() or int(cluster[:9]) >= n_experts:
+        expert = next((known for known in range(n_experts) if str(known) == cluster), None)
+        if expert is None:
             raise Refused(404, f"There is no expert {cluster[:20]!r}; they are 0 to {n_experts - 1}.", code="not_found")
-        if not await self.roster.set_active.remote(int(cluster), state.active, n_experts):
+        changed = await self.roster.set_active.remote(expert, state.active, n_experts)
+        if changed is None:
+            raise Refused(503, "No expert group has reported yet. Try again when one is up.", code="unavailable")
+        if not changed:
             raise Refused(409, "The last expert cannot be taken out.", param="active", code="last_expert")
-        return (await self._experts())[int(cluster)]
+        return (await self._experts())[expert]
 
     @web.post("/v1/completions")
     async def completions(self, http: Request) -> Response:
