@@ -2,7 +2,7 @@
 
     N documents, D embedding dims, K clusters
 
-Two tables. Assignment: the same documents to the same centres, by dual prices (ours) and by auction. Fit: k-means from
+Two tables. Assignment: the same documents to the same centers, by dual prices (ours) and by auction. Fit: k-means from
 the same number of iterations, also by k-means-constrained (exact flow) and the unbalanced k-means of scikit-learn and
 faiss. Peers that are not installed are named in the table; benchmarks/requirements.txt has them. The last line of the
 output is one JSON object.
@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cbtm_ray.cluster import Assignment, BalancedKMeans, assign_points
-from cbtm_ray.distances import squared_distances
+from cbtm_ray.cluster import BalancedKMeans
+from cbtm_ray.prices import Assignment, assign_points
+from cbtm_ray.shard_steps import squared_distances
 
 MISSING = "not installed"
 
@@ -32,12 +33,12 @@ MISSING = "not installed"
 def skewed_documents(n: int, dim: int, seed: int, n_domains: int = 40) -> Tensor:
     """(N, D) unit vectors around domains of very unequal sizes, as embedded text is: balance has work to do."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(n_domains, dim))
+    centers = rng.normal(size=(n_domains, dim))
     share = np.exp(rng.normal(size=n_domains))
     domain = rng.choice(n_domains, size=n, p=share / share.sum())
     points = torch.empty(n, dim)
     for rows in np.array_split(np.arange(n), max(n // 50_000, 1)):
-        block = centres[domain[rows]] + rng.normal(size=(len(rows), dim))
+        block = centers[domain[rows]] + rng.normal(size=(len(rows), dim))
         points[rows[0] : rows[-1] + 1] = torch.nn.functional.normalize(torch.from_numpy(block).float())
     return points
 
@@ -89,38 +90,38 @@ def spread(labels: np.ndarray, n_clusters: int) -> int:
     return int(np.ptp(np.bincount(labels, minlength=n_clusters)))
 
 
-def compare_assignments(points: Tensor, centres: Tensor, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def compare_assignments(points: Tensor, centers: Tensor, args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Dual prices and auction on the same distances, whose making both times include.
 
     If the auction does not end, its speedup is a lower bound and there is no cost to compare with.
     """
-    n_clusters = len(centres)
-    runs = [clock(lambda: assign_points(points, centres)) for _ in range(args.repeat)]
+    n_clusters = len(centers)
+    runs = [clock(lambda: assign_points(points, centers)) for _ in range(args.repeat)]
     ours, seconds, cpu = min(runs, key=lambda run: run[1])
     peak = peak_mem_gib()
 
     sizes = spread(ours.labels, n_clusters)
     table = Table(
-        "assignment", "time, s", "CPU, s", "cost", "gap to the bound", "max - min size", title="The same centres"
+        "assignment", "time, s", "CPU, s", "cost", "gap to the bound", "max - min size", title="The same centers"
     )
     table.add_row("ours", f"{seconds:.2f}", f"{cpu:.2f}", f"{ours.cost:.6f}", f"{ours.gap:.1e}", str(sizes))
     found = {"gap": ours.gap, "max_minus_min_size": sizes, "seconds": round(seconds, 3), "peak_mem_gib": round(peak, 2)}
     if args.auction_rounds:
-        found |= compare_auction(points, centres, ours, (seconds, cpu), args, table)
+        found |= compare_auction(points, centers, ours, (seconds, cpu), args, table)
     console.print(table)
     return found
 
 
 def compare_auction(
     points: Tensor,
-    centres: Tensor,
+    centers: Tensor,
     ours: Assignment,
     our_times: tuple[float, float],
     args: argparse.Namespace,
     table: Table,
 ) -> dict[str, Any]:
     def auction() -> tuple[Tensor | None, int]:
-        d = squared_distances(points, centres)
+        d = squared_distances(points, centers)
         return auction_assignment(-d, args.auction_epsilon * float(d.max() - d.min()), args.auction_rounds)
 
     (labels, rounds), auction_seconds, auction_cpu = clock(auction)
@@ -129,9 +130,9 @@ def compare_auction(
     if labels is None:
         row += ["did not end", "", ""]
     else:
-        cost = float(squared_distances(points, centres).double()[torch.arange(len(points)), labels].mean())
+        cost = float(squared_distances(points, centers).double()[torch.arange(len(points)), labels].mean())
         gap = (cost - ours.lower_bound) / cost
-        row += [f"{cost:.6f}", f"{gap:.1e}", str(spread(labels.numpy(), len(centres)))]
+        row += [f"{cost:.6f}", f"{gap:.1e}", str(spread(labels.numpy(), len(centers)))]
         ratio = round(ours.cost / cost, 6)
     table.add_row(*row)
     return {
@@ -145,7 +146,7 @@ def compare_auction(
 
 
 def compare_fits(points: Tensor, args: argparse.Namespace, console: Console) -> None:
-    """k-means from scratch; the cost is the mean squared distance to the centre of a document's own cluster."""
+    """k-means from scratch; the cost is the mean squared distance to the center of a document's own cluster."""
     from sklearn.cluster import KMeans, MiniBatchKMeans  # a second to import, and only this table needs it
 
     x, k, seed = points.numpy(), args.k, args.seed

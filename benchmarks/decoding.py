@@ -25,9 +25,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from cbtm_ray.embed import TokenTfidf
 from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import Ensemble
+from cbtm_ray.router import Route
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request, Step
-from cbtm_ray.strategies import STRATEGIES, Speculative
+from cbtm_ray.speculative import Speculative
+from cbtm_ray.strategies import STRATEGIES
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": {"vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -73,14 +75,17 @@ def make_ensemble(experts: list[PreTrainedModel], weights: list[float]) -> Ensem
     """Experts with the same weights at every token: contexts all lie at 0, centres at the distances that give them."""
     distances_K = -np.log(np.maximum(weights, 1e-9))
     centers_KK = np.diag(np.sqrt(distances_K - distances_K.min()))
+    settings = {"temperature": 1.0, "beta": 0.0, "gamma": 0.9}
     return Ensemble(
         experts=dict(enumerate(experts)),
         model_config=experts[0].config,
         embedder=TokenTfidf(np.zeros((experts[0].config.vocab_size, len(weights)))),
         centers_KD=torch.from_numpy(centers_KK.astype(np.float32)),
         end_of_text=0,
-        settings={"temperature": 1.0, "beta": 0.0, "gamma": 0.9},
-        prefix_tokens=PREFIX_TOKENS,
+        routes={
+            top_k: Route(routing="prefix", top_k=top_k, settings=settings, prefix_tokens=PREFIX_TOKENS)
+            for top_k in range(1, len(weights) + 1)
+        },
     )
 
 

@@ -49,7 +49,7 @@ class CountingShards(distributed.ActorShards):
 
 
 def measure(uris: list[str], n_actors: int, args: argparse.Namespace) -> tuple[float, float, np.ndarray]:
-    """Seconds and bytes of an iteration, the mean of all but the first, which fills caches; and the centres."""
+    """Seconds and bytes of an iteration, the mean of all but the first, which fills caches; and the centers."""
     times, sent = list[float](), list[int]()
 
     def mark(iteration: int, _: float) -> None:
@@ -78,19 +78,19 @@ def main() -> None:
     distributed.ActorShards = CountingShards  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder, ray_session(local_cpus=max(args.actors)):
         for n in args.n:
-            uris, centres = write_shards(Path(folder), n, args), []
+            uris, centers = write_shards(Path(folder), n, args), []
             for n_actors in args.actors:
                 seconds, size, found = measure(uris, n_actors, args)
-                centres.append(found)
+                centers.append(found)
                 result |= {
                     f"n{n}_actors{n_actors}_s": round(seconds, 3),
                     f"n{n}_actors{n_actors}_kb": round(size / 1e3),
                 }
                 table.add_row(f"{n:,}", str(n_actors), f"{seconds:.3f}", f"{size / 1e3:,.0f}", f"{size / n:.1f}")
-            assert all(np.array_equal(centres[0], each) for each in centres), "the number of actors changes nothing"
+            assert all(np.array_equal(centers[0], each) for each in centers), "the number of actors changes nothing"
             first, last = args.actors[0], args.actors[-1]
             result[f"n{n}_speedup"] = round(result[f"n{n}_actors{first}_s"] / result[f"n{n}_actors{last}_s"], 2)
-    Console().print(f"D = {args.dim}, K = {args.k}, seed {args.seed}, centres equal bit for bit")
+    Console().print(f"D = {args.dim}, K = {args.k}, seed {args.seed}, centers equal bit for bit")
     Console().print(table)
     print(json.dumps(result))
 

@@ -1,6 +1,6 @@
 """Embedding a corpus, ours beside scikit-learn's pipeline: python -m benchmarks.embedding [--corpus FOLDER]
 
-Throughput of each step on one core, in MB of text a second: read, tokenise, embed, assign; and the paper's pipeline of
+Throughput of each step on one core, in MB of text a second: read, tokenize, embed, assign; and the paper's pipeline of
 scikit-learn (tf-idf over words, SVD, L2 norm) from the same texts. `sklearn_speedup_per_core` compares from text to
 embedding, so ours with tokenising, which training needs in any case. Where the corpus has domains, a second table tells
 how well the clusters of each embedder agree with them. The last line of the output is one JSON object.
@@ -27,12 +27,12 @@ from benchmarks.routing import word_pipeline
 from cbtm_ray.cluster import BalancedKMeans
 from cbtm_ray.config import EmbedConfig
 from cbtm_ray.discover import agreement
-from cbtm_ray.distances import squared_distances
 from cbtm_ray.embed import Embedder, TokenTfidf, fit_embedder, silent_tokens
-from cbtm_ray.text_embedders import words_of
+from cbtm_ray.shard_steps import squared_distances
 from cbtm_ray.tokens import encode, train_tokenizer
+from cbtm_ray.word_tfidf import words_of
 
-CENTRES = 64
+CENTERS = 64
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -50,24 +50,24 @@ def throughput(
     silent = silent_tokens(tokenizer)
     ours = TokenTfidf.fit(encode(tokenizer, seen), silent, dimensions=args.dimensions, random_state=args.seed)
     peer = word_pipeline(seen, args.dimensions, args.seed)
-    tokens, tokenise_s = timed(lambda: encode(tokenizer, fresh))
+    tokens, tokenize_s = timed(lambda: encode(tokenizer, fresh))
     embeddings_ND, embed_s = timed(lambda: torch.from_numpy(ours.transform(tokens)))
-    _, assign_s = timed(lambda: squared_distances(embeddings_ND, embeddings_ND[:CENTRES]).argmin(1))
+    _, assign_s = timed(lambda: squared_distances(embeddings_ND, embeddings_ND[:CENTERS]).argmin(1))
     _, words_s = timed(lambda: [words_of(text) for text in fresh])
     _, peer_s = timed(lambda: peer.transform(fresh))
     table = Table("step, one core", "MB/s", title=f"{len(fresh):,} documents, {mb:.1f} MB")
     table.add_row("read", f"{read_mb_per_s:,.1f}")
     for name, seconds in (
-        ("tokenise", tokenise_s),
+        ("tokenize", tokenize_s),
         ("embed token ids", embed_s),
-        (f"nearest of {CENTRES} centres", assign_s),
+        (f"nearest of {CENTERS} centers", assign_s),
         ("scikit-learn's pipeline, from text", peer_s),
         ("  of which splitting into words", words_s),
     ):
         table.add_row(name, f"{mb / seconds:,.1f}")
-    whole_s = mb / read_mb_per_s + tokenise_s + embed_s + assign_s
+    whole_s = mb / read_mb_per_s + tokenize_s + embed_s + assign_s
     return table, {
-        "sklearn_speedup_per_core": round(peer_s / (tokenise_s + embed_s), 2),
+        "sklearn_speedup_per_core": round(peer_s / (tokenize_s + embed_s), 2),
         "mb_per_s": round(mb / whole_s, 2),
         "embed_only_speedup": round(peer_s / embed_s, 1),
     }
@@ -91,7 +91,7 @@ def embedders(
 def agreements(
     tokens: list[np.ndarray], domains: list[str | None], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> tuple[Table, list[dict[str, Any]]]:
-    """NMI and purity against the gold domains, with every document at its nearest centre."""
+    """NMI and purity against the gold domains, with every document at its nearest center."""
     table = Table("embedder", "K", "balanced", "NMI", "purity", "largest / mean", "embed, s", "fit, s")
     rows = []
     for name, embedder in embedders(tokens, tokenizer, args).items():

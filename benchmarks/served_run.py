@@ -70,9 +70,10 @@ def make_run(folder: Path, size: str, seed: int) -> str:
     chosen = np.random.default_rng(seed).permutation(len(documents))[: len(experts)]
     files.write_array(str(folder / "clusterer" / "centers.npy"), embedder.transform([documents[i] for i in chosen]))
     clusters = [{"cluster": k, "top_terms": [], "documents": 0} for k in range(len(experts))]
-    row = {"system": "cbtm", "routing": "posterior", "top_k": 2, "n_clusters": len(experts), "settings": SETTINGS}
     files.write_json(str(folder / "clusterer" / "manifest.json"), {"clusters": clusters})
     files.write_json(str(folder / "shards" / "manifest.json"), {"train": {"clusters": clusters}})
-    files.write_json(str(folder / "evaluation" / "results.json"), {"rows": [row], "prefix_tokens": PREFIX_TOKENS})
+    sizes = range(1, len(experts) + 1)
+    routers = {"prefix": dict.fromkeys(sizes, SETTINGS), "nearest_prefix": {1: {**SETTINGS, "prefix_experts": 1}}}
+    files.write_json(str(folder / "evaluation" / "results.json"), {"routers": routers, "prefix_tokens": PREFIX_TOKENS})
     files.write_json(str(folder / "evaluation" / "manifest.json"), {})
     return str(folder)

@@ -34,8 +34,9 @@ from benchmarks.served_run import make_run, parser, read_texts
 from benchmarks.streams import Load, measure
 from cbtm_ray import files
 from cbtm_ray.branch import DENSE
+from cbtm_ray.context_router import ContextRouter
 from cbtm_ray.engine import Engine
-from cbtm_ray.ensemble import PrefixRouter, load_ensemble
+from cbtm_ray.ensemble import load_ensemble
 from cbtm_ray.ray_session import ray_session
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request
@@ -127,8 +128,8 @@ def router_share(run_dir: str, args: argparse.Namespace) -> float:
 
         return run
 
-    for name in ("weights", "read", "observe"):
-        setattr(PrefixRouter, name, timed(getattr(PrefixRouter, name)))
+    for name in ("weights", "append", "observe"):
+        setattr(ContextRouter, name, timed(getattr(ContextRouter, name)))
     ensemble, tokenizer = load_ensemble(run_dir)
     prompts = encode(tokenizer, make_prompts(run_dir, args.prompt)[: max(args.streams)])
     engine = Engine(ensemble, max_sequences=len(prompts), cache_tokens=CACHE_TOKENS)

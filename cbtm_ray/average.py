@@ -13,12 +13,12 @@ import ray
 from cbtm_ray import files
 from cbtm_ray.branch import DENSE
 from cbtm_ray.config import Config
-from cbtm_ray.evaluate import Route, routing_weights
 from cbtm_ray.merge import average_weights
 from cbtm_ray.models import save_model
-from cbtm_ray.results import Measured, ensemble_system, measure
+from cbtm_ray.router import Route
 from cbtm_ray.run import Run
 from cbtm_ray.scoring import held_out_documents, score_models
+from cbtm_ray.systems import Measured, ensemble_system, measure
 from cbtm_ray.tokens import load_tokenizer
 
 
@@ -54,7 +54,7 @@ def _mean_weights(run: Run, measured: Measured) -> np.ndarray:
     route = Route(
         prefix_tokens=evaluation["prefix_tokens"], **{key: chosen[key] for key in ("routing", "top_k", "settings")}
     )
-    mean_K = routing_weights(measured.tuning, route).astype(np.float64).mean(axis=0)
+    mean_K = route.weights(measured.tuning).astype(np.float64).mean(axis=0)
     return mean_K / mean_K.sum()
 
 

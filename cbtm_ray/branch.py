@@ -25,7 +25,7 @@ from cbtm_ray.branch_worker import train_group
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.ray_session import TRAINING_ENV, capacity, check_fits
-from cbtm_ray.run import Run, Unfinished
+from cbtm_ray.run import Run, Unfinished, expert_folder
 from cbtm_ray.train import TrainSpec
 from cbtm_ray.warm_start import check_warm_start, start_model
 
@@ -46,10 +46,6 @@ class Branch:
     upcycled_experts: int | None = None
     """Experts that the model is upcycled to before training. None: it stays as it is."""
     spec: TrainSpec
-
-
-def expert_folder(cluster: int, control: str | None = None) -> str:
-    return f"{f'controls/{control}' if control else 'experts'}/cluster={cluster:04d}"
 
 
 def partition_folder(control: str) -> str:

@@ -32,6 +32,7 @@ Text = Annotated[str, Field(pattern=r"\S")]
 
 Split = Literal["random", "unbalanced", "metadata"]
 Control = Literal[Split, "moe"]
+Routing = Literal["embedding", "posterior", "prefix", "nearest_prefix", "uniform", "bayes"]
 SPLIT_CONTROLS: tuple[Split, ...] = get_args(Split)
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
@@ -270,6 +271,14 @@ class TrainConfig:
 class EvaluateConfig:
     top_k: tuple[Count, ...] = (1, 2, 4)
     """Sizes of the sparse ensemble to report, beside all experts; those of K and more are the same as all."""
+    routings: Annotated[tuple[Routing, ...], Field(min_length=1)] = (
+        "embedding",
+        "posterior",
+        "prefix",
+        "nearest_prefix",
+    )
+    """Routers of the ensemble to tune and report (see `router.py`), and so those it can be served with. Controls have
+    their own. nearest_prefix is left out where `prefix_experts` is None."""
     max_documents: Count = 2000
     """At most this many held-out documents, those with the smallest hash."""
     temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1.0)
@@ -283,8 +292,7 @@ class EvaluateConfig:
     prefix_tokens: Count = 32
     """Tokens of a document that all experts read in prefix routing, before the best top-k stay for good."""
     prefix_experts: Count | None = None
-    """Experts nearest to the context that alone read the prefix in nearest_prefix routing, reported beside prefix routing.
-    None: not reported."""
+    """Experts nearest to the context that alone read the prefix in nearest_prefix routing. None: no such routing."""
     fewshot: tuple[Text, ...] = ()
     """Few-shot tasks to report accuracy on: JSONL files of examples, see `fewshot.py`."""
     fewshot_shots: Count = 8
@@ -299,6 +307,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if len({task_name(uri) for uri in self.fewshot}) < len(self.fewshot):
             raise ValueError(f"evaluate.fewshot={list(self.fewshot)} names a task twice. Rename a file, or keep one")
+        if len(set(self.routings)) < len(self.routings):
+            raise ValueError(f"evaluate.routings={list(self.routings)} names a router twice. Keep one")
+        if self.routings == ("nearest_prefix",) and self.prefix_experts is None:
+            raise ValueError("evaluate.routings has only 'nearest_prefix', which needs evaluate.prefix_experts: set it")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

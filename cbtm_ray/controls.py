@@ -4,7 +4,7 @@
     unbalanced   by k-means without balance, on the same sample, embeddings and number of clusters
     metadata     by the corpus' own domains (Branch-Train-Merge, Li et al. 2022)
 
-A control tokenises nothing: `shards/controls/random/part-00000.parquet` gives every row of `shards/train/part-00000.parquet`
+A control tokenizes nothing: `shards/controls/random/part-00000.parquet` gives every row of `shards/train/part-00000.parquet`
 its cluster of the control. So a finished run can be given a control later.
 
 N documents, K clusters of the control, D embedding dimensions.
@@ -26,13 +26,13 @@ from cbtm_ray.branch import partition_folder
 from cbtm_ray.config import Config
 from cbtm_ray.corpus import read_sample
 from cbtm_ray.discover import embed_sample, fit_centers, forget_fit
-from cbtm_ray.distances import squared_distances
 from cbtm_ray.documents import unit_hash
 from cbtm_ray.embed import load_centers, load_embedder
 from cbtm_ray.embed_workers import map_embedding
 from cbtm_ray.errors import UserError
 from cbtm_ray.partition import CHUNK_DOCUMENTS, Totals, tools
 from cbtm_ray.run import Run
+from cbtm_ray.shard_steps import squared_distances
 from cbtm_ray.tokens import encode, load_tokenizer
 
 SCHEMA = pa.schema([("id", pa.string()), ("cluster", pa.int32())])
@@ -41,7 +41,7 @@ HASH_OFFSET = 2
 
 
 def partition_control(run: Run, control: str) -> dict[str, Any]:
-    """Stage `shards/controls/CONTROL/`: the cluster of every training document; and centres, but for random.
+    """Stage `shards/controls/CONTROL/`: the cluster of every training document; and centers, but for random.
 
     Raises:
         UserError: a document has no domain (metadata), or a cluster no document.
@@ -86,7 +86,7 @@ def _domains(run: Run) -> list[str]:
 
 
 def _fit_unbalanced(run: Run, folder: str) -> None:
-    """The centres of k-means without balance, on the sample that the balanced ones were fitted on."""
+    """The centers of k-means without balance, on the sample that the balanced ones were fitted on."""
     tokenizer = load_tokenizer(run.uri("tokenizer"))
     embedder = load_embedder(run.uri("clusterer", "embedder"), tokenizer)
     documents = encode(tokenizer, read_sample(run)["text"].to_pylist())
@@ -141,5 +141,5 @@ def _unbalanced(config: Config) -> torch.Tensor:
 
 
 def control_centers(run: Run, control: str) -> torch.Tensor:
-    """The centres of a control's clusters, float32 (K, D): of k-means, or the mean embedding of a domain's documents."""
+    """The centers of a control's clusters, float32 (K, D): of k-means, or the mean embedding of a domain's documents."""
     return load_centers(run.uri(partition_folder(control)))

@@ -1,4 +1,4 @@
-"""Unsupervised domain discovery: the corpus sample -> embedder and balanced cluster centres, with a report on them."""
+"""Unsupervised domain discovery: the corpus sample -> embedder and balanced cluster centers, with a report on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARD_ROWS = 4096
 
 
 def fit_clusters(run: Run) -> dict[str, Any]:
-    """Stage `clusterer/`: the embedder's table, the K x D centres, and what the clusters look like on the sample."""
+    """Stage `clusterer/`: the embedder's table, the K x D centers, and what the clusters look like on the sample."""
     config = run.config
     sample = read_sample(run)
     tokenizer = load_tokenizer(run.uri("tokenizer"))
@@ -49,7 +49,7 @@ def fit_clusters(run: Run) -> dict[str, Any]:
 
 
 def fit_centers(run: Run, shard_uris: list[str], folder: str, *, balanced: bool) -> BalancedKMeans:
-    """K-means on the sample's embeddings, with the settings of `cluster`; the centres are in `centers.npy` of the folder."""
+    """K-means on the sample's embeddings, with the settings of `cluster`; the centers are in `centers.npy` of the folder."""
     wanted = run.config.cluster
     with progress.bar("fit_clusters", wanted.max_iter, "iterations") as done:
         clusterer = fit_distributed(
@@ -75,7 +75,7 @@ def forget_fit(run: Run, folder: str) -> None:
 
 
 def describe_clusters(clusterer: BalancedKMeans, embeddings_ND: np.ndarray, sample: pa.Table) -> dict[str, Any]:
-    """What a person wants to know of the clusters, on the sample with every document at its nearest centre.
+    """What a person wants to know of the clusters, on the sample with every document at its nearest center.
 
     Returns:
         clusters: for each its documents, top terms, nearest texts and gold domains; nmi and purity against the gold
@@ -113,7 +113,7 @@ def describe_clusters(clusterer: BalancedKMeans, embeddings_ND: np.ndarray, samp
 
 
 def agreement(labels_N: np.ndarray, domains: list[str | None]) -> dict[str, float | None]:
-    """Normalised mutual information and purity of clusters against gold domains; None where a document has none."""
+    """Normalized mutual information and purity of clusters against gold domains; None where a document has none."""
     if any(domain is None for domain in domains):
         return {"nmi": None, "purity": None}
     _, gold_N = np.unique(np.array(domains, dtype=str), return_inverse=True)

@@ -6,7 +6,7 @@ An actor's state is a function of its URIs alone, and a step is a pure function 
 actor and repeat a step without counting anything twice. Shards stand in at most 16 groups, whatever N and the number of
 actors; a group's sums come back and are added up in the order of `shard_uris`, so the number of actors does not change a
 bit of the outcome. While fitting, messages hold K x D or K x K numbers a group; the labels (N int32) and the documents at
-a border cross once, when the last centres are labelled.
+a border cross once, when the last centers are labelled.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def fit_distributed(
     """Fit to the embeddings (N_i, D) in .npy files; the same result as `BalancedKMeans.fit` on all of them.
 
     `state_uri` (.npz) is written after each iteration, and a call that finds it goes on from there. `on_iteration` gets
-    the iteration (from 1) and the mean squared distance of the documents to the centres that it started from. There are
+    the iteration (from 1) and the mean squared distance of the documents to the centers that it started from. There are
     at most 16 actors, and as many as shards, and as the cluster's CPUs and GPUs hold: one more would wait for ever.
 
     Raises UserError if there is no shard, n_actors < 1, no GPU where one is asked for, N < K, an embedding is not finite,
@@ -108,7 +108,7 @@ def _start_actors(shard_uris: list[str], n_actors: int, cpus_per_actor: float, g
 def _save_state(uri: str, identity: str, state: Progress) -> None:
     buffer = io.BytesIO()
     scalars = np.array([state.iteration, state.shift, state.cost, state.imbalance])
-    np.savez(buffer, identity=identity, centres=state.centres.numpy(), prices=state.prices.numpy(), scalars=scalars)
+    np.savez(buffer, identity=identity, centers=state.centers.numpy(), prices=state.prices.numpy(), scalars=scalars)
     files.write_bytes(uri, buffer.getvalue())
 
 
@@ -122,5 +122,5 @@ def _load_state(uri: str, identity: str) -> Progress | None:
                 "Delete it, or give another."
             )
         iteration, shift, cost, imbalance = saved["scalars"].tolist()
-        centres, prices = torch.from_numpy(saved["centres"]), torch.from_numpy(saved["prices"])
-    return Progress(int(iteration), centres, prices, shift, cost, imbalance)
+        centers, prices = torch.from_numpy(saved["centers"]), torch.from_numpy(saved["prices"])
+    return Progress(int(iteration), centers, prices, shift, cost, imbalance)

@@ -24,6 +24,7 @@ from cbtm_ray.errors import UserError
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 TEXT_SUFFIX, PARQUET_SUFFIX = ".txt", ".parquet"
 TEXT_SHARD_BYTES = 64 << 20
+BLOCK_BYTES = 1 << 20
 _MEND = "Mend the row or take it out."
 
 
@@ -46,12 +47,15 @@ def list_shards(paths: tuple[str, ...], field: str = "corpus.paths") -> list[Sha
     """The corpus's shards in a fixed order: one a file, text files together up to 64 MiB.
 
     Raises:
-        UserError: a path that does not exist, a folder without documents, or two files of one name.
+        UserError: a path that does not exist, a folder without documents, two files of one name, or a name not in UTF-8.
     """
     found: list[tuple[str, str]] = []
     for path in paths:
-        with files.reaching(field, path):
-            below = _documents_below(files.absolute(path))
+        try:
+            with files.reaching(field, path):
+                below = _documents_below(files.absolute(path))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{field}: {path} holds a file whose name is not UTF-8. Rename the file.") from error
         if not below:
             raise UserError(
                 f"{field}: {path} holds no documents. Give files or folders with "
@@ -69,7 +73,8 @@ def read_shard(shard: Shard, corpus: CorpusConfig) -> Iterator[Document]:
     """Every document of a shard, in the order of its files and rows.
 
     Raises:
-        UserError: undecodable bytes, malformed JSON, a missing column or a text that is not a string, with file and line.
+        UserError: undecodable bytes, malformed JSON, a missing column, a text that is not a string, or a value that UTF-8
+            cannot hold, with file and line.
     """
     for uri, name in zip(shard.uris, shard.names, strict=True):
         try:
@@ -134,26 +139,45 @@ def _text_shard(texts: list[tuple[str, str]]) -> Shard:
 def _json_rows(uri: str, name: str) -> Iterator[dict]:
     filesystem, path = files.resolve(uri)
     with filesystem.open_input_stream(path) as stream:  # decompresses by suffix: .gz, .zst
-        for number, line in enumerate(_lines(stream), start=1):
+        for number, line in enumerate(_lines(stream, name), start=1):
             if not line.strip():
                 raise UserError(f"{name}:{number} is an empty line. Remove it: row numbers are document ids.")
-            try:
-                row = json.loads(_decode(line, f"{name}:{number}"))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{name}:{number} is not JSON: {error.msg} at column {error.colno}. {_MEND}") from error
-            except RecursionError as error:
-                raise UserError(f"{name}:{number} is JSON nested too deeply. Flatten it or take it out.") from error
+            row = _parse_json(_decode(line, f"{name}:{number}"), f"{name}:{number}")
             if not isinstance(row, dict):
                 raise UserError(f"{name}:{number} is not a JSON object with keys such as 'text'. {_MEND}")
             yield row
 
 
-def _lines(stream: pa.NativeFile) -> Iterator[bytes]:
-    rest = b""
-    while block := stream.read(1 << 20):
-        *whole, rest = (rest + block).split(b"\n")
-        yield from whole
-    if rest:
+def _parse_json(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}. {_MEND}") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is JSON nested too deeply. Flatten it or take it out.") from error
+    except ValueError as error:  # Python's bound on the digits of a whole number
+        raise UserError(f"{where} holds a number of too many digits. Make it a string or take it out.") from error
+
+
+def _lines(stream: pa.NativeFile, name: str) -> Iterator[bytes]:
+    """The lines of a stream. UserError after the first block of a JSON array, which can be one line of many GB."""
+    parts: list[bytes] = []  # of the line whose end is still to come
+    block = stream.read(BLOCK_BYTES)
+    if block.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        raise UserError(
+            f"{name} is a JSON array, but each line must be an object with keys such as 'text'. Give it as "
+            "JSON Lines: jq -c '.[]' FILE > FILE.jsonl"
+        )
+    while block:
+        first, *others = block.split(b"\n")
+        parts.append(first)
+        if others:
+            yield b"".join(parts)
+            *whole, rest = others
+            yield from whole
+            parts = [rest]
+        block = stream.read(BLOCK_BYTES)
+    if rest := b"".join(parts):
         yield rest
 
 
@@ -167,8 +191,21 @@ def _parquet_rows(uri: str, name: str, corpus: CorpusConfig) -> Iterator[dict]:
         for field, column in wanted.items():
             if column not in table.schema_arrow.names:
                 raise UserError(_missing(field, column, name, table.schema_arrow.names))
+        number = 1
         for batch in table.iter_batches(batch_size=1024, columns=[*wanted.values()]):
-            yield from batch.to_pylist()
+            yield from _decode_batch(batch, name, number)
+            number += len(batch)
+
+
+def _decode_batch(batch: pa.RecordBatch, name: str, number: int) -> list[dict]:
+    """The rows of a batch that begins with row `number`; the one whose bytes are not UTF-8 is found by halving."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            raise _not_utf8(f"{name}:{number}", error) from error
+        half = len(batch) // 2
+        return [*_decode_batch(batch[:half], name, number), *_decode_batch(batch[half:], name, number + half)]
 
 
 def _document(row: dict, position: str, corpus: CorpusConfig) -> Document:
@@ -177,10 +214,6 @@ def _document(row: dict, position: str, corpus: CorpusConfig) -> Document:
         raise UserError(
             f"{position}: corpus.text_column={corpus.text_column!r} holds {text!r:.100}, which is not a text. {_MEND}"
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{position} holds half a surrogate pair, which UTF-8 cannot hold. Mend the text.") from error
     document_id, domain = position, None
     if corpus.id_column is not None:
         key = _value(row, "corpus.id_column", corpus.id_column, position)
@@ -192,6 +225,11 @@ def _document(row: dict, position: str, corpus: CorpusConfig) -> Document:
     if corpus.domain_column is not None:
         gold = _value(row, "corpus.domain_column", corpus.domain_column, position)
         domain = None if gold is None else str(gold)
+    try:
+        for value in (text, document_id, domain or ""):
+            value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{position} holds half a surrogate pair, which UTF-8 cannot hold. {_MEND}") from error
     return Document(id=document_id, text=text, domain=domain)
 
 
@@ -209,6 +247,9 @@ def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}. Re-encode the file."
-        ) from error
+        raise _not_utf8(where, error) from error
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
+    byte = error.object[error.start]
+    return UserError(f"{where} is not UTF-8: byte 0x{byte:02x} at position {error.start}. Re-encode the file.")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -141,6 +142,33 @@ class TokenContext:
         return (self._sum_D / max(norm, 1e-12)).astype(np.float32)
 
 
+class TextContext:
+    """The embedding of a text that grows by a token at a time, read anew at every `refresh_tokens`-th token."""
+
+    def __init__(self, embed: Callable[[list[np.ndarray]], np.ndarray], *, refresh_tokens: int) -> None:
+        self._embed, self._refresh_tokens = embed, refresh_tokens
+        self._tokens: list[int] = []
+        self._embedding_D = embed([np.zeros(0, np.int32)])[0]
+
+    def append(self, token: int) -> None:
+        self._tokens.append(token)
+        if is_read_at(len(self._tokens), self._refresh_tokens):
+            self._embedding_D = self._embed([np.array(self._tokens, np.int32)])[0]
+
+    def embedding(self) -> np.ndarray:
+        return self._embedding_D
+
+
+def is_read_at(length: int, refresh_tokens: int) -> bool:
+    """Multiples of `refresh_tokens`, and powers of two below: short contexts change fastest."""
+    return length % refresh_tokens == 0 or (length < refresh_tokens and length & (length - 1) == 0)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:
+    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text)
+
+
 def fit_embedder(
     config: EmbedConfig, tokenizer: PreTrainedTokenizerBase, documents: list[np.ndarray], random_state: int
 ) -> Embedder:
@@ -149,10 +177,12 @@ def fit_embedder(
         return TokenTfidf.fit(
             documents, silent_tokens(tokenizer), dimensions=config.dimensions, random_state=random_state
         )
-    from cbtm_ray.text_embedders import SentenceEncoder, WordTfidf
-
     if config.embedder == "sentence":
+        from cbtm_ray.sentence_encoder import SentenceEncoder
+
         return SentenceEncoder.open(config, tokenizer)
+    from cbtm_ray.word_tfidf import WordTfidf
+
     return WordTfidf.fit(
         documents,
         tokenizer,
@@ -172,10 +202,12 @@ def load_embedder(folder_uri: str, tokenizer: PreTrainedTokenizerBase) -> Embedd
     config = EmbedConfig(**files.read_json(files.join(folder_uri, "embedder.json")))
     if config.embedder == "token_tfidf":
         return TokenTfidf.load(folder_uri)
-    from cbtm_ray.text_embedders import SentenceEncoder, WordTfidf
-
     if config.embedder == "sentence":
+        from cbtm_ray.sentence_encoder import SentenceEncoder
+
         return SentenceEncoder.load(folder_uri, config, tokenizer)
+    from cbtm_ray.word_tfidf import WordTfidf
+
     return WordTfidf.load(folder_uri, tokenizer)
 
 

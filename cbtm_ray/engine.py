@@ -216,7 +216,7 @@ class Engine:
         self._free = sorted([*self._free, *slots.tolist()])
 
     def _check(self, request: Request) -> None:
-        check_top_k(request.top_k, self.ensemble.n_experts)
+        check_top_k(request.top_k, self.ensemble.routes)
         strategy_for(request)
         if request.refresh_tokens < 1:
             raise UserError(f"refresh_tokens={request.refresh_tokens} must be at least 1. Raise it.")
@@ -228,6 +228,19 @@ class Engine:
             if not 0 <= token < vocabulary:
                 raise UserError(f"prompt={token} must be token ids from 0 to {vocabulary - 1}.")
         check_room(request, self.ensemble, self._cache_tokens)
+
+
+def generate(ensemble: Ensemble, request: Request) -> Iterator[Step]:
+    """Decode one request alone: its tokens as they come.
+
+    Raises:
+        UserError: the request can never run (see `Engine.add`).
+    """
+    engine = Engine(ensemble, max_sequences=1, cache_tokens=slots_needed(request))
+    engine.add(request)
+    while engine.running or engine.waiting:
+        for _, step in engine.step():
+            yield step
 
 
 def slots_needed(request: Request) -> int:

@@ -1,6 +1,6 @@
-"""The experts of a run and what routes to them, and the weights over experts of a text that grows.
+"""The experts of a finished run and what routes to them, loaded for decoding.
 
-T tokens, K experts, R of them running, D embedding dimensions.
+K experts, D embedding dimensions.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cbtm_ray import files
+from cbtm_ray.context_router import ContextRouter
 from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.errors import UserError
 from cbtm_ray.models import load_model_config
 from cbtm_ray.paging import PagedExperts
-from cbtm_ray.route import sparse_weights
+from cbtm_ray.router import Route
 from cbtm_ray.tokens import load_tokenizer
 
 
@@ -32,9 +32,8 @@ class Ensemble:
     embedder: Embedder
     centers_KD: torch.Tensor
     end_of_text: int
-    settings: dict[str, float]
-    """temperature, beta and gamma of posterior routing, tuned by the evaluation."""
-    prefix_tokens: int
+    routes: Mapping[int, Route]
+    """One router, by top_k, each with its own settings."""
 
     @property
     def n_experts(self) -> int:
@@ -46,96 +45,84 @@ class Ensemble:
         """Tokens that prompt and answer may have together, at least one of them in the answer."""
         return int(self.model_config.max_position_embeddings)
 
-
-class PrefixRouter:
-    """Prefix routing of one text: all active experts up to the end of the prefix, then the best `top_k` of that moment.
-
-    Weights are those of `evaluate.py` where every token is observed before the next is read. Evidence may come later
-    than the tokens: then the weights are a function of the embedding of the whole context and of the evidence so far.
-    """
-
-    def __init__(self, ensemble: Ensemble, top_k: int, active: Iterable[int]) -> None:
-        self.ensemble = ensemble
-        self.running = sorted(active)
-        """Experts whose evidence is needed."""
-        self.top_k = min(top_k, len(self.running))
-        self.length = 0
-        """Tokens read."""
-        self.observed = 0
-        """Tokens whose evidence has been taken in, at most `length`."""
-        self._context, self._running_R = ensemble.embedder.context(), np.array(self.running)
-        self._evidence_R = np.zeros(len(self.running))  # times beta
-        # -||h - c||^2 / T is h @ slope + offset, but for what all experts have in common: 3 steps less a token.
-        centers_RD = ensemble.centers_KD.double().numpy()[self.running]
-        self._slopes_RD = 2 / ensemble.settings["temperature"] * centers_RD
-        self._offsets_R = -np.vecdot(centers_RD, centers_RD) / ensemble.settings["temperature"]
-
-    def weights(self) -> np.ndarray:
-        """Weights for the next token, (K,): 0 for all but `top_k` of the experts that run."""
-        weights_K = np.zeros(self.ensemble.n_experts)
-        weights_K[self._running_R] = 1 if len(self.running) == 1 else sparse_weights(self._scores_R(), self.top_k)
-        return weights_K
-
-    def read(self, tokens: Iterable[int]) -> None:
-        """Take in the next tokens, O(D) each."""
-        for token in tokens:
-            self._context.append(token)
-            self.length += 1
-
-    def observe(self, logprobs_RT: list[list[float]]) -> None:
-        """Take in what each running expert thought of the next tokens not observed yet.
-
-        The end of the prefix has to be observed before anything after it is read: it decides who runs on.
-        """
-        settings, prefix = self.ensemble.settings, self.ensemble.prefix_tokens
-        end = self.observed + len(logprobs_RT[0])
-        assert end <= self.length
-        assert not self.observed < prefix < end
-        for evidence_R in settings["beta"] * np.array(logprobs_RT).T:
-            self._evidence_R = settings["gamma"] * self._evidence_R + evidence_R
-        self.observed = end
-        if end == prefix:
-            assert self.length == end
-            best = np.sort(np.argsort(-self._scores_R(), kind="stable")[: self.top_k])
-            self._slopes_RD, self._offsets_R = self._slopes_RD[best], self._offsets_R[best]
-            self._running_R, self._evidence_R = self._running_R[best], self._evidence_R[best]
-            self.running = self._running_R.tolist()
-
-    def _scores_R(self) -> np.ndarray:
-        return self._slopes_RD @ self._context.embedding() + self._offsets_R + self._evidence_R
+    def router(self, top_k: int, active: Iterable[int]) -> ContextRouter:
+        """What routes a text, which is empty yet, to `top_k` of the active experts."""
+        return ContextRouter(self.routes[top_k], self.embedder.context(), self.centers_KD.double().numpy(), active)
 
 
-def load_ensemble(
-    run_dir: str, clusters: Collection[int] | None = None, *, resident: int | None = None, device: str = "cpu"
-) -> tuple[Ensemble, PreTrainedTokenizerBase]:
-    """The ensemble of a finished run directory with the routing that its evaluation tuned, and the tokenizer.
-
-    Args:
-        clusters: whose experts are to be here; all, if not said.
-        resident: how many of them have their weights in memory at a time; all, if not said.
-        device: where they run.
+def tuned_routers(run_dir: str) -> dict[str, dict[int, Route]]:
+    """Every router that a finished run evaluated, by name and top_k, with the settings that its results are reported for.
 
     Raises:
-        UserError: the run is not finished.
+        UserError: the run is not finished, or an older version evaluated it.
     """
-    from cbtm_ray.branch import expert_folder  # brings Ray, which decoding does without
-
     if not files.exists(files.join(run_dir, "evaluation", "manifest.json")):
         raise UserError(f"run_dir={run_dir} is not a finished run. Run first: python -m jobs.run_all --config FILE")
     evaluation = files.read_json(files.join(run_dir, "evaluation", "results.json"))
-    ensemble_rows = [row for row in evaluation["rows"] if row["system"] == "cbtm" and row["routing"] == "posterior"]
-    tuned = next(row for row in ensemble_rows if row["top_k"] == min(2, row["n_clusters"]))
-    wanted = range(tuned["n_clusters"]) if clusters is None else clusters
-    folders = {cluster: files.join(run_dir, expert_folder(cluster)) for cluster in wanted}
+    if "routers" not in evaluation:
+        raise UserError(f"run_dir={run_dir}: an older version evaluated it. To serve it, {evaluate_again(run_dir)}")
+    prefix_tokens = evaluation["prefix_tokens"]
+    return {
+        name: {
+            int(top_k): Route(routing=name, top_k=int(top_k), settings=settings, prefix_tokens=prefix_tokens)
+            for top_k, settings in by_top_k.items()
+        }
+        for name, by_top_k in evaluation["routers"].items()
+    }
+
+
+def tuned_routes(run_dir: str, routing: str) -> dict[int, Route]:
+    """One of the `tuned_routers`, by top_k.
+
+    Raises:
+        UserError: as there, or the run has not evaluated it.
+    """
+    routers = tuned_routers(run_dir)
+    if routing not in routers:
+        raise UserError(
+            f"routing={routing!r} was not evaluated in run_dir={run_dir}; choose from {', '.join(routers)}. Or add it to "
+            f"evaluate.routings, {evaluate_again(run_dir)}"
+        )
+    return routers[routing]
+
+
+def evaluate_again(run_dir: str) -> str:
+    """What to tell a user whose evaluation lacks something."""
+    return f"delete {files.join(run_dir, 'evaluation')} and run: python -m jobs.evaluate_mixture --config FILE"
+
+
+def load_ensemble(
+    run_dir: str,
+    clusters: Collection[int] | None = None,
+    *,
+    routing: str = "prefix",
+    resident: int | None = None,
+    device: str = "cpu",
+) -> tuple[Ensemble, PreTrainedTokenizerBase]:
+    """The ensemble of a finished run directory, routed as its evaluation measured it, and the tokenizer.
+
+    Args:
+        clusters: whose experts are to be here; all, if not said.
+        routing: a router that the run evaluated (`evaluate.routings`).
+        resident: how many of the experts have their weights in memory at a time; all, if not said.
+        device: where they run.
+
+    Raises:
+        UserError: the run is not finished, or has not evaluated that routing.
+    """
+    from cbtm_ray.branch import expert_folder  # brings Ray, which decoding does without
+
+    routes = tuned_routes(run_dir, routing)
     tokenizer = load_tokenizer(files.join(run_dir, "tokenizer"))
     embedder, centers_KD = load_clusterer(files.join(run_dir, "clusterer"), tokenizer)
+    wanted = range(len(centers_KD)) if clusters is None else clusters
+    folders = {cluster: files.join(run_dir, expert_folder(cluster)) for cluster in wanted}
     ensemble = Ensemble(
         experts=PagedExperts(folders, resident or len(folders), device),
         model_config=load_model_config(files.join(run_dir, expert_folder(0))),
         embedder=embedder,
         centers_KD=centers_KD,
         end_of_text=tokenizer.eos_token_id,
-        settings=tuned["settings"],
-        prefix_tokens=evaluation["prefix_tokens"],
+        routes=routes,
     )
     return ensemble, tokenizer

@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from cbtm_ray import evaluate, files
+from cbtm_ray import files
 from cbtm_ray.config import task_name
 from cbtm_ray.errors import UserError
 from cbtm_ray.merge import mix_logprobs
+from cbtm_ray.route import HeldOut
+from cbtm_ray.router import Route
 from cbtm_ray.tokens import encode
 
 SPLITS = ("train", "test")
@@ -82,12 +84,10 @@ class Prompts:
         chosen = scores_S.reshape(self.n_seeds, len(self.answers), -1).argmax(axis=2)
         return (chosen == self.answers).mean(axis=1)
 
-    def mixture_accuracies(
-        self, held_out: evaluate.HeldOut, route: evaluate.Route
-    ) -> dict[tuple[str, str], np.ndarray]:
-        """Those of a mixture, by weights and scoring: with the weights of the whole prompt held for the label, and running
-        on from token to token. The empty text is scored with the same weights."""
-        weights_TK = evaluate.routing_weights(held_out, route)
+    def mixture_accuracies(self, held_out: HeldOut, route: Route) -> dict[tuple[str, str], np.ndarray]:
+        """Accuracies of a mixture, by weights and scoring: the weights of the whole prompt held for the label, and running on
+        from token to token. The empty text is scored with the same weights."""
+        weights_TK = route.weights(held_out)
         rows, first, empty = self.label_rows()
         return {
             (weights, scoring): found

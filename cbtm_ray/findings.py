@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -14,23 +13,22 @@ from cbtm_ray import files, progress
 from cbtm_ray.branch import DENSE, MOE, control_branches, expert_folder
 from cbtm_ray.config import SPLIT_CONTROLS
 from cbtm_ray.load_config import dump_config
-from cbtm_ray.report import ReportData, fewshot_by_system, fewshot_columns, render_report
+from cbtm_ray.report import ReportData, fewshot_by_system, fewshot_columns, render_report, verdict
+from cbtm_ray.result_rows import CurvePoint, Evaluation, FewshotRow, Summary, system_name
 from cbtm_ray.run import Run
 
 PERPLEXITY = "Held-out perplexity, with 95 % intervals over documents"
-SYSTEM_NAMES = {"seed": "seed, before branching", "dense": "dense control", "moe": "mixture of experts",
-                "majority": "most frequent label"}  # fmt: skip
 
 
-def curves(run: Run) -> dict[str, list[dict[str, Any]]]:
+def curves(run: Run) -> dict[str, list[CurvePoint]]:
     """Training curves by model: seed, dense, moe where there is one, expert NNNN."""
     folders = {"seed": "seed", "dense": DENSE} | ({"moe": MOE} if "moe" in run.config.train.controls else {})
     folders |= {f"expert {cluster:04d}": expert_folder(cluster) for cluster in range(run.config.cluster.n_clusters)}
     return {name: run.need(folder, "train_experts")["curve"] for name, folder in folders.items()}
 
 
-def control_curves(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Those of the controls' experts: random NNNN and so on."""
+def control_curves(run: Run) -> dict[str, list[CurvePoint]]:
+    """Training curves of the controls' experts: random NNNN and so on."""
     return {
         f"{control} {branch.cluster:04d}": run.need(branch.spec.name, "train_experts")["curve"]
         for control in run.config.train.controls
@@ -55,7 +53,7 @@ def collect(run: Run, summaries: dict[str, str]) -> ReportData:
     """All that the report shows, out of the manifests and results of a finished run."""
     found = run.need("clusterer", "fit_clusters")
     shards = run.need("shards", "partition_corpus")
-    evaluation = files.read_json(run.uri("evaluation", "results.json"))
+    evaluation: Evaluation = files.read_json(run.uri("evaluation", "results.json"))
     chosen = next(row for row in evaluation["rows"] if row.get("chosen"))
     counted = {row["cluster"]: row for row in shards["train"]["clusters"]}
     return ReportData(
@@ -74,9 +72,7 @@ def collect(run: Run, summaries: dict[str, str]) -> ReportData:
         results=evaluation["rows"],
         domain_rows=evaluation["domains"],
         routing={
-            "temperature": chosen["settings"]["temperature"],
-            "beta": chosen["settings"].get("beta"),
-            "gamma": chosen["settings"].get("gamma"),
+            **{key: chosen["settings"].get(key) for key in ("temperature", "beta", "gamma")},
             "tuned_on_documents": evaluation["tuned_on_documents"],
             "reported_on_documents": evaluation["reported_on_documents"],
         },
@@ -88,16 +84,17 @@ def collect(run: Run, summaries: dict[str, str]) -> ReportData:
 
 def print_results(run: Run) -> None:
     """The perplexity table, one sentence that says who won, and what to do next."""
-    evaluation = files.read_json(run.uri("evaluation", "results.json"))
+    evaluation: Evaluation = files.read_json(run.uri("evaluation", "results.json"))
     table = _table(PERPLEXITY, ("system", "routing"), ("compute", "perplexity", "ratio to dense"))
-    per_token = next(r for r in evaluation["rows"] if r["system"] == "dense")["infer_flops_per_token"]
+    dense = next(row for row in evaluation["rows"] if row["system"] == "dense")
+    best = next(row for row in evaluation["rows"] if row.get("chosen"))
     for row in evaluation["rows"]:
-        name = system_name(row)
-        compute = f"{row['infer_flops_per_token'] / per_token:.2f} x"
-        table.add_row(name + (" *" if row.get("chosen") else ""), row["routing"] or "-", compute, *_measures(row))
+        compute = f"{row['infer_flops_per_token'] / dense['infer_flops_per_token']:.2f} x"
+        name = system_name(row) + (" *" if row is best else "")
+        table.add_row(name, row["routing"] or "-", compute, *_measures(row))
     progress.console.print(table)
-    progress.console.print("compute: of inference, dense control = 1; posterior routing runs all experts for evidence")
-    progress.console.print(f"* best on the tuning documents. {verdict(evaluation)}", soft_wrap=True)
+    progress.console.print("compute: of inference, dense control = 1; experts that are run only for routing count too")
+    progress.console.print(f"* best on the tuning documents. {verdict(dense, best).striptags()}", soft_wrap=True)
     if evaluation["fewshot"]:
         progress.console.print(_fewshot_table(evaluation["fewshot"]))
     progress.console.print(f"Report: {run.uri('report.html')}", soft_wrap=True)
@@ -111,7 +108,7 @@ def serve_command(run_dir: str) -> str:
     return f"{program} run serve.app:build run_dir={run_dir}"
 
 
-def _fewshot_table(rows: list[dict[str, Any]]) -> Table:
+def _fewshot_table(rows: list[FewshotRow]) -> Table:
     """Accuracy in %, a column a task and scoring; of the mixtures with held weights, the others are in the report."""
     by_system = fewshot_by_system([row for row in rows if row["weights"] != "running"])
     table = _table(
@@ -142,33 +139,9 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
     return table
 
 
-def _measures(row: dict[str, Any]) -> tuple[str, str]:
+def _measures(row: Summary) -> tuple[str, str]:
     """Perplexity and ratio to the dense control, with their intervals."""
     return (
         f"{row['ppl']:.2f} [{row['ppl_low']:.2f}, {row['ppl_high']:.2f}]",
         f"{row['ratio_to_dense']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]",
     )
-
-
-def system_name(row: dict[str, Any]) -> str:
-    if row["system"] in SYSTEM_NAMES:
-        return SYSTEM_NAMES[row["system"]]
-    return ensemble_name(row) if row["system"] == "cbtm" else f"{row['system']}, {ensemble_name(row)}"
-
-
-def ensemble_name(row: dict[str, Any]) -> str:
-    if row["top_k"] == row["n_clusters"]:
-        return f"all {row['n_clusters']} experts"
-    return f"top-{row['top_k']} of {row['n_clusters']} experts"
-
-
-def verdict(evaluation: dict[str, Any]) -> str:
-    """One sentence on the ensemble that did best on the tuning half, as the other half saw it."""
-    chosen = next(row for row in evaluation["rows"] if row.get("chosen"))
-    name = f"{ensemble_name(chosen)}, {chosen['routing']} routing"
-    ratio = f"{chosen['ratio_to_dense']:.3f} [{chosen['ratio_low']:.3f}, {chosen['ratio_high']:.3f}]"
-    if chosen["ratio_high"] < 1:
-        return f"The sparse ensemble ({name}) beats the dense control of the same training tokens: {ratio} of its perplexity."
-    if chosen["ratio_low"] > 1:
-        return f"The dense control beats the sparse ensemble ({name}): the ensemble has {ratio} of its perplexity."
-    return f"No clear winner: the sparse ensemble ({name}) has {ratio} of the dense control's perplexity."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -11,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cbtm_ray.config import Config
-from cbtm_ray.errors import UserError
+from cbtm_ray.errors import UserError, unknown_key
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -88,13 +87,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(item: Any) -> str:
-    """One pydantic error as `field=value must ...`, with the nearest key where the key is unknown."""
+    """One pydantic error as `field=value must ...`, or `unknown_key`'s line."""
     location = [str(part) for part in item["loc"]]
     name, message, value = ".".join(location), item["msg"], item["input"]
     if item["type"] == "unexpected_keyword_argument":
-        owner = _fields(location[:-1])
-        nearest = difflib.get_close_matches(location[-1], owner, n=1, cutoff=0.0)[0]
-        return f"{name} is not a key. Did you mean {'.'.join([*location[:-1], nearest])}? Allowed there: {', '.join(owner)}."
+        return unknown_key(location[-1], _fields(location[:-1]), ".".join(location[:-1]))
     if item["type"] == "string_pattern_mismatch":
         return f"{name}={value!r}: must not be empty. Give it, or leave the field out."
     if item["type"] == "tuple_type":

@@ -1,9 +1,9 @@
-"""The corpus, streamed once through Ray Data: read -> tokenise -> embed -> nearest centre -> token shards.
+"""The corpus, streamed once through Ray Data: read -> tokenize -> embed -> nearest center -> token shards.
 
 Each input shard becomes one Parquet file a split, written aside and renamed, so that a restart redoes only what is
 missing. No row group mixes clusters: an expert reads its own by Parquet statistics. Memory holds a few million tokens of a
 shard at a time, however large it is.
-Balance held while fitting only; here every document goes to its nearest centre (paper section 3.2).
+Balance held while fitting only; here every document goes to its nearest center (paper section 3.2).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import files, progress
 from cbtm_ray.config import Config, CorpusConfig
-from cbtm_ray.corpus import corpus_shards
-from cbtm_ray.distances import squared_distances
-from cbtm_ray.documents import Document, Shard, is_held_out, read_shard
+from cbtm_ray.corpus import corpus_shards, read_again
+from cbtm_ray.documents import Document, is_held_out
 from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.embed_workers import map_embedding
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
+from cbtm_ray.shard_steps import squared_distances
 from cbtm_ray.tokens import encode, load_tokenizer
 
 SPLITS = ("valid", "train")
@@ -50,7 +50,7 @@ def partition_corpus(run: Run) -> dict[str, Any]:
     """Stage `shards/{train,valid}/`: documents and tokens of every cluster.
 
     Raises:
-        UserError: a stage before is not finished; an input shard changed since the corpus was built, by name and counts.
+        UserError: a stage before is not finished, or an input shard changed after the corpus was built.
     """
     counted = run.need("corpus", "build_corpus")["shards"]
     run.need("clusterer", "fit_clusters")
@@ -105,22 +105,20 @@ def _partition_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) 
     if not all(files.exists(uri) for uri in uris.values()):
         with contextlib.ExitStack() as stack:
             outputs = {
-                split: _Output(stack.enter_context(files.writing(uri)), config.cluster.n_clusters)
+                split: _Output(stack.enter_context(_writing(uri)), config.cluster.n_clusters)
                 for split, uri in uris.items()
             }
             for split, document in _assign_shard(row, config, corpus):
                 outputs[split].add(document)
-            for split, output in outputs.items():
+            for output in outputs.values():
                 output.close()
-                _check(row, split, sum(output.documents_K))
     return {"index": row["index"], **{split: _read_counts(uri) for split, uri in uris.items()}}
 
 
 def _assign_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """The documents of one input shard as rows of the output, each with its split."""
     tokenizer, embedder, centers_KD = tools(config)
-    shard = Shard(tuple(row["uris"]), tuple(row["names"]))
-    documents = (document for document in read_shard(shard, corpus) if document.text.strip())
+    documents = read_again(row, corpus)
     for chunk in iter(lambda: list(itertools.islice(documents, CHUNK_DOCUMENTS)), []):
         tokens = encode(tokenizer, [document.text for document in chunk])
         distances_NK = squared_distances(torch.from_numpy(embedder.transform(tokens)), centers_KD)
@@ -129,14 +127,19 @@ def _assign_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) -> 
             yield "valid" if held_out else "train", _output_row(document, ids, cluster)
 
 
+@contextlib.contextmanager
+def _writing(uri: str) -> Iterator[pq.ParquetWriter]:
+    with files.writing(uri) as stream, pq.ParquetWriter(stream, SCHEMA, compression="zstd") as writer:
+        yield writer
+
+
 class _Output:
     """One output file: rows gather until there are many tokens, then every cluster's become a row group."""
 
-    def __init__(self, stream: Any, n_clusters: int) -> None:
+    def __init__(self, writer: pq.ParquetWriter, n_clusters: int) -> None:
         self.documents_K, self.tokens_K = [0] * n_clusters, [0] * n_clusters
         self._waiting: list[dict[str, Any]] = []
-        self._waiting_tokens = 0
-        self._writer = pq.ParquetWriter(stream, SCHEMA, compression="zstd")
+        self._waiting_tokens, self._writer = 0, writer
 
     def add(self, row: dict[str, Any]) -> None:
         self.documents_K[row["cluster"]] += 1
@@ -151,7 +154,6 @@ class _Output:
         self._flush()
         counts = {"documents": self.documents_K, "tokens": self.tokens_K}
         self._writer.add_key_value_metadata({"counts": json.dumps(counts)})
-        self._writer.close()
 
     def _flush(self) -> None:
         self._waiting.sort(key=lambda row: row["cluster"])
@@ -173,19 +175,10 @@ def _output_row(document: Document, tokens: np.ndarray, cluster: int) -> dict[st
 
 @functools.lru_cache(maxsize=1)
 def tools(config: Config) -> tuple[PreTrainedTokenizerBase, Embedder, torch.Tensor]:
-    """Tokenizer, embedder and centres, loaded once a worker process."""
+    """Tokenizer, embedder and centers, loaded once a worker process."""
     run = Run(config)
     tokenizer = load_tokenizer(run.uri("tokenizer"))
     return tokenizer, *load_clusterer(run.uri("clusterer"), tokenizer)
-
-
-def _check(row: dict[str, Any], split: str, documents: int) -> None:
-    expected = row[f"{split}_documents"]
-    if documents != expected:
-        raise UserError(
-            f"corpus.paths: {row['names'][0]} gave {documents} documents for {split}, {expected} when the corpus was "
-            "built: the file changed. Restore it, or start again in another run.dir."
-        )
 
 
 def _read_counts(uri: str) -> dict[str, list[int]]:

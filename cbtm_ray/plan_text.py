@@ -6,10 +6,12 @@ import argparse
 import math
 
 from cbtm_ray.cli import refuse
-from cbtm_ray.config import Config
+from cbtm_ray.config import SPLIT_CONTROLS, Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import load_config
-from cbtm_ray.plan import PEAK_TFLOPS, SHARD_BYTES_PER_TOKEN, STATE_BYTES, Devices, Plan, make_plan, makespan
+from cbtm_ray.plan import PEAK_TFLOPS, SHARD_BYTES_PER_TOKEN, Devices, Plan, Training, make_plan
+
+Row = tuple[str, str, str]
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
@@ -31,7 +33,7 @@ def main(description: str, arguments: list[str] | None = None) -> int:
         plan = make_plan(config, _devices(options, config))
     except UserError as error:
         return refuse(str(error))
-    for name, value, note in rows(config, plan, options.corpus_tokens):
+    for name, value, note in rows(plan, options.corpus_tokens):
         print(f"{name:<28}{value:>22}  {note}".rstrip())
     return 0
 
@@ -65,50 +67,105 @@ def _devices(options: argparse.Namespace, config: Config) -> Devices:
     )
 
 
-def rows(config: Config, plan: Plan, corpus_tokens: int | None) -> list[tuple[str, str, str]]:
+def rows(plan: Plan, corpus_tokens: int | None) -> list[Row]:
     """(what, figure, what it rests on) for every line of the print."""
-    devices = plan.devices
-    n_clusters, expert_tokens = config.cluster.n_clusters, plan.expert_steps * plan.per_step
+    return [*_training_rows(plan), *_time_rows(plan), *_storage_rows(plan, corpus_tokens), *_network_rows(plan)]
+
+
+def _training_rows(plan: Plan) -> list[Row]:
+    devices, train, n_clusters = plan.devices, plan.config.train, plan.config.cluster.n_clusters
     found = [
         ("devices", f"{devices.count} x {devices.name}", f"{devices.peak_flops / 1e12:g} TFLOPs/s at the peak in "
-         f"{config.train.precision}, {devices.utilisation:.0%} of it assumed"),
-        ("parameters", f"{plan.model.parameters:,}", "of the seed, each expert and the dense control"),
-        ("training state", size(STATE_BYTES * plan.model.parameters), "on a device, activations not counted"),
-        ("seed", f"{plan.seed_steps:,} steps", f"{plan.seed_steps * plan.per_step:,} tokens, {plan.seed_flops:.3g} FLOPs"),
-        ("expert, each of K", f"{plan.expert_steps:,} steps", f"{expert_tokens:,} tokens, {plan.expert_flops:.3g} FLOPs"),
-        ("dense control", f"{n_clusters * plan.expert_steps:,} steps",
-         f"{n_clusters * expert_tokens:,} tokens, {plan.dense_flops:.3g} FLOPs: as all {n_clusters} experts together"),
-        ("inference", f"{plan.infer_flops_per_token:.3g} FLOPs", "a token, times the experts that run"),
-        ("seed", clock(plan.seed_s), "on one device"),
-        ("experts and dense control", clock(plan.training_s), f"{plan.slots} trained at once"),
-        ("  experts alone", clock(makespan(plan.expert_runs_s, plan.slots)), ""),
-        ("  dense control alone", clock(plan.dense_s), "in one worker: it cannot use more devices yet"),
-        ("device-hours", f"{plan.device_hours:,.2f}", "held by training; idle devices and other stages not counted"),
+         f"{train.precision}, {devices.utilisation:.0%} of it assumed"),
+        ("parameters", f"{plan.seed.parameters:,}", "of the seed, each expert and the dense control"),
+        ("training state", size(plan.state_bytes(plan.seed)),
+         f"{'on a GPU' if train.gpus_per_expert else 'in a worker'}, activations not counted"),
+        _work("seed", plan.seed),
+        _work("expert, each of K", plan.expert),
+        _work("dense control", plan.dense, f": as all {n_clusters} experts together"),
     ]  # fmt: skip
-    if devices.price_per_hour:
+    if train.budget == "by_size":
+        largest = plan.skewed_runs[0][0].steps
+        found.append(("  by size", f"1 to {largest:,} steps", "each expert, by its cluster's tokens: not known yet"))
+    if train.clusters is not None:
+        found.append(("  train.clusters", f"{len(plan.trainings) - 1} experts", "now; all else later, and not below"))
+    for control in (control for control in train.controls if control in SPLIT_CONTROLS):
+        domains = "; as many domains as clusters assumed" if control == "metadata" else ""
+        found.append((f"control {control}", f"{n_clusters} experts", f"of the same steps{domains}"))
+    if plan.moe:
+        sizes = f"; {plan.moe.parameters:,} parameters, {size(plan.state_bytes(plan.moe))} of training state"
+        found.append(_work("control moe", plan.moe, sizes))
+    return [*found, ("inference", f"{plan.seed.infer_flops:.3g} FLOPs", "a token, times the experts that run")]
+
+
+def _work(name: str, training: Training, more: str = "") -> Row:
+    return name, f"{training.steps:,} steps", f"{training.tokens:,} tokens, {training.flops:.3g} FLOPs{more}"
+
+
+def _time_rows(plan: Plan) -> list[Row]:
+    train, price = plan.config.train, plan.devices.price_per_hour
+    place = f"on {plan.compute_devices:g} device{'s' if plan.compute_devices > 1 else ''}"
+    more_cpus = "" if train.gpus_per_expert else "; seed_model.cpus may give it more"
+    found = [("seed", clock(plan.seed_s), place + more_cpus)]
+    if train.clusters is None:
+        found += [
+            ("experts and dense control", clock(plan.runs_s(plan.first_runs)), f"{plan.slots} trained at once"),
+            ("  dense control alone", clock(plan.run_s([plan.dense])),
+             f"{place}, by train.workers_per_expert={train.workers_per_expert}"),
+        ]  # fmt: skip
+    found.append(("  experts alone", clock(plan.runs_s(plan.expert_runs)), f"{plan.slots} trained at once"))
+    if train.budget == "by_size":
         found.append(
-            (
-                "cost",
-                f"{plan.device_hours * devices.price_per_hour:,.2f}",
-                f"at {devices.price_per_hour:g} a device-hour",
-            )
+            ("  experts by size, at most", clock(plan.runs_s(plan.skewed_runs)), "one cluster of nearly all tokens")
         )
-    found += [
-        ("storage, models", size(plan.model_bytes), f"{n_clusters + 2} of them, float32"),
-        ("storage, checkpoints", size(plan.checkpoint_bytes), "at most, while training"),
-    ]
+    if plan.control_runs:
+        shares = ", if their shares are equal" if train.budget == "by_size" else ""
+        found.append(("controls", clock(plan.runs_s(plan.control_runs)), f"after them, {plan.slots} at once{shares}"))
+    hours = plan.device_hours
+    found.append(("device-hours", f"{hours:,.2f}", "held by training; idle devices and other stages not counted"))
+    return found + [("cost", f"{hours * price:,.2f}", f"at {price:g} a device-hour")] * bool(price)
+
+
+def _storage_rows(plan: Plan, corpus_tokens: int | None) -> list[Row]:
+    found = [
+        ("storage, models", size(plan.model_bytes), f"{len(plan.trainings)} of them, float32"),
+        ("storage, checkpoints", size(plan.checkpoint_bytes),
+         f"at most at a time; {size(plan.written_bytes)} written in all"),
+    ]  # fmt: skip
     if corpus_tokens:
-        epochs = n_clusters * expert_tokens / corpus_tokens
-        found.append(("storage, token shards", size(SHARD_BYTES_PER_TOKEN * corpus_tokens), "by our own shards"))
-        found.append(("epochs", f"{epochs:.2f}", "over the corpus; an expert's own cluster may be smaller or larger"))
-    return [
-        *found,
+        found += [
+            ("storage, token shards", size(SHARD_BYTES_PER_TOKEN * corpus_tokens), "by our own shards"),
+            ("epochs", f"{plan.dense.tokens / corpus_tokens:.2f}",
+             "over the corpus; an expert's own cluster may be smaller or larger"),
+        ]  # fmt: skip
+    if plan.config.train.clusters is None:
+        asked, flops = plan.config.evaluate, sum(training.infer_flops for training in plan.trainings)
+        prompts = len(asked.fewshot) * len(asked.fewshot_seeds) * (asked.fewshot_examples + 1)
+        fewshot = f" and {prompts:,} few-shot sequences a label" if prompts else ""
+        found.append(
+            ("evaluation", f"{flops:.3g} FLOPs", f"a token, by {len(plan.trainings)} models once each; at most "
+             f"{asked.max_documents:,} documents{fewshot}")
+        )  # fmt: skip
+    return found
+
+
+def _network_rows(plan: Plan) -> list[Row]:
+    config, train = plan.config, plan.config.train
+    again = ", and again for the control unbalanced" if "unbalanced" in train.controls else ""
+    found = [
         ("network, clusterer", size(plan.clusterer_bytes),
-         f"in {config.cluster.max_iter} iterations; {size(plan.embedding_bytes)} of embeddings stay where they are"),
+         f"in {config.cluster.max_iter} iterations{again}; {size(plan.embedding_bytes)} of embeddings stay where they are"),
         ("network, between experts", size(0), "nothing is shared"),
         ("dense on all devices", clock(plan.parallel_dense_s), "the same FLOPs, were it data-parallel"),
         ("  its gradients", size(plan.gradient_bytes), "sent by each device, ring all-reduce of float32"),
     ]  # fmt: skip
+    if train.workers_per_expert > 1:
+        dense = size(plan.worker_bytes(plan.dense))
+        sent = (
+            f"sent by each of its {train.workers_per_expert} workers, {train.parallel}; {dense} for the dense control"
+        )
+        found.insert(1, ("network, within an expert", size(plan.worker_bytes(plan.expert)), sent))
+    return found
 
 
 def size(n_bytes: float) -> str:

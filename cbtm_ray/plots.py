@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-Row = dict[str, Any]
+from cbtm_ray.result_rows import CurvePoint, ResultRow
 
 PALETTE = ("#3d7fd6", "#d2691e", "#2a9a6c", "#c4457f", "#8b66d0", "#a88500", "#1497ac", "#cf4d40", "#6c8f2b", "#8f7063")
 MARKERS = "os^DvPX<>*h"
@@ -61,11 +61,11 @@ def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
         axes.text(1.02, placed, text, color=colour, transform=axes.transAxes, va="center", fontsize=9)
 
 
-def draw_results(axes: Axes, results: list[Row]) -> None:
+def draw_results(axes: Axes, results: list[ResultRow]) -> None:
     """Perplexity against top-k: a line per system and routing, a band for each model that does not route."""
 
-    def series(row: Row) -> str:
-        return row["routing"] if row["system"] == "cbtm" else f"{row['system']}, {row['routing']}"
+    def series(row: ResultRow) -> str:
+        return str(row["routing"]) if row["system"] == "cbtm" else f"{row['system']}, {row['routing']}"
 
     labels = []
     results = [row for row in results if math.isfinite(row["ppl_high"])]
@@ -82,7 +82,8 @@ def draw_results(axes: Axes, results: list[Row]) -> None:
         axes.axhspan(row["ppl_low"], row["ppl_high"], color=_INK, alpha=0.13, lw=0)
         labels.append((row["ppl"], row["system"], _INK))
     axes.set(xscale="log", yscale="log", xlabel="experts mixed per token (top-k)", ylabel="perplexity")
-    axes.set_xticks(sorted({row["top_k"] for row in routed}), sorted({row["top_k"] for row in routed}))
+    sizes = sorted({row["top_k"] for row in routed})
+    axes.set_xticks(sizes, [str(top_k) for top_k in sizes])
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for axis in (axes.xaxis, axes.yaxis):
@@ -109,7 +110,7 @@ def draw_sweep(axes: Axes, series: dict[str, list[tuple[int, float]]]) -> None:
     _label_ends(axes, labels)
 
 
-def draw_curves(axes: Axes, curves: dict[str, list[Row]]) -> None:
+def draw_curves(axes: Axes, curves: dict[str, list[CurvePoint]]) -> None:
     """Loss over each model's own budget, so that experts (total/K tokens) and the dense control end together."""
     labels, few = [], len(curves) <= MAX_CURVE_LABELS
     for name, points in sorted(curves.items()):

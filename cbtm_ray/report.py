@@ -20,27 +20,32 @@ from matplotlib.axes import Axes
 
 from cbtm_ray import plots
 from cbtm_ray.errors import UserError
+from cbtm_ray.result_rows import (
+    CurvePoint,
+    DomainRow,
+    FewshotRow,
+    ResultRow,
+    SampleToken,
+    experts_name,
+    missing_keys,
+    row_name,
+)
+from cbtm_ray.router import ROUTERS
 
 Row = dict[str, Any]
 
 MAX_HEAT_MAP_DOMAINS = 40
-_KEYS = {
-    "stages": ("stage", "seconds", "summary"),
-    "clusters": ("cluster", "documents", "tokens", "top_terms", "samples", "domains"),
-    "results": (
-        "system", "n_clusters", "top_k", "routing", "ppl", "ppl_low", "ppl_high", "ratio_to_dense", "ratio_low",
-        "ratio_high", "loss_nats", "bpb", "train_tokens", "train_flops", "infer_flops_per_token",
-    ),
-    "domain_rows": ("domain", "tokens", "dense_ppl", "cbtm_ppl", "weights"),
-    "sample_text": ("token", "expert", "weight"),
-    "fewshot": ("task", "system", "n_clusters", "top_k", "routing", "weights", "scoring", "examples", "accuracy",
-                "accuracy_std"),
-}  # fmt: skip
+_ROWS: dict[str, Any] = {
+    "results": ResultRow,
+    "domain_rows": DomainRow,
+    "sample_text": SampleToken,
+    "fewshot": FewshotRow,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """What the page shows, as plain values; lists of rows are lists of dicts with exactly the keys named here."""
+    """What the page shows, as plain values."""
 
     title: str
     """Heading of the page, e.g. the run's name."""
@@ -49,32 +54,27 @@ class ReportData:
     stages: list[Row]
     """stage, seconds (wall clock), summary (one line): in the order they ran."""
     clusters: list[Row]
-    """cluster (id), documents, tokens, top_terms, samples (texts nearest the centre), domains (name -> documents)."""
+    """cluster (id), documents, tokens, top_terms, samples (texts nearest the center), domains (name -> documents)."""
     clustering: Row
     """nmi, purity (None: no domains), gap (relative, to the bound), n_iter, balanced, size_skew (largest / mean)."""
-    curves: dict[str, list[Row]]
-    """Name ("seed", "dense", "expert 0003") -> points of step, tokens (seen so far), loss_nats, tokens_per_s."""
-    results: list[Row]
-    """Rows of evaluation/results.json; one has system "dense", at least one "cbtm", one of these `chosen`: the best on the
-    tuning half. Intervals are 95 % bootstrap."""
-    domain_rows: list[Row] = field(default_factory=list)
-    """domain, tokens, dense_ppl, cbtm_ppl (of the chosen cbtm row), weights (of its experts, the mean over the tokens), on
-    held-out text; rows of results have `domain_ppl` then. May be empty."""
+    curves: dict[str, list[CurvePoint]]
+    """By name: "seed", "dense", "expert 0003"."""
+    results: list[ResultRow]
+    """One has system "dense", at least one "cbtm", one of these `chosen`: the best on the tuning half."""
+    domain_rows: list[DomainRow] = field(default_factory=list)
     routing: Row
     """temperature, beta, gamma: the chosen values; tuned_on_documents, reported_on_documents: two disjoint sets."""
     map2d: dict[str, list[Any]] = field(default_factory=dict)
     """x, y, cluster: a sample of documents in two dimensions (2,000 are plenty). May be empty."""
-    sample_text: list[Row] = field(default_factory=list)
-    """token (its text), expert (the one of most weight), weight (0..1): one held-out text. May be empty."""
-
-    fewshot: list[Row] = field(default_factory=list)
-    """Rows of `fewshot` in evaluation/results.json: accuracy of every system on every task. May be empty."""
+    sample_text: list[SampleToken] = field(default_factory=list)
+    fewshot: list[FewshotRow] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name, keys in _KEYS.items():
+        for name, kind in _ROWS.items():
             for i, row in enumerate(getattr(self, name)):
-                if missing := [key for key in keys if key not in row]:
-                    raise UserError(f"{name}[{i}] has no {', '.join(missing)}; it needs all of: {', '.join(keys)}.")
+                if missing := missing_keys(row, kind):
+                    keys = ", ".join(missing_keys({}, kind))
+                    raise UserError(f"{name}[{i}] has no {', '.join(missing)}; it needs all of: {keys}.")
         systems = Counter(row["system"] for row in self.results)
         if systems["dense"] != 1 or not systems["cbtm"]:
             found = f"results={dict(systems)} must hold one row of 'dense' and at least one of 'cbtm'"
@@ -92,6 +92,7 @@ def render_report(data: ReportData) -> str:
     dense = next(row for row in data.results if row["system"] == "dense")
     ensembles = [row for row in data.results if row["system"] == "cbtm"]
     best = next(row for row in ensembles if row.get("chosen"))
+    routings = {row["routing"] for row in data.results}
     curves = {name: points for name, points in data.curves.items() if points}
     speeds = {name: statistics.median(point["tokens_per_s"] for point in points) for name, points in curves.items()}
     seed = {name: points for name, points in curves.items() if name == "seed"}
@@ -108,8 +109,34 @@ def render_report(data: ReportData) -> str:
         data=data, dense=dense, best=best, ensembles=ensembles, plots=figures, speeds=speeds, domain_ratios=ratios,
         heat_map=heat_map(data.clusters), max_domains=MAX_HEAT_MAP_DOMAINS, palette=plots.PALETTE,
         fewshot=fewshot_by_system(data.fewshot), fewshot_columns=fewshot_columns(data.fewshot),
-        fewshot_means=_fewshot_means(data.fewshot),
+        fewshot_means=_fewshot_means(data.fewshot), verdict=verdict(dense, best), best_name=_ensemble_name(best),
+        meanings={name: router.meaning for name, router in ROUTERS.items() if name in routings},
     )  # fmt: skip
+
+
+def verdict(dense: ResultRow, best: ResultRow) -> Markup:
+    """One sentence on the ensemble that did best on the tuning half, as the other half saw it."""
+    interval = Markup('<span class="nowrap">[{}, {}]</span>').format(sig(best["ratio_low"]), sig(best["ratio_high"]))
+    ratio = Markup("ratio {} {}").format(sig(best["ratio_to_dense"]), interval)
+    control: str = "dense model of the same training tokens"
+    if abs(best["train_tokens"] - dense["train_tokens"]) > 0.01 * dense["train_tokens"]:
+        tokens = scaled(dense["train_tokens"]), scaled(best["train_tokens"])
+        control = Markup("dense model, whose training tokens differ ({} against {})").format(*tokens)
+    if best["ratio_low"] > 1:
+        form = "The {control} wins: perplexity {dense} against {ppl} of the best {ensemble}: {ratio}."
+    elif best["ratio_high"] < 1:
+        form = "The {ensemble} reaches perplexity {ppl} against {dense} of the {control}: {ratio}."
+    else:
+        form = (
+            "No clear winner: the {ensemble} reaches perplexity {ppl} against {dense} of the {control}: {ratio}, an "
+            "interval that includes 1."
+        )
+    numbers = {"ppl": sig(best["ppl"]), "dense": sig(dense["ppl"]), "ratio": ratio}
+    return Markup(form).format(control=control, ensemble=_ensemble_name(best), **numbers)
+
+
+def _ensemble_name(row: ResultRow) -> str:
+    return f"ensemble ({experts_name(row)}, {row['routing']} routing)"
 
 
 def page_template(name: str) -> Template:
@@ -121,7 +148,7 @@ def page_template(name: str) -> Template:
         "lstrip_blocks": True,
     }
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)
-    environment.filters.update(sig=sig, scaled=scaled, exact=exact, duration=duration)
+    environment.filters.update(sig=sig, scaled=scaled, exact=exact, duration=duration, row_name=row_name)
     return environment.get_template(name)
 
 
@@ -137,20 +164,20 @@ def heat_map(clusters: list[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row["counts"].index(max(row["counts"])), -max(row["shares"]), row["domain"]))
 
 
-def fewshot_by_system(rows: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
+def fewshot_by_system(rows: list[FewshotRow]) -> dict[tuple[Any, ...], list[FewshotRow]]:
     """A system's rows of all tasks and scorings together, by (system, routing, top_k, weights), in the order they stand."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    found: dict[tuple[Any, ...], list[FewshotRow]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in ("system", "routing", "top_k", "weights")), []).append(row)
+        found.setdefault((row["system"], row["routing"], row["top_k"], row["weights"]), []).append(row)
     return found
 
 
-def fewshot_columns(rows: list[Row]) -> list[str]:
+def fewshot_columns(rows: list[FewshotRow]) -> list[str]:
     """What the rows of each system are of."""
     return list(dict.fromkeys(f"{row['task']}, {row['scoring']}" for row in rows))
 
 
-def _fewshot_means(rows: list[Row]) -> dict[str, str]:
+def _fewshot_means(rows: list[FewshotRow]) -> dict[str, str]:
     """Over several tasks a column more for the mean of each scoring, by its name."""
     several = len({row["task"] for row in rows}) > 1
     return {f"Mean, {row['scoring']}": row["scoring"] for row in rows} if several else {}

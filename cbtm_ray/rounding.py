@@ -22,26 +22,42 @@ def round_sizes(d_CK: np.ndarray, fixed_K: np.ndarray, prices_K: np.ndarray) -> 
     d, prices = np.rint(d_CK.astype(float) / unit), np.rint(prices_K / unit)
     labels = (d + prices).argmin(1)
     sizes = fixed_K + np.bincount(labels, minlength=len(fixed_K))
-    floor, extra = divmod(int(sizes.sum()), len(sizes))
-    target = np.full(len(sizes), floor)
-    target[np.argsort(-prices, kind="stable")[:extra]] += 1
     edges = np.stack([_cheapest_moves(d, labels, j) for j in range(len(sizes))])
-    while True:
-        surplus = sizes - target
-        fits = not surplus.any()
-        # Once the sizes fit, a path from a cluster of ceil(n / K) to one of floor(n / K) may still lower the cost.
-        sources, sinks = (sizes > floor, sizes == floor) if fits else (surplus > 0, surplus < 0)
-        path, cost = _cheapest_path(edges, sources, sinks)
-        if fits and not cost < 0:
-            return labels, unit * _proving_prices(edges, prices, sizes)
+    if not _balance(d, labels, sizes, edges, prices):
+        return None
+    _improve(d, labels, sizes, edges)
+    return labels, unit * _proving_prices(edges, prices, sizes)
+
+
+def _balance(d: np.ndarray, labels: np.ndarray, sizes: np.ndarray, edges: np.ndarray, prices: np.ndarray) -> bool:
+    """First phase: from clusters that are too large to those too small, until the dearest clusters are the larger ones.
+
+    False if there is no path. Labels, sizes and edges change in place.
+    """
+    floor, extra = divmod(int(sizes.sum()), len(sizes))
+    surplus = sizes - floor
+    surplus[np.argsort(-prices, kind="stable")[:extra]] -= 1
+    while surplus.any():
+        path, _ = _cheapest_path(edges, surplus > 0, surplus < 0)
         if not path:
-            return None
-        amount = _move_along(d, labels, path, 1 if fits else min(surplus[path[0]], -surplus[path[-1]]))
-        sizes[path[0]] -= amount
-        sizes[path[-1]] += amount
-        target = sizes.copy() if fits else target
-        for j in path:
-            edges[j] = _cheapest_moves(d, labels, j)
+            return False
+        amount = _move_along(d, labels, edges, path, min(surplus[path[0]], -surplus[path[-1]]))
+        for counts in (sizes, surplus):
+            counts[path[0]] -= amount
+            counts[path[-1]] += amount
+    return True
+
+
+def _improve(d: np.ndarray, labels: np.ndarray, sizes: np.ndarray, edges: np.ndarray) -> None:
+    """Second phase: sizes fit, but a path from a cluster of ceil(n / K) to one of floor(n / K) may still lower the cost."""
+    floor = sizes.sum() // len(sizes)
+    while True:
+        path, cost = _cheapest_path(edges, sizes > floor, sizes == floor)
+        if not cost < 0:
+            return
+        _move_along(d, labels, edges, path, 1)
+        sizes[path[0]] -= 1
+        sizes[path[-1]] += 1
 
 
 def _unit(d: np.ndarray) -> float:
@@ -80,7 +96,7 @@ def _cheapest_path(edges: np.ndarray, sources: np.ndarray, sinks: np.ndarray) ->
     return path[::-1], float(cost[end])
 
 
-def _move_along(d: np.ndarray, labels: np.ndarray, path: list[int], most: int) -> int:
+def _move_along(d: np.ndarray, labels: np.ndarray, edges: np.ndarray, path: list[int], most: int) -> int:
     """Move up to `most` documents over each edge, as many as all edges have at their least cost; how many it was."""
     chosen = []
     for j, k in itertools.pairwise(path):
@@ -90,6 +106,8 @@ def _move_along(d: np.ndarray, labels: np.ndarray, path: list[int], most: int) -
     amount = min(most, *map(len, chosen))
     for members, k in zip(chosen, path[1:], strict=True):
         labels[members[:amount]] = k
+    for j in path:
+        edges[j] = _cheapest_moves(d, labels, j)
     return amount
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from cbtm_ray import files
@@ -45,6 +45,11 @@ Each control is a stage of its own, so that a finished run can be given another 
 
 SHAREABLE = ("corpus", "tokenizer", "clusterer", "shards", "seed")
 """Stages that a run may take from another; a control's partition is kept beside the shards that it is one of."""
+
+
+def expert_folder(cluster: int, control: str | None = None) -> str:
+    """Folder of an expert's model in the run directory."""
+    return f"{f'controls/{control}' if control else 'experts'}/cluster={cluster:04d}"
 
 
 class Unfinished(Exception):
@@ -90,7 +95,8 @@ class Run:
             settings_uri = self.uri(stage, "settings.json")
             if not files.exists(settings_uri):
                 continue
-            made_with, now = files.read_json(settings_uri), self.settings(stage)
+            now = self.settings(stage)
+            made_with = {name: _default(self.config, name) for name in now} | files.read_json(settings_uri)
             differing = [
                 f"{name}={now.get(name)!r} (the run has {made_with.get(name)!r})"
                 for name in sorted(made_with.keys() | now.keys())
@@ -167,6 +173,13 @@ def no_space_left(run_dir: str) -> str:
         f"run.dir={run_dir}: no space left on the device. Free some, or give another run.dir; what is finished is kept, "
         "and the same command continues."
     )
+
+
+def _default(config: Config, name: str) -> Any:
+    """A dotted field's default, as JSON has it: what a stage was made with that is older than the field."""
+    section, _, key = name.partition(".")
+    default = next(field.default for field in fields(getattr(config, section)) if field.name == key)
+    return None if default is MISSING else list(default) if isinstance(default, tuple) else default
 
 
 def _flatten(tree: dict[str, Any]) -> dict[str, Any]:

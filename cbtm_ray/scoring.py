@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -18,14 +17,16 @@ from torch import Tensor
 
 from cbtm_ray import evaluate, files, progress
 from cbtm_ray.config import Config, task_name
-from cbtm_ray.distances import squared_distances
 from cbtm_ray.documents import unit_hash
 from cbtm_ray.embed import Embedder
 from cbtm_ray.fewshot import Prompts, make_prompts, read_task
 from cbtm_ray.models import load_model
 from cbtm_ray.ray_session import check_fits
+from cbtm_ray.result_rows import DomainSummary
+from cbtm_ray.route import HeldOut
 from cbtm_ray.run import Run
-from cbtm_ray.tokens import load_tokenizer
+from cbtm_ray.shard_steps import squared_distances
+from cbtm_ray.tokens import READ_AHEAD, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class HeldOutDocuments:
         """Tokens of one half, bool (T,)."""
         return np.repeat(self.for_tuning == tuning, [len(tokens) for tokens in self.tokens])
 
-    def half(self, logprobs_TK: np.ndarray, distances_TK: np.ndarray, *, tuning: bool) -> evaluate.HeldOut:
+    def half(self, logprobs_TK: np.ndarray, distances_TK: np.ndarray, *, tuning: bool) -> HeldOut:
         """What the mixtures of one half are computed from, out of the log-probabilities and distances of all tokens."""
         mask_T = self.token_mask(tuning=tuning)
-        return evaluate.HeldOut(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T])
+        return HeldOut(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T])
 
-    def summarise(self, logprobs_R: np.ndarray, dense_R: np.ndarray) -> dict[str, Any]:
+    def summarise(self, logprobs_R: np.ndarray, dense_R: np.ndarray) -> DomainSummary:
         """Perplexity and its like, over all and for each gold domain, from the log-probabilities of the reported tokens alone,
         and the dense control's."""
         text_bytes = int(self.text_bytes[~self.for_tuning].sum())
@@ -64,13 +65,17 @@ class HeldOutDocuments:
 
 
 def held_out_documents(run: Run) -> HeldOutDocuments:
-    """Those with the smallest hash of their id, `evaluate.max_documents` of them, in the order of the shards."""
+    """The `evaluate.max_documents` documents with the smallest hash of their id, in the order of the shards.
+
+    Memory holds the ids of all held-out documents, and the tokens of these.
+    """
     seed, most = run.config.run.seed, run.config.evaluate.max_documents
     filesystem, path = files.resolve(run.uri("shards", "valid"))
-    table = ds.dataset(path, filesystem=filesystem, format="parquet").to_table(use_threads=False)
-    hashes = np.array([unit_hash(seed + 1, document_id) for document_id in table["id"].to_pylist()])
+    dataset = ds.dataset(path, filesystem=filesystem, format="parquet")
+    ids = dataset.to_table(columns=["id"], use_threads=False)["id"]
+    hashes = np.array([unit_hash(seed + 1, document_id) for document_id in ids.to_pylist()])
     kept = np.sort(np.argsort(hashes, kind="stable")[:most])
-    table = table.take(kept)
+    table = dataset.take(kept, columns=["tokens", "text_bytes", "domain"], use_threads=False, **READ_AHEAD)
     return HeldOutDocuments(
         tokens=[np.asarray(tokens, np.int32) for tokens in table["tokens"].to_pylist()],
         text_bytes=table["text_bytes"].to_numpy(),
@@ -138,7 +143,7 @@ def score_models(run: Run, names: list[str], task: str | None = None) -> dict[st
 def context_distances(
     embedder: Embedder, documents: list[np.ndarray], centers: dict[str, Tensor]
 ) -> dict[str, np.ndarray]:
-    """Squared distances of every token's context to each system's centres, float32 (T, K) by system."""
+    """Squared distances of every token's context to each system's centers, float32 (T, K) by system."""
     parts: dict[str, list[np.ndarray]] = {system: [] for system in centers}
     for tokens in documents:
         prefixes_TD = torch.from_numpy(embedder.prefix_embeddings(tokens))

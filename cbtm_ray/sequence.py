@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from cbtm_ray.ensemble import Ensemble, PrefixRouter
+from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.merge import mix_logprobs
 from cbtm_ray.sampling import Sampling, token_probabilities
 
@@ -140,20 +140,19 @@ class Sequence:
         """Route the text so far as if it were a prompt to these experts. What they have read of it they do not read again."""
         candidates = self.request.candidates
         chosen = active if candidates is None else active.intersection(candidates) or active
-        self.router, self.drafts = PrefixRouter(self.ensemble, self.request.top_k, chosen), []
+        self.router, self.drafts = self.ensemble.router(self.request.top_k, chosen), []
         for reading in self.readings.values():
             reading.go_back(len(self.text))
         if self._echoed < len(self.request.prompt):  # the predictions of the rest are gone
             self.readings = {expert: Reading() for expert in self.readings}
         self.routed = False
         """Whether the running experts have read all of the text that is given."""
-        if self.request.heard:
-            self.route_prompt()
+        self.route_prompt()
 
     def prompt_reads(self, most: int) -> dict[int, int]:
         """How far each running expert should read next, at most so many tokens more each: the prefix first, then the rest."""
-        prefix = self.ensemble.prefix_tokens
-        end = min(len(self.text), prefix + 1) if self.router.length < prefix else len(self.text)
+        hold_at = self.router.hold_at
+        end = len(self.text) if hold_at is None else min(len(self.text), hold_at + 1)
         return {expert: min(end, self.readings[expert].length + most) for expert in self.router.running}
 
     def unread(self, expert: int, end: int) -> list[int]:
@@ -168,39 +167,39 @@ class Sequence:
 
     def route_prompt(self) -> list[Step]:
         """Route as much of the given text as its experts have read; steps of the prompt where they are wanted."""
-        steps, router = list[Step](), self.router
-        while (start := router.length) < len(self.text) - 1:
-            heard = [self.readings[expert].heard for expert in router.running]
-            ends = [len(self.text) - 1, *map(len, heard)]
-            if start < self.ensemble.prefix_tokens:  # its end decides who runs on
-                ends.append(self.ensemble.prefix_tokens)
-            if self._echoed < len(self.request.prompt):  # from there on every token's mixture is wanted
-                ends.append(max(self._echoed, start + 1))
-            if (end := min(ends)) <= start:
-                return steps
-            if start == self._echoed < len(self.request.prompt):
+        steps, router, last = list[Step](), self.router, len(self.text) - 1
+        while True:
+            if router.due(1):
+                if any(len(self.readings[expert].heard) < router.length for expert in router.running):
+                    return steps
+                self._observe()
+            start, echoing = router.length, self._echoed < len(self.request.prompt)
+            if start == last:
+                break
+            if echoing and start == self._echoed:  # this token's mixture is wanted, and that of every one from here on
+                if any(self.readings[expert].length <= start for expert in router.running):
+                    return steps
                 steps.append(self._step(self.text[start + 1], *self.mixture(start), in_prompt=True))
                 self._echoed += 1
-            router.read(self.text[start + 1 : end + 1])
-            router.observe([logprobs[start:end] for logprobs in heard])
-        self.routed = all(self.readings[expert].length >= len(self.text) for expert in router.running)
+            end = min(last, max(self._echoed, start + 1) if echoing else last, router.hold_at or last)
+            router.append(self.text[start + 1 : end + 1])
+        self.routed = self.all_read
         return steps
 
     @property
-    def refresh_due(self) -> bool:
-        """Whether the next weights need the running experts' evidence of every token so far."""
-        missing = self.router.length - self.router.observed
-        at_prefix_end = self.router.length == self.ensemble.prefix_tokens
-        return missing >= self.request.refresh_tokens or (missing > 0 and at_prefix_end)
+    def all_read(self) -> bool:
+        """Whether the running experts have read all of the text."""
+        return all(self.readings[expert].length >= len(self.text) for expert in self.router.running)
 
     def refresh(self) -> None:
         """Take in the evidence, if it is due. The running experts must have read all but the last token at least."""
-        if self.refresh_due:
-            heard = []
+        if self.router.due(self.request.refresh_tokens):
             for expert in self.router.running:
                 self.readings[expert].hear(self.text)
-                heard.append(self.readings[expert].heard)
-            self.router.observe([logprobs[self.router.observed : self.router.length] for logprobs in heard])
+            self._observe()
+
+    def _observe(self) -> None:
+        self.router.observe({expert: self.readings[expert].heard for expert in self.router.running})
 
     def mixture(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities of the token after a position under the mixture (V,), and the weights behind them (K,)."""
@@ -220,7 +219,7 @@ class Sequence:
     ) -> Step:
         """Add a token to the text."""
         self.text.append(token)
-        self.router.read([token])
+        self.router.append([token])
         return self._step(token, logprobs_V, weights_K, expert=expert)
 
     def _step(

@@ -2,8 +2,8 @@
 
     N documents, D embedding dims, K clusters, C documents near a border between two clusters
 
-A step returns sums, or what concerns few documents. The loops of `cluster.py` ask `Shards` for the results of each shard or
-for their total, and so run unchanged on one tensor (`LocalShards`) and over actors (`distributed.py`).
+A step returns sums, or results for few documents. The loops of `cluster.py` and `prices.py` ask `Shards` for the results of
+each shard or for their total, and so run unchanged on one tensor (`LocalShards`) and over actors (`distributed.py`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
-
-from cbtm_ray.distances import squared_distances
 
 ROWS = 1 << 13  # rows of a shard on this machine
 GROUPS = 16  # sums that a step sends over the network, and so the most actors that can hold the shards
@@ -36,36 +34,54 @@ class Shards(Protocol):
         """Column sums of what the step returns on the shards."""
 
 
+def squared_distances(points_ND: Tensor, centers_KD: Tensor) -> Tensor:
+    """(N, K) squared Euclidean distances by one matrix product: for clustering, assigning and routing alike.
+
+    Both are shifted to the centers' mean first: in float32 |x|^2 - 2xc + |c|^2 loses what a common offset outweighs.
+    """
+    origin = centers_KD.mean(0)
+    x, c = points_ND - origin, centers_KD - origin
+    norms = (c * c).sum(1)[None] + (x * x).sum(1)[:, None]
+    return norms.addmm_(x, c.T, alpha=-2).clamp_(min=0)
+
+
 class Shard:
-    """Shard number `position`: embeddings (N, D), or distances (N, K) where steps are given `centres=None`."""
+    """Shard number `position`: embeddings (N, D), or distances (N, K) where steps are given `centers=None`."""
 
     def __init__(self, rows: Tensor, position: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
         self.rows, self.position, self._cache_bytes = rows, position, cache_bytes
-        self._centres, self._distances = torch.empty(0), torch.empty(0)
+        self._centers, self._distances = torch.empty(0), torch.empty(0)
 
-    def blocks(self, centres: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the rows with their (n, K) squared distances, each small enough for a processor's cache."""
-        n, device = len(self.rows), self.rows.device
-        n_clusters = self.rows.shape[1] if centres is None else len(centres)
-        known = centres is None or torch.equal(self._centres, centres)
-        keep = not known and 4 * n * n_clusters <= self._cache_bytes
-        if keep:
-            self._centres = torch.empty(0)
-            if self._distances.shape != (n, n_clusters):
-                self._distances = torch.empty(n, n_clusters, device=device)
-        distances = self.rows if centres is None else self._distances
-        size = max(1, (1 << 18 if device.type == "cpu" else 1 << 26) // n_clusters)
-        for rows in (slice(start, start + size) for start in range(0, max(n, 1), size)):
-            if known:
-                yield rows, distances[rows]
-                continue
-            assert centres is not None
-            block = squared_distances(self.rows[rows], centres.to(device))
-            if keep:
-                distances[rows] = block
-            yield rows, block
-        if keep and centres is not None:
-            self._centres = centres
+    def blocks(self, centers: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the rows with their (n, K) squared distances, each small enough for a processor's cache.
+
+        Distances that fit in `cache_bytes` are computed once for the same centers and reused until other centers are given;
+        larger ones are computed block by block in every call.
+        """
+        if centers is not None and 4 * len(self.rows) * len(centers) > self._cache_bytes:
+            yield from self._compute(centers)
+            return
+        distances_NK = self.rows if centers is None else self._keep(centers)
+        yield from ((rows, distances_NK[rows]) for rows in self._slices(distances_NK.shape[1]))
+
+    def _keep(self, centers: Tensor) -> Tensor:
+        """All distances (N, K), out of the cache if it is of these centers."""
+        if not torch.equal(self._centers, centers):
+            self._centers = torch.empty(0)  # the cache is of none until it is whole
+            if self._distances.shape[1:] != centers.shape[:1]:
+                self._distances = torch.empty(len(self.rows), len(centers), device=self.rows.device)
+            for rows, distances in self._compute(centers):
+                self._distances[rows] = distances
+            self._centers = centers
+        return self._distances
+
+    def _compute(self, centers: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        here = centers.to(self.rows.device)
+        yield from ((rows, squared_distances(self.rows[rows], here)) for rows in self._slices(len(centers)))
+
+    def _slices(self, n_clusters: int) -> list[slice]:
+        size = max(1, (1 << 18 if self.rows.device.type == "cpu" else 1 << 26) // n_clusters)
+        return [slice(start, start + size) for start in range(0, max(len(self.rows), 1), size)]
 
 
 def cut(rows: Tensor) -> list[Shard]:
@@ -129,10 +145,10 @@ def take_rows(shard: Shard, index: list[np.ndarray]) -> Tensor:
     return shard.rows[torch.tensor(index[shard.position]).to(shard.rows.device)].cpu()
 
 
-def log_spread(shard: Shard, centres: Tensor | None) -> tuple[float, int]:
+def log_spread(shard: Shard, centers: Tensor | None) -> tuple[float, int]:
     """Sum of log(mean_j d2_ij - min_j d2_ij) and its number of terms: logs, so that a far outlier sets no scale."""
     logs, count = 0.0, 0
-    for _, d in shard.blocks(centres):
+    for _, d in shard.blocks(centers):
         spread = (d.mean(1) - d.amin(1)).double()
         spread = spread[spread > 0]
         logs, count = logs + spread.log().sum().item(), count + len(spread)
@@ -148,10 +164,10 @@ def _softmax(d: Tensor, prices: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
     return share.div_(norm), (top.double() + norm.double().log()).mul_(-epsilon)
 
 
-def dual_step(shard: Shard, centres: Tensor | None, prices: Tensor, epsilon: float) -> tuple[Tensor, Tensor, float]:
+def dual_step(shard: Shard, centers: Tensor | None, prices: Tensor, epsilon: float) -> tuple[Tensor, Tensor, float]:
     """Sums of loads (K), overlaps (K, K) and smoothed minima: the dual's gradient, curvature and value."""
     loads, overlaps, value = torch.zeros(()), torch.zeros(()), 0.0
-    for _, d in shard.blocks(centres):
+    for _, d in shard.blocks(centers):
         share, minimum = _softmax(d, prices, epsilon)
         share = share.double()  # as in means_step; the curvature too: in float32, other cuts drift apart by 1e-5
         loads, overlaps = loads + share.sum(0).cpu(), overlaps + _gram(share)
@@ -167,13 +183,13 @@ def _gram(share: Tensor) -> Tensor:
     return torch.from_numpy(rows.T @ rows)
 
 
-def means_step(shard: Shard, centres: Tensor, prices: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor, float]:
+def means_step(shard: Shard, centers: Tensor, prices: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor, float]:
     """Sums (K, D) and counts (K) of the documents by cluster, and the sum of their squared distances.
 
-    With prices the softmax shares documents out, so that equal ones split as balance asks; else to the nearest centre.
+    With prices the softmax shares documents out, so that equal ones split as balance asks; else to the nearest center.
     """
     sums, counts, cost = torch.zeros(()), torch.zeros(()), 0.0
-    for rows, d in shard.blocks(centres):
+    for rows, d in shard.blocks(centers):
         if prices is None:
             share = torch.zeros_like(d).scatter_(1, d.argmin(1, keepdim=True), 1.0)
         else:
@@ -185,26 +201,26 @@ def means_step(shard: Shard, centres: Tensor, prices: Tensor | None, epsilon: fl
     return sums, counts, cost
 
 
-def farthest_rows(shard: Shard, centres: Tensor, count: int) -> list[tuple[float, Tensor]]:
-    """The `count` documents farthest from their nearest centre: (squared distance, embedding)."""
-    distance, index = torch.cat([d.amin(1) for _, d in shard.blocks(centres)]).topk(min(count, len(shard.rows)))
+def farthest_rows(shard: Shard, centers: Tensor, count: int) -> list[tuple[float, Tensor]]:
+    """The `count` documents farthest from their nearest center: (squared distance, embedding)."""
+    distance, index = torch.cat([d.amin(1) for _, d in shard.blocks(centers)]).topk(min(count, len(shard.rows)))
     return list(zip(distance.tolist(), shard.rows[index].cpu(), strict=True))
 
 
-def bound_step(shard: Shard, centres: Tensor | None, prices: Tensor) -> tuple[float]:
+def bound_step(shard: Shard, centers: Tensor | None, prices: Tensor) -> tuple[float]:
     """Sum of min_j (d2_ij + p_j), float64."""
-    return (sum((d.double() + prices.to(d.device)).amin(1).sum().item() for _, d in shard.blocks(centres)),)
+    return (sum((d.double() + prices.to(d.device)).amin(1).sum().item() for _, d in shard.blocks(centers)),)
 
 
 def labels_step(
-    shard: Shard, centres: Tensor | None, prices: Tensor, width: float
+    shard: Shard, centers: Tensor | None, prices: Tensor, width: float
 ) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
     """Labels argmin_j (d2_ij + p_j) as int32, the sum of their d2, and the documents at a border: index (C), d2 (C, K).
 
     At a border: another cluster is at most `width` dearer than the cheapest. Rounding moves no other document.
     """
     labels, cost, borders, distances = [], 0.0, [], []
-    for rows, d in shard.blocks(centres):
+    for rows, d in shard.blocks(centers):
         offers = d + prices.to(d)
         best, label = offers.min(1)
         near = ((offers <= best[:, None] + width).sum(1) > 1).nonzero()[:, 0]
@@ -215,6 +231,6 @@ def labels_step(
     return np.concatenate(labels), cost, np.concatenate(borders), np.concatenate(distances)
 
 
-def distances_step(shard: Shard, centres: Tensor) -> np.ndarray:
+def distances_step(shard: Shard, centers: Tensor) -> np.ndarray:
     """(N, K) Euclidean distances."""
-    return torch.cat([d.sqrt().cpu() for _, d in shard.blocks(centres)]).numpy()
+    return torch.cat([d.sqrt().cpu() for _, d in shard.blocks(centers)]).numpy()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from matplotlib.axes import Axes
@@ -27,6 +27,7 @@ from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config, config_tree
 from cbtm_ray.report import page_template
+from cbtm_ray.result_rows import Evaluation, ResultRow, row_name
 from cbtm_ray.run import Run
 
 Row = dict[str, Any]
@@ -57,8 +58,8 @@ def sweep_clusters(sweep: Run) -> None:
         progress.note(f"{k} clusters, {tokens:,} tokens")
         run = _point_run(point, folders[k], shared, tokens)
         _do(run, *pipeline.JOBS)
-        rows = files.read_json(run.uri("evaluation", "results.json"))["rows"]
-        found.append({"n_clusters": k, "total_tokens": tokens, "run": run.dir, "rows": rows})
+        evaluation: Evaluation = files.read_json(run.uri("evaluation", "results.json"))
+        found.append({"n_clusters": k, "total_tokens": tokens, "run": run.dir, "rows": evaluation["rows"]})
     result = {"points": found, "dense_runs": compared}
     files.write_json(sweep.uri("sweep.json"), result)
     files.write_bytes(sweep.uri("sweep.html"), render_sweep(result).encode())
@@ -114,7 +115,7 @@ def _held_out_settings(run: Run) -> Row:
     return {**run.settings("corpus"), **run.settings("tokenizer"), **most}
 
 
-def best_by_top_k(rows: Iterable[Row]) -> list[Row]:
+def best_by_top_k(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """The ensemble's row of each top-k whose routing did best on the tuning documents, by rising top-k."""
     worst_first = sorted((r for r in rows if r["system"] == "cbtm"), key=lambda row: -row["tuning_loss_nats"])
     best = {row["top_k"]: row for row in worst_first}
@@ -131,15 +132,13 @@ def sweep_rows(result: Row) -> list[Row]:
     return found + [{**row, "total_tokens": row["train_tokens"]} for row in result["dense_runs"]]
 
 
-def row_name(row: Row) -> str:
-    if "run" in row:
-        return f"dense, {row['parameters']:,} parameters"
-    if row["system"] == "dense":
-        return "dense control"
-    return f"{mixed_name(row['top_k'], row['n_clusters'])}, {row['routing']}"
+def sweep_name(row: Row) -> str:
+    """What a row of the sweep is of."""
+    return f"dense, {row['parameters']:,} parameters" if "run" in row else row_name(cast(ResultRow, row))
 
 
 def mixed_name(top_k: int, n_clusters: int) -> str:
+    """A top-k over all numbers of clusters."""
     return "all" if top_k == n_clusters else f"top-{top_k}"
 
 
@@ -151,7 +150,7 @@ def sweep_table(result: Row) -> Table:
         clusters = "-" if "run" in row else str(row["n_clusters"])
         cost = f"{row['train_flops']:.3g}", f"{row['infer_flops_per_token']:.3g}"
         ppl = f"{row['ppl']:.2f} [{row['ppl_low']:.2f}, {row['ppl_high']:.2f}]"
-        table.add_row(clusters, f"{row['total_tokens']:,}", row_name(row), ppl, *cost)
+        table.add_row(clusters, f"{row['total_tokens']:,}", sweep_name(row), ppl, *cost)
     return table
 
 
@@ -164,7 +163,7 @@ def render_sweep(result: Row) -> str:
         figures[tokens] = plots.plot(
             f"sweep-{tokens}", f"Perplexity against clusters, {tokens:,} tokens", _drawing(points)
         )
-    rows = [{**row, "name": row_name(row)} for row in sweep_rows(result)]
+    rows = [{**row, "name": sweep_name(row)} for row in sweep_rows(result)]
     base = max(result["dense_runs"], key=lambda row: row["parameters"], default=rows[0])
     return page_template("sweep.html.j2").render(figures=figures, rows=rows, base=base, palette=plots.PALETTE)
 

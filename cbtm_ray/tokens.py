@@ -21,7 +21,7 @@ from cbtm_ray import files
 from cbtm_ray.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-_READ_AHEAD = {"batch_size": 4096, "batch_readahead": 2, "fragment_readahead": 1}
+READ_AHEAD = {"batch_size": 4096, "batch_readahead": 2, "fragment_readahead": 1}
 """How much of the shards pyarrow holds in memory while they are read; its own defaults are a hundred times as much."""
 
 
@@ -182,7 +182,7 @@ def read_documents(
     filesystem, path = files.resolve(files.join(shards_uri, split))
     dataset = ds.dataset(path, filesystem=filesystem, format="parquet")
     wanted = None if cluster is None else ds.field("cluster") == cluster
-    for batch in dataset.to_batches(columns=["tokens"], filter=wanted, use_threads=False, **_READ_AHEAD):
+    for batch in dataset.to_batches(columns=["tokens"], filter=wanted, use_threads=False, **READ_AHEAD):
         yield from _as_documents(batch.column(0))
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from cbtm_ray.gguf_model import main
+from ops.gguf import main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__))

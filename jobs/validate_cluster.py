@@ -2,7 +2,7 @@
 
 import sys
 
-from cbtm_ray.cluster_files import main
+from ops.launcher_check import main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__))

@@ -6,6 +6,7 @@ from typing import Any
 from ray.serve import Application
 
 from cbtm_ray import files
+from cbtm_ray.ensemble import evaluate_again, tuned_routers, tuned_routes
 from cbtm_ray.errors import UserError
 
 from .arguments import AppArguments
@@ -26,11 +27,10 @@ def build(arguments: AppArguments) -> Application:
     """The application for `serve run` and `serve deploy`.
 
     Raises:
-        UserError: the run is not finished.
+        UserError: the run is not finished, or its evaluation has not measured what is to be served.
     """
-    if not files.exists(files.join(arguments.run_dir, "evaluation", "manifest.json")):
-        raise UserError(f"run_dir={arguments.run_dir} is not a finished run. Run: python -m jobs.run_all --config FILE")
-    arguments = arguments.model_copy(update={"run_dir": files.absolute(arguments.run_dir)})
+    found = {"run_dir": files.absolute(arguments.run_dir), "routing": served_routing(arguments)}
+    arguments = arguments.model_copy(update=found)
     drain: dict[str, Any] = {"graceful_shutdown_timeout_s": arguments.drain_s}
     classes: tuple[Any, Any, Any] = Roster, ExpertGroup, Gateway
     roster_class, group_class, gateway_class = classes
@@ -54,6 +54,7 @@ def build(arguments: AppArguments) -> Application:
             arguments.run_dir,
             layout,
             index,
+            routing=arguments.routing,
             dense=arguments.dense,
             max_sequences=arguments.max_sequences,
             cache_tokens=arguments.cache_tokens,
@@ -71,3 +72,22 @@ def build(arguments: AppArguments) -> Application:
         **drain,
     }
     return gateway_class.options(**options).bind(arguments, layout, groups, roster)
+
+
+def served_routing(arguments: AppArguments) -> str:
+    """The router that is served, which the run's evaluation must have measured.
+
+    Raises:
+        UserError: it has not, or the run is not finished.
+    """
+    run_dir, readers = arguments.run_dir, arguments.prefix_experts
+    if readers is None:
+        tuned_routes(run_dir, arguments.routing)
+        return arguments.routing
+    routes = tuned_routers(run_dir).get("nearest_prefix", {})
+    if {route.settings["prefix_experts"] for route in routes.values()} != {readers}:
+        raise UserError(
+            f"prefix_experts={readers} was not evaluated in run_dir={run_dir}. "
+            f"Set evaluate.prefix_experts={readers}, {evaluate_again(run_dir)}"
+        )
+    return "nearest_prefix"

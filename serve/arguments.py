@@ -22,8 +22,12 @@ class AppArguments(BaseModel):
     """Experts of one deployment, ExpertGroup0 and so on; None: all, in the deployment ExpertGroup."""
     resident_experts: int | None = Field(default=None, ge=1)
     """Experts of a group that have their weights in memory at a time, those used last; None: all."""
+    routing: str = "prefix"
+    """How experts are weighted: a router that the run has evaluated (`evaluate.routings`). Every `top_k` has the settings that
+    the evaluation tuned and reported for it."""
     prefix_experts: int | None = Field(default=None, ge=1)
-    """Experts that score the prefix of a prompt, those nearest to it, so that other groups may rest; None: all."""
+    """nearest_prefix routing in the place of `routing`: only so many experts, those nearest to it, read the prefix of a text,
+    so that other groups may rest. The run must have evaluated that number (`evaluate.prefix_experts`)."""
     group_cpus: float = Field(default=1.0, ge=0)
     """CPUs that Ray sets aside for a replica of a group."""
     group_gpus: float = Field(default=0.0, ge=0)

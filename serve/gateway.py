@@ -82,8 +82,9 @@ class Gateway:
         self.arguments, self.roster = arguments, roster
         self.client_tokens = read_tokens(arguments.client_tokens, "client_tokens")
         self.admin_tokens = read_tokens(arguments.admin_tokens, "admin_tokens")
-        ensemble, self.tokenizer = load_ensemble(arguments.run_dir, [])
-        self.groups = Groups(layout, groups, roster, ensemble, arguments.prefix_experts)
+        ensemble, self.tokenizer = load_ensemble(arguments.run_dir, [], routing=arguments.routing)
+        self.groups = Groups(layout, groups, roster, ensemble)
+        self.sizes = {ENSEMBLE: list(ensemble.routes), DENSE: [1]}
         self.experts = {ENSEMBLE: ensemble.n_experts, **({DENSE: 1} if arguments.dense else {})}
         self.ensemble, self.max_length = ensemble, min(ensemble.max_length, arguments.cache_tokens)
         # A long prompt must not hold up the streams, and a tokenizer is not for several threads: one more for a thread.
@@ -219,10 +220,10 @@ class Gateway:
         self, request: CompletionRequest | ChatRequest, prompts: list[list[int]], max_tokens: int
     ) -> list[sequence.Request]:
         """What the expert group is to decode: n sequences for each prompt."""
-        n_experts = self.experts[request.model]
-        top_k = request.cbtm.top_k or min(self.arguments.top_k, n_experts)
+        sizes = self.sizes[request.model]
+        top_k = request.cbtm.top_k or min(max(self.arguments.top_k, min(sizes)), max(sizes))
         seed = secrets.randbits(62) if request.seed is None else request.seed
-        check_top_k(top_k, n_experts)
+        check_top_k(top_k, sizes)
         found = [
             sequence_request(request, prompt, max_tokens=max_tokens, top_k=top_k, seed=seed + index)
             for prompt in prompts

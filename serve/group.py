@@ -48,6 +48,7 @@ class ExpertGroup:
         layout: Layout,
         index: int,
         *,
+        routing: str,
         dense: bool,
         max_sequences: int,
         cache_tokens: int,
@@ -55,12 +56,20 @@ class ExpertGroup:
         roster: DeploymentHandle,
     ) -> None:
         device = "cuda" if ray.get_gpu_ids() else "cpu"
-        ensemble, _ = load_ensemble(run_dir, layout.clusters[index], resident=resident_experts, device=device)
+        here = layout.clusters[index]
+        ensemble, _ = load_ensemble(run_dir, here, routing=routing, resident=resident_experts, device=device)
         room: dict[str, Any] = {"max_sequences": max_sequences, "cache_tokens": cache_tokens}
         self.engines = {ENSEMBLE: Engine(ensemble, **room, elsewhere=Asking(layout).ask)}
         if dense and index == 0:  # an ensemble of one
             model = torch.nn.Module.to(load_model(files.join(run_dir, DENSE_FOLDER)).eval(), device)
-            alone = replace(ensemble, experts={0: model}, model_config=model.config, centers_KD=ensemble.centers_KD[:1])
+            routes = {1: replace(next(iter(ensemble.routes.values())), top_k=1)}
+            alone = replace(
+                ensemble,
+                experts={0: model},
+                model_config=model.config,
+                centers_KD=ensemble.centers_KD[:1],
+                routes=routes,
+            )
             self.engines[DENSE] = Engine(alone, **room)
         self.answering = Answering(Contexts(ensemble, cache_tokens))
         self.n_experts, self.n_tokens = ensemble.n_experts, 0

@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from ray.serve.handle import DeploymentHandle
 
-from cbtm_ray.distances import squared_distances
-from cbtm_ray.ensemble import Ensemble, PrefixRouter
+from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.sequence import Request
 
 ENSEMBLE, DENSE = "cbtm", "dense"
@@ -50,56 +48,40 @@ class Groups:
     """What a gateway knows of the groups."""
 
     def __init__(
-        self,
-        layout: Layout,
-        handles: list[DeploymentHandle],
-        roster: DeploymentHandle,
-        ensemble: Ensemble,
-        prefix_experts: int | None,
+        self, layout: Layout, handles: list[DeploymentHandle], roster: DeploymentHandle, ensemble: Ensemble
     ) -> None:
         """
         Args:
             ensemble: what routes; no experts are needed.
-            prefix_experts: how many experts score a prefix, those nearest to it; None: all.
         """
-        self.layout, self.roster, self.ensemble, self.prefix_experts = layout, roster, ensemble, prefix_experts
+        self.layout, self.roster, self.ensemble = layout, roster, ensemble
         # By gRPC: a streamed token costs a sixth of what it does through the object store.
         self.streams = [handle.options(stream=True, _by_reference=False) for handle in handles]
         self.calls = [handle.options(_by_reference=False) for handle in handles]
 
     async def plan(self, model: str, request: Request) -> tuple[Any, Request]:
-        """The group that decodes what comes next of a text, and what it is to decode: of a text shorter than the prefix only
-        up to its end, for there the experts that serve the rest are chosen, and they may be elsewhere."""
-        if model != ENSEMBLE or (len(self.streams) == 1 and self.prefix_experts is None):
-            return self.streams[0], request
-        text, n_prefix = [*request.prompt, *request.answer], self.ensemble.prefix_tokens
-        prefix = text[:n_prefix]
-        candidates = await self._candidates(prefix)
-        request = replace(request, candidates=tuple(candidates))
-        if len(self.streams) == 1:
-            return self.streams[0], request
-        if len(text) < n_prefix:
-            request = replace(request, max_tokens=min(request.max_tokens, n_prefix - len(request.prompt)))
-        router = PrefixRouter(self.ensemble, request.top_k, candidates)
-        heard = {} if request.echo_logprobs else await self._score(prefix, candidates)
-        router.read(prefix)
-        if heard:
-            router.observe([heard[expert] for expert in router.running])
-        weights_K = router.weights()
-        shares = [weights_K[clusters].sum() for clusters in self.layout.clusters]
-        return self.streams[int(np.argmax(shares))], replace(request, heard=heard)
+        """The group that decodes what comes next of a text, and what it is to decode.
 
-    async def _candidates(self, prefix: list[int]) -> list[int]:
+        Where experts are held after a prefix, a text shorter than that is decoded only up to its end: there the experts that
+        serve the rest are chosen, and they may be elsewhere.
+        """
+        if model != ENSEMBLE or len(self.streams) == 1:
+            return self.streams[0], request
         _, _, resting = await self.roster.served.remote()
         active = [expert for expert in range(self.ensemble.n_experts) if expert not in resting]
-        if self.prefix_experts is None:
-            return active
-        context = self.ensemble.embedder.context()
-        for token in prefix:
-            context.append(token)
-        embedding_1D = torch.from_numpy(context.embedding()[None])
-        distances_K = squared_distances(embedding_1D, self.ensemble.centers_KD)[0].tolist()
-        return sorted(sorted(active, key=lambda expert: distances_K[expert])[: self.prefix_experts])
+        router, text = self.ensemble.router(request.top_k, active), [*request.prompt, *request.answer]
+        hold_at = router.hold_at
+        router.append(text[:hold_at])
+        request = replace(request, candidates=tuple(active))
+        if hold_at is not None:
+            if len(text) < hold_at:
+                request = replace(request, max_tokens=min(request.max_tokens, hold_at - len(request.prompt)))
+            if not request.echo_logprobs:
+                request = replace(request, heard=await self._score(text[:hold_at], router.running))
+                router.observe(request.heard)
+        weights_K = router.weights()
+        shares = [weights_K[clusters].sum() for clusters in self.layout.clusters]
+        return self.streams[int(np.argmax(shares))], request
 
     async def _score(self, prefix: list[int], experts: list[int]) -> dict[int, list[float]]:
         """Log-probabilities that each expert gives to the tokens of the prefix."""

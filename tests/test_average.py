@@ -11,8 +11,8 @@ from cbtm_ray import files
 from cbtm_ray.branch import DENSE, expert_folder
 from cbtm_ray.errors import UserError
 from cbtm_ray.pipeline import run_job
-from cbtm_ray.results import held_out_documents
 from cbtm_ray.run import Run
+from cbtm_ray.scoring import held_out_documents
 
 pytestmark = pytest.mark.ray
 
@@ -38,8 +38,8 @@ def test_an_average_has_the_weighted_parameters_of_the_experts(averaged: Run) ->
 
 def test_routing_weights_are_the_mean_over_the_tuning_documents(averaged: Run) -> None:
     """The chosen routing's weights, token by token, computed anew from the saved log-probabilities where it needs them."""
-    from cbtm_ray.evaluate import Route, routing_weights
-    from cbtm_ray.results import ensemble_system, measure
+    from cbtm_ray.router import Route
+    from cbtm_ray.systems import ensemble_system, measure
 
     documents, ensemble = held_out_documents(averaged), ensemble_system(averaged)
     uris = {name: averaged.uri("evaluation", "logprobs", f"{name.replace('/', '-')}.npy") for name in ensemble.experts}
@@ -48,7 +48,7 @@ def test_routing_weights_are_the_mean_over_the_tuning_documents(averaged: Run) -
     rows = files.read_json(averaged.uri("evaluation", "results.json"))["rows"]
     chosen = next(row for row in rows if row.get("chosen"))
     route = Route(routing=chosen["routing"], top_k=chosen["top_k"], settings=chosen["settings"], prefix_tokens=8)
-    expected = routing_weights(measured.tuning, route).mean(axis=0)
+    expected = route.weights(measured.tuning).mean(axis=0)
     found = averaged.manifest("average")["rows"][2]["weights"]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert len(measured.tuning.logprobs_TK) != len(measured.reported.logprobs_TK)

@@ -18,11 +18,11 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from cbtm_ray import cluster
-from cbtm_ray.cluster import BalancedKMeans, assign_points, balanced_assignment
-from cbtm_ray.distances import squared_distances
+from cbtm_ray.cluster import BalancedKMeans
 from cbtm_ray.errors import UserError
+from cbtm_ray.prices import HOTTEST, IMBALANCE, WARM, assign_points, balanced_assignment, fit_prices, lower_bound
 from cbtm_ray.rounding import round_sizes
-from cbtm_ray.shard_steps import LocalShards, Shard, cut
+from cbtm_ray.shard_steps import LocalShards, Shard, cut, squared_distances
 
 COUNTS = [(2, 2), (7, 2), (9, 3), (10, 4), (23, 5), (40, 7), (61, 16), (96, 8), (31, 31), (33, 31)]
 
@@ -59,8 +59,8 @@ def assert_balanced(labels: np.ndarray, n: int, n_clusters: int) -> None:
 
 
 def test_four_points_on_a_line_by_hand() -> None:
-    points, centres = torch.tensor([[0.0], [0.0], [1.0], [10.0]]), torch.tensor([[0.0], [10.0]])
-    best = assign_points(points, centres)
+    points, centers = torch.tensor([[0.0], [0.0], [1.0], [10.0]]), torch.tensor([[0.0], [10.0]])
+    best = assign_points(points, centers)
     assert best.labels.tolist() == [0, 0, 1, 1]  # the point at 1 has to go to 10: 81 / 4
     assert best.cost == pytest.approx(20.25)
     assert best.lower_bound == pytest.approx(20.25)
@@ -89,13 +89,13 @@ def test_rounding_is_exact_and_proven_from_any_prices(n: int, n_clusters: int) -
     distances, rng = random_distances(n, n_clusters), np.random.default_rng(1)
     shards, best = LocalShards([Shard(distances)]), cheapest_cost(distances.numpy())
     for prices in (np.zeros(n_clusters), rng.normal(size=n_clusters), 5 * rng.random(n_clusters)):
-        assert cluster.lower_bound(shards, None, prices, n) <= best + 1e-12
+        assert lower_bound(shards, None, prices, n) <= best + 1e-12
         rounded = round_sizes(distances.numpy(), np.zeros(n_clusters, int), prices)
         assert rounded is not None
         labels, proof = rounded
         assert_balanced(labels, n, n_clusters)
         assert distances.numpy()[np.arange(n), labels].mean() == pytest.approx(best, rel=1e-9)
-        assert cluster.lower_bound(shards, None, proof, n) == pytest.approx(best, rel=1e-9)
+        assert lower_bound(shards, None, proof, n) == pytest.approx(best, rel=1e-9)
 
 
 @pytest.mark.parametrize("n", [30_000, 30_011])
@@ -133,9 +133,9 @@ def test_zero_vectors_and_a_far_outlier() -> None:
 
 
 def test_as_many_documents_as_clusters_is_a_permutation() -> None:
-    centres = torch.from_numpy(blobs(64))
+    centers = torch.from_numpy(blobs(64))
     order = torch.from_numpy(np.random.default_rng(0).permutation(64))
-    best = assign_points(centres[order], centres)
+    best = assign_points(centers[order], centers)
     assert best.labels.tolist() == order.tolist()
 
 
@@ -174,10 +174,14 @@ def test_labels_follow_a_permutation_of_documents_and_clusters() -> None:
 def test_blocks_are_the_same_kept_or_computed_again() -> None:
     points = torch.from_numpy(blobs(300))
     kept, again = Shard(points), Shard(points, cache_bytes=0)
-    for centres in (points[:3], points[:3], points[5:9]):
+    for centers in (points[:3], points[:3], points[5:9]):
         for shard in (kept, again):
-            blocks = torch.cat([d for _, d in shard.blocks(centres)])
-            torch.testing.assert_close(blocks, squared_distances(points, centres))
+            blocks = torch.cat([d for _, d in shard.blocks(centers)])
+            torch.testing.assert_close(blocks, squared_distances(points, centers))
+    same, other = points[5:9].clone(), points[6:10]
+    first, second, third = ([d for _, d in kept.blocks(centers)] for centers in (same, points[5:9], other))
+    assert first[0].data_ptr() == second[0].data_ptr() == third[0].data_ptr()
+    torch.testing.assert_close(torch.cat(third), squared_distances(points, other))
 
 
 def test_fewer_documents_than_clusters_is_refused() -> None:
@@ -202,7 +206,7 @@ def test_bad_input_is_refused() -> None:
             balanced_assignment(torch.full((4, 2), value))
     with pytest.raises(ValueError, match="not fitted yet"):
         BalancedKMeans(2).predict(np.zeros((3, 2), "f4"))
-    with pytest.raises(UserError, match="embeddings have 3 dimensions, but must have 5 as the centres do"):
+    with pytest.raises(UserError, match="embeddings have 3 dimensions, but must have 5 as the centers do"):
         BalancedKMeans(2).fit(blobs(20)).transform(np.zeros((4, 3), "f4"))
     uneven = LocalShards([Shard(torch.zeros(4, dim)) for dim in (2, 3)])
     with pytest.raises(UserError, match=r"embeddings have \[2, 3\] dimensions, but must all have as many"):
@@ -279,7 +283,7 @@ def test_no_documents_have_no_labels() -> None:
 @pytest.mark.parametrize("tol", [0.0, 1e-4])
 def test_unbalanced_equals_scikit_learn(n_clusters: int, tol: float) -> None:
     points = blobs(2000, n_blobs=6)
-    start = cluster.start_centres(LocalShards(cut(torch.from_numpy(points))), [2000], n_clusters, 3)
+    start = cluster.start_centers(LocalShards(cut(torch.from_numpy(points))), [2000], n_clusters, 3)
     ours = BalancedKMeans(n_clusters, balanced=False, max_iter=300, tol=tol, random_state=3).fit(points)
     theirs = KMeans(n_clusters, init=start.numpy(), n_init=1, tol=tol, algorithm="lloyd").fit(points)
     np.testing.assert_allclose(ours.cluster_centers_, theirs.cluster_centers_, atol=1e-4)
@@ -307,7 +311,7 @@ def test_balanced_fit_has_equal_sizes_and_a_closed_gap(n: int) -> None:
     model = BalancedKMeans(8, max_iter=10).fit(points)
     assert_balanced(model.labels_, n, 8)
     assert model.gap_ < 1e-6
-    assert model.imbalance_ <= cluster.IMBALANCE
+    assert model.imbalance_ <= IMBALANCE
     assert model.cluster_centers_.dtype == np.float32
     chosen = (points - model.cluster_centers_[model.labels_]).astype(float)
     assert model.inertia_ == pytest.approx((chosen**2).sum(), rel=1e-4)
@@ -342,8 +346,8 @@ def test_empty_cluster_moves_to_the_farthest_document() -> None:
     start = cluster.Progress(0, torch.tensor([[0.0], [99.0]]), torch.zeros(2), np.inf, np.inf, np.nan)
     shards = LocalShards([Shard(points)])
     first, *_, last = cluster.lloyd(shards, start, balanced=False, max_iter=9, tolerance=0.0)
-    assert first.centres[:, 0].tolist() == pytest.approx([11 / 3, 10.0])
-    assert last.centres[:, 0].tolist() == [0.5, 10.0]
+    assert first.centers[:, 0].tolist() == pytest.approx([11 / 3, 10.0])
+    assert last.centers[:, 0].tolist() == [0.5, 10.0]
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -371,15 +375,15 @@ def test_going_on_from_a_saved_iteration_changes_nothing() -> None:
     resumed = list(model.iterations(shards, straight[3]))
     assert len(straight) == 7
     assert len(resumed) == 4
-    assert torch.equal(straight[-1].centres, resumed[-1].centres)
+    assert torch.equal(straight[-1].centers, resumed[-1].centers)
 
 
 def test_prices_that_start_far_away_are_found_all_the_same() -> None:
-    """Centres can move so far between iterations that the prices of the last one are a thousand spreads off."""
+    """Centers can move so far between iterations that the prices of the last one are a thousand spreads off."""
     points = torch.from_numpy(blobs(600))
     shards = LocalShards(cut(points))
     far = torch.tensor([0.0, 2e3, -2e3, 5e3], dtype=torch.double)
-    prices, _, imbalance = cluster.fit_prices(shards, points[:4], far, cluster.WARM)
-    near, _, _ = cluster.fit_prices(shards, points[:4], torch.zeros(4, dtype=torch.double), cluster.HOTTEST)
-    assert imbalance <= cluster.IMBALANCE
+    prices, _, imbalance = fit_prices(shards, points[:4], far, WARM)
+    near, _, _ = fit_prices(shards, points[:4], torch.zeros(4, dtype=torch.double), HOTTEST)
+    assert imbalance <= IMBALANCE
     assert (prices - near).abs().max() < 0.1 * near.abs().max()

@@ -46,9 +46,18 @@ def requests(**changes: object) -> list[Request]:
     return [make_request(prompt, max_tokens=14, **changes) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("strategy", ["lockstep", "ancestral", "speculative"])
-def test_experts_in_two_places_give_what_they_give_in_one(strategy: str) -> None:
-    ensemble = make_ensemble()
+@pytest.mark.parametrize(
+    ("strategy", "routing"),
+    [
+        ("lockstep", "prefix"),
+        ("ancestral", "prefix"),
+        ("speculative", "prefix"),
+        ("ancestral", "embedding"),
+        ("speculative", "nearest_prefix"),
+    ],
+)
+def test_experts_in_two_places_give_what_they_give_in_one(strategy: str, routing: str) -> None:
+    ensemble = make_ensemble(routing=routing)
     asked = requests(strategy=strategy, sampling=Sampling(seed=3))
     for here, there in (([0, 1], [2, 3]), ([2], [0, 1, 3])):
         other = Other(part_of(ensemble, there))
@@ -95,7 +104,7 @@ def test_what_was_heard_before_need_not_be_read_again() -> None:
     """Somebody has asked all experts for the prefix; the two that stay are here, and nobody else is asked."""
     ensemble, prompt = make_ensemble(), [5, 9, 3, 7, 11, 2, 8, 6]
     experts = range(ensemble.n_experts)
-    prefix = [ensemble.end_of_text, *prompt[: ensemble.prefix_tokens]]
+    prefix = [ensemble.end_of_text, *prompt[:6]]
     rows = Contexts(ensemble, 100).read([FarRead(expert, prefix[:-1], 0, "prefix") for expert in experts])
     heard = {expert: rows[expert][range(len(prefix) - 1), prefix[1:]].tolist() for expert in experts}
     whole = drain(Engine(ensemble, max_sequences=1, cache_tokens=50), [make_request(prompt)])[0]

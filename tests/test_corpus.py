@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from cbtm_ray import corpus, files
 from cbtm_ray.config import Config, CorpusConfig
-from cbtm_ray.corpus import build_corpus, read_sample
+from cbtm_ray.corpus import build_corpus, read_again, read_sample
 from cbtm_ray.documents import is_held_out, unit_hash
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
@@ -28,6 +34,57 @@ def test_counts_split_and_sample_are_those_of_the_documents(finished_run: Run) -
     assert manifest["valid_documents"] == 240 - len(train)
     expected = sorted(train, key=lambda i: unit_hash(0, i))[:150]
     assert read_sample(finished_run)["id"].to_pylist() == expected
+
+
+def test_the_sample_file_is_the_one_of_a_single_pass_over_all_documents(finished_run: Run) -> None:
+    corpus_config = finished_run.config.corpus
+    everything = [
+        json.loads(line)
+        for uri in files.list_files(corpus_config.paths[0])
+        for line in files.read_bytes(uri).splitlines()
+    ]
+    train = [row for row in everything if not is_held_out(row["id"], corpus_config, 0)]
+    expected = io.BytesIO()
+    sample = sorted(train, key=lambda row: unit_hash(0, row["id"]))[:150]
+    pq.write_table(pa.Table.from_pylist(sample, corpus.SAMPLE_SCHEMA), expected)
+    assert files.read_bytes(finished_run.uri("corpus", "sample.parquet")) == expected.getvalue()
+
+
+def scanned(folder: Path, texts: list[str], split: str = "train") -> dict[str, Any]:
+    """A shard of these texts as the first reading gives it to the driver."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"id": f"d{n}", "text": text, "domain": "sea"} for n, text in enumerate(texts)]
+    (folder / "part.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"index": 0, "uris": [str(folder / "part.jsonl")], "names": ["part.jsonl"], "split": split}
+    return corpus._scan(task, corpus_of(folder), seed=0)
+
+
+def test_a_shard_sends_ids_to_the_driver_and_then_the_chosen_texts_alone(tmp_path: Path) -> None:
+    texts = [f"{n} " * 5000 for n in range(60)]
+    row = scanned(tmp_path / "corpus", texts)
+    assert 30 < len(row["sample_ids"]) == row["train_documents"] < 60
+    assert len(pickle.dumps(row)) < 2000 < len(texts[0])
+    chosen = row.pop("sample_ids")[:2]
+    documents = corpus._pick({**row, "ids": chosen}, corpus_of(tmp_path / "corpus"))["documents"]
+    assert {document["text"] for document in documents} == {texts[int(name.removeprefix("d"))] for name in chosen}
+    assert len(documents) == 2
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("change", [("fair", "foul"), ("d1", "e1"), ("sea", "air")])
+def test_another_text_id_or_domain_of_equal_length_is_noticed(
+    tmp_path: Path, split: str, change: tuple[str, str]
+) -> None:
+    folder = tmp_path / "corpus"
+    row = scanned(folder, ["fair wind", "foul wind", "  "], split)
+    assert [document.text for document in read_again(row, corpus_of(folder))] == ["fair wind", "foul wind"]
+    part = folder / "part.jsonl"
+    part.write_text(part.read_text().replace(*change, 1))
+    field = "paths" if split == "train" else "valid_paths"
+    with pytest.raises(UserError, match=rf"^corpus\.{field}: part\.jsonl changed after the corpus was built\. Restore"):
+        list(read_again(row, corpus_of(folder)))
+    with pytest.raises(UserError, match=r"part\.jsonl changed"):
+        corpus._pick({**row, "ids": []}, corpus_of(folder))
 
 
 def test_documents_without_text_are_counted_and_left_out(tmp_path: Path, ray_cluster: str) -> None:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -92,6 +93,13 @@ def test_lines_longer_than_a_block_and_a_last_line_without_end(tmp_path: Path) -
     assert [document.text for document in read(tmp_path)] == [row["text"] for row in rows]
 
 
+def test_lines_are_the_same_wherever_a_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    for data, expected in [(b"\n\nab\ncdefgh\n\ni", ["", "", "ab", "cdefgh", "", "i"]), (b"abc\n", ["abc"]), (b"", [])]:
+        for size in range(1, 15):
+            monkeypatch.setattr(documents, "BLOCK_BYTES", size)
+            assert [line.decode() for line in documents._lines(io.BytesIO(data), "a.jsonl")] == expected
+
+
 def test_windows_line_ends_are_no_part_of_a_text(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", b'{"text": "a"}\r\n{"text": "b"}\r\n')
     assert [document.text for document in read(tmp_path)] == ["a", "b"]
@@ -165,6 +173,7 @@ def test_small_text_files_are_one_shard(tmp_path: Path) -> None:
         (b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2 is not JSON: Expecting value at column \d+\."),
         (b'{"text": ' + b"[" * 200_000 + b"\n", r"a\.jsonl:1 is JSON nested too deeply\."),
         (b'{"text": "a"}\n["b"]\n', r"a\.jsonl:2 is not a JSON object with keys such as 'text'"),
+        (b'{"text": "a"}\n{"text": ' + b"9" * 5000 + b"}\n", r"a\.jsonl:2 holds a number of too many digits\."),
         (b'{"text": "a"}\n\n{"text": "b"}\n', r"a\.jsonl:2 is an empty line\. Remove it"),
         (b'{"text": "a"}\n  \n', r"a\.jsonl:2 is an empty line"),
         (b'{"text": "a"}\n{"text": 3}\n', r"a\.jsonl:2: corpus\.text_column='text' holds 3, which is not a text"),
@@ -181,10 +190,40 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, data: bytes, mess
         read(tmp_path)
 
 
-def test_half_a_surrogate_pair_which_utf8_cannot_hold_is_refused_with_its_line(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b\\ud83d"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:2"):
+@pytest.mark.parametrize("field", ["text", "key", "topic"])
+def test_half_a_surrogate_pair_which_utf8_cannot_hold_is_refused_with_its_line(tmp_path: Path, field: str) -> None:
+    rows = [{"text": "a", "key": "1", "topic": "sea"}, {"text": "b", "key": "2", "topic": "sea"} | {field: "\ud83d"}]
+    write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"^a\.jsonl:2 holds half a surrogate pair, which UTF-8 cannot hold\. Mend"):
+        read(tmp_path, id_column="key", domain_column="topic")
+
+
+@pytest.mark.parametrize("field", ["text", "key", "topic"])
+def test_bytes_of_parquet_that_are_not_utf8_are_refused_with_their_row(tmp_path: Path, field: str) -> None:
+    """Parquet keeps what a careless writer calls a string; nobody looks at its bytes before they are read."""
+    latin1 = pa.array([b"good"] * 1500 + [b"caf\xe9", b"good"])
+    columns = {name: pa.array(["x"] * 1502) for name in ("text", "key", "topic")}
+    columns[field] = pa.Array.from_buffers(pa.string(), 1502, latin1.buffers())
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"^a\.parquet:1501 is not UTF-8: byte 0xe9 at position 3\. Re-encode"):
+        read(tmp_path, id_column="key", domain_column="topic")
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    with pytest.raises(UserError, match=r"corpus\.paths: .* holds a file whose name is not UTF-8\. Rename the file"):
+        list_shards((str(tmp_path),))
+
+
+@pytest.mark.parametrize("begin", ["[", "\ufeff \n["])
+def test_an_array_is_refused_at_its_first_block_with_what_to_do(tmp_path: Path, begin: str) -> None:
+    write(tmp_path / "a.json", begin + '{"text": "x"}, ' * 200_000)
+    with pytest.raises(UserError, match=r"^a\.json is a JSON array, but each line must be an object .*jq -c '\.\[\]'"):
         read(tmp_path)
+    with (tmp_path / "a.json").open("rb") as stream:
+        with pytest.raises(UserError, match="is a JSON array"):
+            next(documents._lines(stream, "a.json"))
+        assert stream.tell() == documents.BLOCK_BYTES
 
 
 @pytest.mark.parametrize("field", ["domain", "id"])

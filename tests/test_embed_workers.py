@@ -19,7 +19,7 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.partition import partition_corpus
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import load_tokenizer
-from tests.test_text_embedders import minilm_folder
+from tests.minilm import minilm_folder
 
 pytestmark = pytest.mark.ray
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cbtm_ray.engine import PROMPT_TOKENS, Engine
+from cbtm_ray.engine import PROMPT_TOKENS, Engine, generate
 from cbtm_ray.errors import UserError
-from cbtm_ray.generate import run
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request, remaining
 from tests.tiny_ensemble import drain, make_ensemble, make_request, tokens_of, with_experts
@@ -37,7 +36,7 @@ def mixed_requests() -> list[Request]:
 def test_a_batch_gives_what_each_gives_alone(architecture: str) -> None:
     """With room for three at a time, and slots that earlier sequences have left in pieces."""
     ensemble, requests = make_ensemble(architecture=architecture), mixed_requests()
-    alone = [list(run(ensemble, request)) for request in requests]
+    alone = [list(generate(ensemble, request)) for request in requests]
     together = drain(Engine(ensemble, max_sequences=3, cache_tokens=75), requests)
     for ours, theirs in zip(together, alone, strict=True):
         assert [step.token for step in ours] == [step.token for step in theirs]
@@ -101,10 +100,10 @@ def test_an_interrupted_text_goes_on_as_it_would_have() -> None:
     ensemble = make_ensemble()
     sampling = Sampling(seed=5, temperature=0.8, presence_penalty=0.3)
     request = make_request(PROMPTS[0], strategy="lockstep", refresh_tokens=1, sampling=sampling, max_tokens=20)
-    whole = [step.token for step in run(ensemble, request)]
+    whole = [step.token for step in generate(ensemble, request)]
     assert len(whole) > 6
     for given in range(len(whole)):
-        rest = [step.token for step in run(ensemble, replace(request, answer=whole[:given]))]
+        rest = [step.token for step in generate(ensemble, replace(request, answer=whole[:given]))]
         assert rest == whole[given:]
 
 
@@ -114,11 +113,11 @@ def test_an_interrupted_echo_goes_on_after_the_steps_that_were_given() -> None:
     request = make_request(
         PROMPTS[0], strategy="lockstep", refresh_tokens=1, max_tokens=20, echo_logprobs=True, top_logprobs=1
     )
-    whole = list(run(ensemble, request))
+    whole = list(generate(ensemble, request))
     assert [step.token for step in whole[:3]] == PROMPTS[0]
-    assert len(whole) > 3 + ensemble.prefix_tokens
+    assert len(whole) > 3 + ensemble.routes[2].prefix_tokens
     for given in range(len(whole)):
-        rest = list(run(ensemble, remaining(request, whole[:given])))
+        rest = list(generate(ensemble, remaining(request, whole[:given])))
         assert [(step.token, step.in_prompt) for step in rest] == [(s.token, s.in_prompt) for s in whole[given:]]
         np.testing.assert_allclose([step.logprob for step in rest], [s.logprob for s in whole[given:]], atol=1e-5)
 
@@ -180,7 +179,7 @@ def test_experts_leave_and_come_back_while_sequences_run(strategy: str, prompt: 
             assert set(np.flatnonzero(step.weights_K)) <= active
         members = sorted(active)
         remaining = with_experts(ensemble, members)
-        again = next(run(remaining, make_request(before, top_k=min(2, len(members)), sampling=greedy)))
+        again = next(generate(remaining, make_request(before, top_k=min(2, len(members)), sampling=greedy)))
         np.testing.assert_allclose(found[0].weights_K[members], again.weights_K, atol=1e-5)
         if strategy != "ancestral":
             assert found[0].token == again.token
@@ -189,7 +188,7 @@ def test_experts_leave_and_come_back_while_sequences_run(strategy: str, prompt: 
 def test_prompts_are_given_as_steps_where_asked() -> None:
     ensemble, prompt = make_ensemble(), PROMPTS[3]
     request = make_request(prompt, echo_logprobs=True, top_logprobs=2, max_tokens=2, strategy="lockstep")
-    steps = list(run(ensemble, request))
+    steps = list(generate(ensemble, request))
     assert [step.token for step in steps[: len(prompt)]] == prompt
     assert [step.in_prompt for step in steps] == [True] * len(prompt) + [False] * (len(steps) - len(prompt))
     for step in steps:
@@ -220,7 +219,7 @@ def test_experts_may_change_while_a_prompt_is_given_as_steps() -> None:
         ({"max_tokens": 3000}, "with a prompt of 3 tokens takes 3003 .*at most 2048 .max_position_embeddings."),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"max_tokens": 0, "echo_logprobs": True, "prompt": []}, "max_tokens=0 must be at least 1"),
-        ({"top_k": 5}, "top_k=5 must be between 1 and the number of experts, 4"),
+        ({"top_k": 5}, "top_k=5 must be between 1 and 4, the numbers of experts"),
         ({"prompt": [50]}, "prompt=50 must be token ids from 0 to 49"),
         ({"refresh_tokens": 0}, "refresh_tokens=0 must be at least 1"),
         ({"strategy": "greedy"}, "strategy='greedy' must be one of lockstep, ancestral, speculative or auto"),

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from cbtm_ray import evaluate
 from cbtm_ray.config import EvaluateConfig
-from cbtm_ray.evaluate import (
-    HeldOut,
-    Route,
-    candidates,
-    experts_run,
-    mixture_logprobs,
-    nested_mixtures,
-    prefix_readers,
-    routing_weights,
-    score_documents,
-    summarise,
-    tune,
-)
+from cbtm_ray.documents import unit_hash
+from cbtm_ray.evaluate import mixture_logprobs, nested_mixtures, score_documents, summarise, tune
+from cbtm_ray.load_config import build_config
+from cbtm_ray.partition import SCHEMA
+from cbtm_ray.route import HeldOut
+from cbtm_ray.router import ROUTERS, Route, prefix_readers
+from cbtm_ray.run import Run
+from cbtm_ray.scoring import held_out_documents
+from tests.tiny import tiny_tree
 
 CONFIG = EvaluateConfig()
 
@@ -66,6 +65,32 @@ def test_batches_hold_no_more_tokens_than_asked_for(model: LlamaForCausalLM) -> 
     assert max(rows for rows, _ in scored) > 1
 
 
+def test_held_out_documents_are_chosen_by_their_ids_before_any_tokens_are_read(tmp_path: Path) -> None:
+    """The documents with the smallest hash, in the order of the shards; memory holds little of the rest."""
+    tree = tiny_tree(tmp_path / "run", tmp_path)
+    tree["evaluate"]["max_documents"] = 20
+    run, random = Run(build_config(tree)), np.random.default_rng(0)
+    Path(run.uri("shards", "valid")).mkdir(parents=True)
+    rows = [
+        {"id": f"d{n}", "domain": "sea", "cluster": 0, "text_bytes": n, "tokens": np.full(4000 + n, n, np.int32)}
+        for n in random.permutation(400)
+    ]
+    for part in range(8):
+        table = pa.Table.from_pylist(rows[50 * part : 50 * (part + 1)], SCHEMA)
+        pq.write_table(table, run.uri("shards", "valid", f"part-{part:05d}.parquet"), row_group_size=10)
+    hashes = sorted(unit_hash(1, row["id"]) for row in rows)[:20]
+    expected = [row for row in rows if unit_hash(1, row["id"]) in hashes]
+    pool, before = pa.system_memory_pool(), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    documents = held_out_documents(run)
+    pa.set_memory_pool(before)
+    assert documents.text_bytes.tolist() == [row["text_bytes"] for row in expected]
+    assert all(np.array_equal(ours, row["tokens"]) for ours, row in zip(documents.tokens, expected, strict=True))
+    ranks = [hashes.index(unit_hash(1, row["id"])) for row in expected]
+    assert documents.for_tuning.tolist() == [rank % 2 == 0 for rank in ranks]
+    assert pool.max_memory() < 4 * sum(len(row["tokens"]) for row in rows) / 2
+
+
 def test_dropout_takes_no_part_in_scores() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, resid_pdrop=0.5)).train()
@@ -86,10 +111,14 @@ def held_out(n_experts: int = 3, lengths: tuple[int, ...] = (5, 9)) -> HeldOut:
 SETTINGS = {"temperature": 0.3, "beta": 1.0, "gamma": 0.9}
 
 
+def route(routing: str, top_k: int, *, settings: dict[str, float] = SETTINGS, prefix_tokens: int = 3) -> Route:
+    return Route(routing=routing, top_k=top_k, settings=settings, prefix_tokens=prefix_tokens)
+
+
 @pytest.mark.parametrize("routing", ["embedding", "posterior", "prefix"])
 def test_a_mixture_of_one_expert_is_that_expert(routing: str) -> None:
     alone = held_out(n_experts=1)
-    found = mixture_logprobs(alone, Route(routing=routing, top_k=1, settings=SETTINGS, prefix_tokens=3))
+    found = mixture_logprobs(alone, route(routing, 1))
     np.testing.assert_allclose(found, alone.logprobs_TK[:, 0], atol=1e-6)
 
 
@@ -97,15 +126,12 @@ def test_a_mixture_of_one_expert_is_that_expert(routing: str) -> None:
 def test_permuting_the_experts_changes_nothing(routing: str) -> None:
     given, order = held_out(), [2, 0, 1]
     permuted = HeldOut(given.lengths, given.logprobs_TK[:, order], given.squared_distances_TK[:, order])
-    results = [
-        mixture_logprobs(h, Route(routing=routing, top_k=2, settings=SETTINGS, prefix_tokens=3))
-        for h in (given, permuted)
-    ]
+    results = [mixture_logprobs(h, route(routing, 2)) for h in (given, permuted)]
     np.testing.assert_allclose(results[0], results[1], atol=1e-5)
 
 
 def test_evidence_starts_anew_with_every_document() -> None:
-    evidence_TK = held_out().evidence(0.9)
+    evidence_TK = ROUTERS["posterior"].evidence_TK(held_out(), 0.9)
     assert (evidence_TK[[0, 5]] == 0).all()
     np.testing.assert_allclose(evidence_TK[6], held_out().logprobs_TK[5])
 
@@ -114,11 +140,9 @@ def test_tuning_finds_the_temperature_that_trusts_a_good_embedding() -> None:
     near = np.tile([0.0, 1.0], (40, 1)).astype(np.float32)
     logprobs_TK = np.log(np.tile([0.9, 0.01], (40, 1))).astype(np.float32)
     lengths = np.array([20, 20])
-    assert tune(HeldOut(lengths, logprobs_TK, near), CONFIG, routing="embedding", sizes=[2])[0].settings == {
-        "temperature": 0.01
-    }
+    assert tune(HeldOut(lengths, logprobs_TK, near), CONFIG, "embedding")[2].settings == {"temperature": 0.01}
     misled = HeldOut(lengths, logprobs_TK, 1 - near)
-    assert tune(misled, CONFIG, routing="embedding", sizes=[2])[0].settings == {"temperature": 1.0}
+    assert tune(misled, CONFIG, "embedding")[2].settings == {"temperature": 1.0}
 
 
 def test_summary_by_hand() -> None:
@@ -141,10 +165,11 @@ def test_intervals_cover_documents_that_differ() -> None:
 
 
 def test_experts_that_run_by_hand() -> None:
-    lengths = np.array([10, 30])
-    assert experts_run("embedding", 2, 8, lengths, 16) == 2
-    assert experts_run("posterior", 2, 8, lengths, 16) == experts_run("bayes", 2, 8, lengths, 16) == 8
-    assert experts_run("prefix", 2, 8, lengths, 16) == pytest.approx((26 * 8 + 14 * 2) / 40)
+    given = held_out(n_experts=8, lengths=(10, 30))
+    runs = {name: route(name, 2, prefix_tokens=16).experts_run(given) for name in ("embedding", "posterior", "bayes")}
+    assert runs == {"embedding": 2, "posterior": 8, "bayes": 8}
+    assert route("prefix", 2, prefix_tokens=16).experts_run(given) == pytest.approx((26 * 8 + 14 * 2) / 40)
+    assert route("uniform", 8, settings={}).experts_run(given) == 8
 
 
 @pytest.mark.parametrize("end_of_text", [0, 7])
@@ -167,10 +192,10 @@ def test_no_documents_have_no_scores(model: LlamaForCausalLM) -> None:
 
 def test_candidates_by_hand() -> None:
     config = EvaluateConfig(temperatures=(0.1, 1.0), betas=(0.5,), gammas=(0.9, 0.8))
-    assert candidates("embedding", config) == [{"temperature": 0.1}, {"temperature": 1.0}]
+    assert ROUTERS["embedding"].candidates(config) == [{"temperature": 0.1}, {"temperature": 1.0}]
     expected = [{"gamma": g, "temperature": t, "beta": 0.5} for g in (0.9, 0.8) for t in (0.1, 1.0)]
     for routing in ("posterior", "prefix"):
-        assert candidates(routing, config) == expected
+        assert ROUTERS[routing].candidates(config) == expected
 
 
 @pytest.mark.parametrize("routing", ["embedding", "posterior", "prefix"])
@@ -180,23 +205,20 @@ def test_tuning_finds_the_best_of_all_candidates(routing: str, top_k: int) -> No
     config = EvaluateConfig(prefix_tokens=4)
     losses = [
         -mixture_logprobs(given, Route(routing=routing, top_k=top_k, settings=settings, prefix_tokens=4)).mean()
-        for settings in candidates(routing, config)
+        for settings in ROUTERS[routing].candidates(config)
     ]
     assert len(set(losses)) > 1 or (routing, top_k) == ("embedding", 1)
-    best = candidates(routing, config)[int(np.argmin(losses))]
-    routes = tune(given, config, routing=routing, sizes=[2, top_k])
-    assert [route.top_k for route in routes] == [2, top_k]
-    assert routes[1].settings == best
+    best = ROUTERS[routing].candidates(config)[int(np.argmin(losses))]
+    routes = tune(given, config, routing)
+    assert [(top_k, found.top_k) for top_k, found in routes.items()] == [(1, 1), (2, 2), (3, 3)]
+    assert routes[top_k].settings == best
 
 
 @pytest.mark.parametrize("routing", ["embedding", "posterior", "prefix"])
 def test_one_pass_gives_the_mixture_of_every_top_k(routing: str) -> None:
     given = held_out(n_experts=4, lengths=(12, 3, 0, 7))
     config = EvaluateConfig(prefix_tokens=4, temperatures=(0.3,), betas=(1.0,), gammas=(0.9,))
-    expected = [
-        -mixture_logprobs(given, Route(routing=routing, top_k=k, settings=SETTINGS, prefix_tokens=4)).mean()
-        for k in range(1, 5)
-    ]
+    expected = [-mixture_logprobs(given, route(routing, k, prefix_tokens=4)).mean() for k in range(1, 5)]
     losses: list[float] = []
 
     def spy(*args: np.ndarray) -> np.ndarray:
@@ -206,7 +228,7 @@ def test_one_pass_gives_the_mixture_of_every_top_k(routing: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "nested_mixtures", spy)
-        tune(given, config, routing=routing, sizes=[1])
+        tune(given, config, routing)
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
@@ -214,64 +236,50 @@ def test_posterior_routing_turns_to_the_expert_that_explains_the_past() -> None:
     """The embedding is undecided; expert 1 gave token 0 probability 1/2 and expert 0 only 1/8: weights 1/5 and 4/5."""
     logprobs_TK = np.log([[1 / 8, 1 / 2], [1 / 10, 1 / 5]]).astype(np.float32)
     given = HeldOut(np.array([2]), logprobs_TK, np.ones((2, 2), np.float32))
-    weights = routing_weights(given, Route(routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=9))
+    weights = route("posterior", 2, prefix_tokens=9).weights(given)
     np.testing.assert_allclose(weights, [[0.5, 0.5], [0.2, 0.8]], rtol=1e-5)
-    mixed = mixture_logprobs(given, Route(routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=9))
+    mixed = mixture_logprobs(given, route("posterior", 2, prefix_tokens=9))
     np.testing.assert_allclose(np.exp(mixed), [0.5 / 8 + 0.5 / 2, 0.2 / 10 + 0.8 / 5], rtol=1e-5)
 
 
-def test_without_centres_all_weigh_alike_or_by_their_likelihood_of_the_whole_past() -> None:
+def test_without_centers_all_weigh_alike_or_by_their_likelihood_of_the_whole_past() -> None:
     """Probabilities 1/8 and 3/8, then 1/3 and 2/3: the posterior of expert 0 is 1/4, then (1/24) / (1/24 + 1/4) = 1/7."""
     logprobs_TK = np.log([[1 / 8, 3 / 8], [1 / 3, 2 / 3], [1, 1], [1 / 2, 1 / 2]]).astype(np.float32)
     given = HeldOut(np.array([3, 1]), logprobs_TK, np.zeros((4, 0), np.float32))
-    uniform = routing_weights(given, Route(routing="uniform", top_k=2, settings={}, prefix_tokens=9))
+    uniform = Route(routing="uniform", top_k=2, settings={}, prefix_tokens=9).weights(given)
     np.testing.assert_array_equal(uniform, np.full((4, 2), 0.5))
-    bayes = routing_weights(given, Route(routing="bayes", top_k=2, settings={}, prefix_tokens=9))
+    bayes = Route(routing="bayes", top_k=2, settings={}, prefix_tokens=9).weights(given)
     np.testing.assert_allclose(bayes, [[1 / 2, 1 / 2], [1 / 4, 3 / 4], [1 / 7, 6 / 7], [1 / 2, 1 / 2]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("routing", ["uniform", "bayes"])
-def test_routing_without_centres_has_nothing_to_tune(routing: str) -> None:
+@pytest.mark.parametrize(("routing", "sizes"), [("uniform", [3]), ("bayes", [1, 2, 3])])
+def test_routing_without_centers_has_nothing_to_tune(routing: str, sizes: list[int]) -> None:
+    """Of experts that weigh alike none is better than another: only all of them are a mixture worth a row."""
     given = held_out()
     bare = HeldOut(given.lengths, given.logprobs_TK, np.zeros((14, 0), np.float32))
-    routes = tune(bare, CONFIG, routing=routing, sizes=[1, 3])
-    assert [(route.top_k, route.settings) for route in routes] == [(1, {}), (3, {})]
+    assert {top_k: found.settings for top_k, found in tune(bare, CONFIG, routing).items()} == {k: {} for k in sizes}
 
 
 def test_legacy_distances_are_for_embedding_routing_alone_and_are_kept_in_its_settings() -> None:
     given = held_out()
-    [legacy] = tune(given, EvaluateConfig(legacy_d4=True, temperatures=(0.3,)), routing="embedding", sizes=[3])
+    legacy = tune(given, EvaluateConfig(legacy_d4=True, temperatures=(0.3,)), "embedding")[3]
     assert legacy.settings == {"temperature": 0.3, "legacy_d4": True}
     squared = HeldOut(given.lengths, given.logprobs_TK, given.squared_distances_TK**2)
     plain = Route(routing="embedding", top_k=3, settings={"temperature": 0.3}, prefix_tokens=32)
-    np.testing.assert_allclose(routing_weights(given, legacy), routing_weights(squared, plain), rtol=1e-6)
-    assert not np.allclose(routing_weights(given, legacy), routing_weights(given, plain))
+    np.testing.assert_allclose(legacy.weights(given), plain.weights(squared), rtol=1e-6)
+    assert not np.allclose(legacy.weights(given), plain.weights(given))
     for routing in ("posterior", "prefix"):
-        assert candidates(routing, EvaluateConfig(legacy_d4=True)) == candidates(routing, EvaluateConfig())
+        assert ROUTERS[routing].candidates(EvaluateConfig(legacy_d4=True)) == ROUTERS[routing].candidates(CONFIG)
 
 
 def test_prefix_routing_is_held_in_each_document_by_itself() -> None:
     given = held_out(n_experts=4, lengths=(6, 2, 12))
-    weights = routing_weights(given, Route(routing="prefix", top_k=2, settings=SETTINGS, prefix_tokens=3))
-    posterior = routing_weights(given, Route(routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=3))
+    weights = route("prefix", 2).weights(given)
+    posterior = route("posterior", 2).weights(given)
     for rows in given.documents():
         np.testing.assert_allclose(weights[rows][:4], posterior[rows][:4])
         assert len({tuple(np.flatnonzero(row)) for row in weights[rows][3:]}) <= 1
     assert not np.allclose(weights, posterior)
-
-
-def test_evidence_that_is_kept_is_that_of_the_gamma_asked_for() -> None:
-    route = Route(routing="posterior", top_k=2, settings=SETTINGS, prefix_tokens=3)
-    used = held_out()
-    used.evidence(0.5)
-    alone, after, again = (
-        mixture_logprobs(held_out(), route),
-        mixture_logprobs(used, route),
-        mixture_logprobs(used, route),
-    )
-    np.testing.assert_array_equal(alone, after)
-    np.testing.assert_array_equal(alone, again)
-    assert not np.allclose(used.evidence(0.5), held_out().evidence(SETTINGS["gamma"]))
 
 
 def test_a_summary_weighs_by_tokens_and_compares_with_itself_as_one() -> None:
@@ -294,9 +302,9 @@ def test_a_document_without_tokens_adds_nothing_to_a_summary(lengths: tuple[int,
 
 
 def test_all_experts_run_where_all_are_mixed() -> None:
-    assert experts_run("prefix", 8, 8, np.array([10, 30]), 16) == 8
-    assert experts_run("prefix", 1, 8, np.array([10, 30]), 100) == 8
-    assert experts_run("prefix", 1, 8, np.array([10, 30]), 0) == 1
+    given = held_out(n_experts=8, lengths=(10, 30))
+    runs = [route("prefix", k, prefix_tokens=tokens).experts_run(given) for k, tokens in ((8, 16), (1, 100), (1, 0))]
+    assert runs == [8, 8, 1]
 
 
 def nearest_prefix(readers: int, top_k: int, prefix_tokens: int) -> Route:
@@ -309,7 +317,7 @@ def test_a_prefix_that_all_experts_read_is_prefix_routing() -> None:
     held_out = HeldOut(np.array([9, 3, 6]), -random.random((18, 4)), random.random((18, 4)))
     route = nearest_prefix(4, 2, 5)
     prefix = Route(routing="prefix", top_k=2, settings=route.settings, prefix_tokens=5)
-    assert np.array_equal(routing_weights(held_out, route), routing_weights(held_out, prefix))
+    assert np.array_equal(route.weights(held_out), prefix.weights(held_out))
 
 
 def test_only_the_nearest_experts_read_the_prefix_and_one_of_them_stays() -> None:
@@ -317,10 +325,10 @@ def test_only_the_nearest_experts_read_the_prefix_and_one_of_them_stays() -> Non
     near_TK = np.array([[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2], [2, 1, 0]], np.float32)
     logprobs_TK = np.tile(np.log([0.1, 0.2, 0.9]), (5, 1))
     held_out = HeldOut(np.array([5]), logprobs_TK, near_TK)
-    assert routing_weights(held_out, nearest_prefix(2, 1, 2)).argmax(axis=1).tolist() == [0, 1, 1, 1, 1]
-    assert (routing_weights(held_out, nearest_prefix(2, 2, 2))[:, 2] == 0).all()
-    assert routing_weights(held_out, nearest_prefix(2, 1, 4)).argmax(axis=1).tolist()[-1] == 2
-    found = routing_weights(held_out, nearest_prefix(1, 1, 2))
+    assert nearest_prefix(2, 1, 2).weights(held_out).argmax(axis=1).tolist() == [0, 1, 1, 1, 1]
+    assert (nearest_prefix(2, 2, 2).weights(held_out)[:, 2] == 0).all()
+    assert nearest_prefix(2, 1, 4).weights(held_out).argmax(axis=1).tolist()[-1] == 2
+    found = nearest_prefix(1, 1, 2).weights(held_out)
     assert found.tolist() == [[1, 0, 0]] * 5
 
 
@@ -330,16 +338,20 @@ def test_experts_that_come_near_late_read_what_they_missed() -> None:
     held_out = HeldOut(np.array([5, 2]), np.zeros((7, 4)), np.concatenate([near_TK, near_TK[:2]]))
     assert prefix_readers(held_out, 1, 3) == pytest.approx((1 + 3 + 3 + 1 + 2) / (3 + 2))
     assert prefix_readers(held_out, 4, 3) == 4
-    assert experts_run("nearest_prefix", 1, 4, held_out.lengths, 3, 2.0) == pytest.approx((5 * 2 + 2 * 1) / 7)
+    assert nearest_prefix(1, 1, 3).experts_run(held_out) == pytest.approx((5 * 2 + 2 * 1) / 7)
+    with_empty = HeldOut(np.array([5, 0, 2]), held_out.logprobs_TK, held_out.squared_distances_TK)
+    assert prefix_readers(with_empty, 1, 3) == 2
 
 
 def test_tuning_agrees_with_the_mixture_for_the_nearest_prefix() -> None:
     random = np.random.default_rng(1)
     held_out = HeldOut(np.array([9, 3, 6]), -random.random((18, 4)), random.random((18, 4)).astype(np.float32))
     config = EvaluateConfig(temperatures=(0.1, 1.0), betas=(1.0,), gammas=(0.5, 0.9), prefix_experts=2, prefix_tokens=4)
-    for route in tune(held_out, config, routing="nearest_prefix", sizes=[1, 2]):
+    routes = tune(held_out, config, "nearest_prefix")
+    assert list(routes) == [1, 2]
+    for route in routes.values():
         losses = [
             -mixture_logprobs(held_out, dataclasses.replace(route, settings=settings)).mean()
-            for settings in candidates("nearest_prefix", config)
+            for settings in ROUTERS["nearest_prefix"].candidates(config)
         ]
         assert -mixture_logprobs(held_out, route).mean() == pytest.approx(min(losses))

@@ -15,10 +15,12 @@ from cbtm_ray import files, findings
 from cbtm_ray.branch import DENSE
 from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.errors import UserError
-from cbtm_ray.evaluate import HeldOut, Route, score_documents
+from cbtm_ray.evaluate import score_documents
 from cbtm_ray.fewshot import Prompts, Task, make_prompts, read_task
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
+from cbtm_ray.route import HeldOut
+from cbtm_ray.router import Route
 from cbtm_ray.run import Run
 from cbtm_ray.scoring import fewshot_prompts
 from cbtm_ray.tokens import END_OF_TEXT, load_tokenizer, train_tokenizer

@@ -12,22 +12,26 @@ import torch
 from scipy.stats import chisquare
 
 from cbtm_ray import evaluate
-from cbtm_ray.distances import squared_distances
-from cbtm_ray.engine import Engine
+from cbtm_ray.engine import Engine, generate
 from cbtm_ray.ensemble import Ensemble, load_ensemble
 from cbtm_ray.errors import UserError
-from cbtm_ray.generate import generate, run
+from cbtm_ray.route import HeldOut
+from cbtm_ray.router import ROUTERS
 from cbtm_ray.run import Run
 from cbtm_ray.sampling import Sampling, token_probabilities
-from cbtm_ray.strategies import drafts_that_pay
+from cbtm_ray.shard_steps import squared_distances
+from cbtm_ray.speculative import drafts_that_pay
 from tests.tiny_ensemble import drain, make_ensemble, make_request, text_logprobs, tokens_of, with_experts
 
 TEXT = [7, 3, 3, 9, 21, 14, 8, 8, 30, 2, 41, 5, 6, 17, 19, 1, 44, 12, 12, 27]
 GREEDY = Sampling(temperature=0)
 
 
+PREFIX = 6
+
+
 def evaluated_logprobs(ensemble: Ensemble, tokens: list[int], top_k: int) -> np.ndarray:
-    """Log-probability of every token as the evaluation gives it for prefix routing."""
+    """Log-probability of every token as the evaluation gives it."""
     tokens_T = np.array(tokens)
     logprobs_TK = np.stack(
         [
@@ -37,13 +41,10 @@ def evaluated_logprobs(ensemble: Ensemble, tokens: list[int], top_k: int) -> np.
         axis=1,
     )
     embeddings_TD = torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens_T))
-    held_out = evaluate.HeldOut(
-        np.array([len(tokens)]), logprobs_TK, squared_distances(embeddings_TD, ensemble.centers_KD).numpy()
+    distances_TK = squared_distances(embeddings_TD, ensemble.centers_KD).numpy()
+    return evaluate.mixture_logprobs(
+        HeldOut(np.array([len(tokens)]), logprobs_TK, distances_TK), ensemble.routes[top_k]
     )
-    route = evaluate.Route(
-        routing="prefix", top_k=top_k, settings=ensemble.settings, prefix_tokens=ensemble.prefix_tokens
-    )
-    return evaluate.mixture_logprobs(held_out, route)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "cohere, which scales its logits"])
@@ -53,9 +54,25 @@ def test_text_has_the_probability_that_evaluation_gives_it(architecture: str, to
     ensemble = make_ensemble(architecture=architecture)
     expected_T = evaluated_logprobs(ensemble, TEXT, top_k)
     np.testing.assert_allclose(text_logprobs(ensemble, TEXT, top_k=top_k), expected_T, atol=1e-4)
-    for length in (0, 4, ensemble.prefix_tokens, 11):
+    for length in (0, 4, PREFIX, 11):
         request = make_request(TEXT[:length], top_k=top_k, sampling=GREEDY, refresh_tokens=1, strategy="lockstep")
-        steps = list(run(ensemble, request))
+        steps = list(generate(ensemble, request))
+        text = TEXT[:length] + [step.token for step in steps]
+        given_T = evaluated_logprobs(ensemble, text, top_k)[length:]
+        np.testing.assert_allclose([step.logprob for step in steps], given_T, atol=1e-4)
+
+
+@pytest.mark.parametrize("routing", list(ROUTERS))
+@pytest.mark.parametrize("strategy", ["lockstep", "speculative"])
+def test_every_router_decodes_as_it_is_evaluated(routing: str, strategy: str) -> None:
+    """Read as a prompt, and token by token; with this many tokens a round of drafts sees experts come and go."""
+    ensemble = make_ensemble(routing=routing)
+    top_k = max(ensemble.routes) if routing == "uniform" else 2
+    expected_T = evaluated_logprobs(ensemble, TEXT, top_k)
+    np.testing.assert_allclose(text_logprobs(ensemble, TEXT, top_k=top_k), expected_T, atol=1e-4)
+    for length in (0, 4, PREFIX, 11):
+        request = make_request(TEXT[:length], top_k=top_k, sampling=GREEDY, refresh_tokens=1, strategy=strategy)
+        steps = list(generate(ensemble, request))
         text = TEXT[:length] + [step.token for step in steps]
         given_T = evaluated_logprobs(ensemble, text, top_k)[length:]
         np.testing.assert_allclose([step.logprob for step in steps], given_T, atol=1e-4)
@@ -63,12 +80,12 @@ def test_text_has_the_probability_that_evaluation_gives_it(architecture: str, to
 
 def test_only_the_chosen_experts_have_weight_after_the_prefix() -> None:
     ensemble = make_ensemble()
-    steps = list(run(ensemble, make_request(TEXT, max_tokens=0, echo_logprobs=True)))
+    steps = list(generate(ensemble, make_request(TEXT, max_tokens=0, echo_logprobs=True)))
     weights_TK = np.stack([step.weights_K for step in steps])
     np.testing.assert_allclose(weights_TK.sum(axis=1), 1)
-    chosen = set(np.flatnonzero(weights_TK[ensemble.prefix_tokens]))
+    chosen = set(np.flatnonzero(weights_TK[PREFIX]))
     assert len(chosen) == 2
-    assert all(set(np.flatnonzero(weights_K)) == chosen for weights_K in weights_TK[ensemble.prefix_tokens :])
+    assert all(set(np.flatnonzero(weights_K)) == chosen for weights_K in weights_TK[PREFIX:])
     assert [step.expert for step in steps] == weights_TK.argmax(axis=1).tolist()
 
 
@@ -77,7 +94,8 @@ def next_two(ensemble: Ensemble, sampling: Sampling, prompt: list[int], top_k: i
 
     The pairs' probability is w(x) p(y1 | x) w(x, y1) p(y2 | x, y1), where only the embedding sees y1.
     """
-    vocabulary = len(ensemble.embedder.table_VD)
+    vocabulary, route = len(ensemble.embedder.table_VD), ensemble.routes[top_k]
+    settings, beta = route.settings, route.settings["beta"] if route.router.evidence else 0
     pairs_VV = np.zeros((vocabulary, vocabulary))
 
     def after(tokens: list[int]) -> np.ndarray:
@@ -90,15 +108,15 @@ def next_two(ensemble: Ensemble, sampling: Sampling, prompt: list[int], top_k: i
 
     def weights(tokens: list[int], evidence_K: np.ndarray) -> np.ndarray:
         h_D = ensemble.embedder.prefix_embeddings(np.array([*tokens, 0]))[-1]
-        scores_K = -((h_D - ensemble.centers_KD.numpy()) ** 2).sum(1) / ensemble.settings["temperature"]
-        scores_K = scores_K + ensemble.settings["beta"] * evidence_K
+        scores_K = -((h_D - ensemble.centers_KD.numpy()) ** 2).sum(1) / settings["temperature"]
+        scores_K = scores_K + beta * evidence_K
         scores_K[np.argsort(-scores_K)[top_k:]] = -np.inf
         return np.exp(scores_K) / np.exp(scores_K).sum()
 
     rows_TVK = after(prompt)
     evidence_K = np.zeros(len(ensemble.experts))
     for position, token in enumerate(prompt):
-        evidence_K = ensemble.settings["gamma"] * evidence_K + rows_TVK[position, token]
+        evidence_K = settings["gamma"] * evidence_K + rows_TVK[position, token]
     first_V = token_probabilities(np.log(np.exp(rows_TVK[-1]) @ weights(prompt, evidence_K)), sampling, prompt, [])
     for token in range(vocabulary):
         mixture_V = np.exp(after([*prompt, token])[-1]) @ weights([*prompt, token], evidence_K)
@@ -107,17 +125,19 @@ def next_two(ensemble: Ensemble, sampling: Sampling, prompt: list[int], top_k: i
 
 
 @pytest.mark.parametrize(
-    ("strategy", "sampling"),
+    ("strategy", "sampling", "routing"),
     [
-        ("lockstep", {}),
-        ("ancestral", {}),
-        ("speculative", {}),
-        ("speculative", {"temperature": 0.7, "top_k_tokens": 4, "frequency_penalty": 0.8}),
+        ("lockstep", {}, "prefix"),
+        ("ancestral", {}, "prefix"),
+        ("speculative", {}, "prefix"),
+        ("speculative", {"temperature": 0.7, "top_k_tokens": 4, "frequency_penalty": 0.8}, "prefix"),
+        ("ancestral", {}, "embedding"),
+        ("speculative", {}, "embedding"),
     ],
 )
-def test_draws_are_from_the_exact_mixture(strategy: str, sampling: dict[str, Any]) -> None:
+def test_draws_are_from_the_exact_mixture(strategy: str, sampling: dict[str, Any], routing: str) -> None:
     """Chi-square over pairs of tokens, since the second depends on caches, weights and penalties that the first changed."""
-    ensemble = make_ensemble(vocab_size=6, prefix_tokens=20)
+    ensemble = make_ensemble(vocab_size=6, prefix_tokens=20, routing=routing)
     prompt, draws = [3, 1, 5], 1000
     requests = [
         make_request(prompt, max_tokens=2, top_k=3, strategy=strategy, sampling=Sampling(seed=seed, **sampling))
@@ -170,6 +190,21 @@ def test_speculation_drafts_more_where_experts_agree() -> None:
     assert (rounds[0], max(rounds)) == (3, 9)
 
 
+@pytest.mark.parametrize("routing", ["embedding", "nearest_prefix"])
+@pytest.mark.parametrize("refresh_tokens", [1, 5])
+def test_speculation_goes_on_where_experts_come_and_go(routing: str, refresh_tokens: int) -> None:
+    """Equal experts accept every draft, and which two of them run changes with the tokens."""
+    ensemble = dataclasses.replace(make_ensemble(routing=routing, prefix_tokens=30), end_of_text=25)
+    alike, alone = with_experts(ensemble, [0, 0, 0, 0]), with_experts(ensemble, [0])
+    alike = dataclasses.replace(alike, centers_KD=ensemble.centers_KD)
+    request = {"prompt": TEXT[:2], "max_tokens": 40, "sampling": GREEDY, "refresh_tokens": refresh_tokens}
+    steps = list(generate(alike, make_request(**request, strategy="speculative")))
+    assert (
+        len({tuple(np.flatnonzero(step.weights_K)) for step in steps[: 28 if routing == "nearest_prefix" else 40]}) > 1
+    )
+    assert [step.token for step in steps] == tokens_of(alone, **request, top_k=1, strategy="lockstep")
+
+
 def test_speculation_becomes_lockstep_where_experts_disagree() -> None:
     ensemble = dataclasses.replace(make_ensemble(), end_of_text=25)
     rounds = [tokens for tokens in passes(ensemble, "speculative") if tokens]
@@ -210,7 +245,8 @@ def test_the_order_of_experts_does_not_matter() -> None:
         text_logprobs(ensemble, TEXT), text_logprobs(with_experts(ensemble, order), TEXT), atol=1e-5
     )
     steps = [
-        list(run(either, make_request(TEXT, sampling=GREEDY))) for either in (ensemble, with_experts(ensemble, order))
+        list(generate(either, make_request(TEXT, sampling=GREEDY)))
+        for either in (ensemble, with_experts(ensemble, order))
     ]
     assert [step.token for step in steps[0]] == [step.token for step in steps[1]]
     assert [step.expert for step in steps[0]] == [order[step.expert] for step in steps[1]]
@@ -225,7 +261,7 @@ def test_seeds_repeat(strategy: str) -> None:
 @pytest.mark.ray
 def test_a_finished_run_decodes(finished_run: Run, tmp_path: object) -> None:
     ensemble, tokenizer = load_ensemble(finished_run.dir)
-    steps = list(generate(ensemble, [60, 61], top_k=2, max_tokens=12, sampling=GREEDY))
+    steps = list(generate(ensemble, make_request([60, 61], sampling=GREEDY)))
     assert 1 <= len(steps) <= 12
     assert all(0 <= step.token < len(tokenizer) for step in steps)
     with pytest.raises(UserError, match=r"is not a finished run. Run first: python -m jobs\.run_all"):

@@ -15,8 +15,8 @@ import pytest
 from ray import serve
 
 from benchmarks.served_run import make_run
+from cbtm_ray.engine import generate
 from cbtm_ray.ensemble import load_ensemble
-from cbtm_ray.generate import run
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request
 from cbtm_ray.tokens import encode
@@ -89,7 +89,7 @@ def greedy(random_run: str, prompt: str) -> str:
         strategy="lockstep",
         refresh_tokens=1,
     )
-    return str(tokenizer.decode([step.token for step in run(ensemble, request)]))
+    return str(tokenizer.decode([step.token for step in generate(ensemble, request)]))
 
 
 def test_experts_are_spread_in_order() -> None:

@@ -20,8 +20,8 @@ from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from benchmarks.served_run import replicas
 from cbtm_ray.branch import DENSE
+from cbtm_ray.engine import generate
 from cbtm_ray.ensemble import Ensemble, load_ensemble
-from cbtm_ray.generate import run
 from cbtm_ray.run import Run
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request, Step
@@ -117,7 +117,7 @@ def undisturbed(ensemble: Ensemble, prompt: list[int], *, top_k: int, max_tokens
         prompt=prompt, max_tokens=max_tokens, top_k=top_k, sampling=Sampling(temperature=0.9, seed=7),
         strategy="lockstep", refresh_tokens=1, top_logprobs=1, echo_logprobs=True,
     )  # fmt: skip
-    return list(run(ensemble, request))
+    return list(generate(ensemble, request))
 
 
 def check_is(choice: dict[str, Any], steps: list[Step], tokenizer: Any) -> None:
@@ -134,8 +134,8 @@ def test_a_text_that_is_handed_on_loses_no_token(
     client: httpx.Client, ensemble: Ensemble, tokenizer: Any, ask: Callable[..., list[dict[str, Any]]], top_k: int
 ) -> None:
     """Where the prefix ends within the answer, with its first token, or within the prompt."""
-    tokens = encode(tokenizer, [TEXT])[0].tolist()
-    for length in (1, ensemble.prefix_tokens - 1, ensemble.prefix_tokens, len(tokens)):
+    tokens, prefix = encode(tokenizer, [TEXT])[0].tolist(), ensemble.routes[top_k].prefix_tokens
+    for length in (1, prefix - 1, prefix, len(tokens)):
         prompt = tokens[:length]
         [choice] = ask(client, body_of(prompt, cbtm={"top_k": top_k}))
         check_is(choice, undisturbed(ensemble, prompt, top_k=top_k), tokenizer)

@@ -1,4 +1,4 @@
-"""Jobs as a user of a cluster runs them: `ray job submit`, by the README's lines, from a folder of their own."""
+"""Jobs as a user of a cluster runs them: `ray job submit`, by the lines of docs/REFERENCE.md, from a folder of their own."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.tiny import tiny_tree, write_corpus
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(7200)]
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SUBMIT = re.search(r"`(ray job submit .*? -- )python -m jobs\.run_all --config FILE\s+run\.dir=URI`", README)
-LINES = dict(re.findall(r"^    python -m jobs\.(\w+) +(--config FILE(?: +[\w.]+=\S+)*)", README, re.MULTILINE))
+REFERENCE = (ROOT / "docs" / "REFERENCE.md").read_text()
+SUBMIT = re.search(r"`(ray job submit .*? -- )python -m jobs\.run_all --config FILE\s+run\.dir=URI`", REFERENCE)
+LINES = dict(re.findall(r"^    python -m jobs\.(\w+) +(--config FILE(?: +[\w.]+=\S+)*)", REFERENCE, re.MULTILINE))
 STAGES = ("build_corpus", "fit_clusters", "partition_corpus", "train_seed", "train_experts", "evaluate_mixture")
 NEVER_UPLOADED = ("data.parquet", "weights.safetensors", "runs/old/report.html", ".env/lib/code.pyc")
 
@@ -51,8 +51,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def line(job: str, run_dir: Path | str, options: str = "") -> str:
-    """The README's own line for a job, for the tiny configuration."""
-    assert SUBMIT, "the README says how a job is submitted"
+    """The reference's own line for a job, for the tiny configuration."""
+    assert SUBMIT, "the reference says how a job is submitted"
     said = (LINES[job] if job != "run_all" else "--config FILE").replace("FILE", "configs/tiny.yaml")
     submit = SUBMIT[1].replace("ray job submit ", f"ray job submit {options} ")
     return f"{submit}python -m jobs.{job} {said} run.dir={run_dir}"
@@ -133,6 +133,6 @@ def test_only_code_and_configurations_are_uploaded(head: LocalHead, undisturbed:
     assert folders
     for folder in folders:
         there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        assert {"jobs/run_all.py", "cbtm_ray/run.py", "configs/tiny.yaml", "serve/app.py"} <= there
-        assert not there & set(NEVER_UPLOADED)
-        assert not {name.split("/")[0] for name in there} & {"tests", "docs", "benchmarks", "kuberay", "ops", ".git"}
+        assert {"jobs/run_all.py", "cbtm_ray/run.py", "configs/tiny.yaml", "ops/gguf.py", "serve/app.py"} <= there
+        assert not there & {*NEVER_UPLOADED, "ops/grafana.json"}
+        assert not {name.split("/")[0] for name in there} & {"tests", "docs", "benchmarks", "kuberay", ".git"}

@@ -59,6 +59,16 @@ def test_results_compare_every_system_on_the_same_tokens(finished_run: Run) -> N
     assert sum(bool(row.get("chosen")) for row in found) == 1
 
 
+def test_results_have_the_settings_of_every_router_for_every_top_k(finished_run: Run) -> None:
+    """Also for the two experts that `evaluate.top_k`, [1], leaves out of the report of prefix routing."""
+    routers = files.read_json(finished_run.uri("evaluation", "results.json"))["routers"]
+    assert list(routers) == ["embedding", "posterior", "prefix"]
+    assert all(list(by_top_k) == ["1", "2"] for by_top_k in routers.values())
+    for row in rows(finished_run)[2:]:
+        assert row["settings"] == routers[row["routing"]][str(row["top_k"])]
+    assert routers["prefix"]["2"] == routers["posterior"]["2"]
+
+
 def test_dense_row_is_what_hugging_face_gives(finished_run: Run) -> None:
     from cbtm_ray.results import held_out_documents
 
@@ -139,6 +149,36 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert done.stdout == ""
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("whose", ["ours", pytest.param("the user's", marks=pytest.mark.slow)])
+def test_a_defect_in_a_worker_keeps_its_traceback_and_a_mistake_found_there_is_one_line(
+    tmp_path: Path, finished_run: Run, ray_cluster: str, whose: str
+) -> None:
+    """Both are ValueErrors, of the task that partitions a shard: NumPy's of a damaged array, and the one of a changed file."""
+    config = write_config(tmp_path, corpus={"paths": list(finished_run.config.corpus.paths)})
+    for stage in ("corpus", "tokenizer", "clusterer"):
+        shutil.copytree(finished_run.uri(stage), tmp_path / "run" / stage)
+    if whose == "ours":
+        (tmp_path / "run" / "clusterer" / "centers.npy").write_bytes(b"no array")
+    else:
+        manifest = files.read_json(finished_run.uri("corpus", "manifest.json"))
+        changed = tmp_path / "part-1.jsonl"
+        changed.write_text(Path(manifest["shards"][1]["uris"][0]).read_text().replace("the", "teh", 1))
+        manifest["shards"][1]["uris"] = [str(changed)]
+        files.write_json(str(tmp_path / "run" / "corpus" / "manifest.json"), manifest)
+    job = command("partition_corpus", config)
+    done = subprocess.run(job, capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": ray_cluster})
+    if whose == "ours":
+        assert done.returncode == 1
+        assert "Traceback (most recent call last)" in done.stderr
+        assert "in _partition_shard" in done.stderr
+        assert "ValueError: This file contains pickled (object) data." in done.stderr
+        assert not any(line.startswith("error: ") for line in done.stderr.splitlines())
+    else:
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: corpus.paths: part-1.jsonl changed after the corpus was built.")
+        assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_run_directory_of_another_configuration_is_refused(finished_run: Run, tmp_path: Path) -> None:

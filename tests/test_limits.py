@@ -61,7 +61,7 @@ def test_a_refusal_has_openais_shape(status: int, kind: str, header: str | None)
 
 
 def test_an_unfinished_run_is_not_served(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run_dir=\S+ is not a finished run\. Run: python -m jobs\.run_all"):
+    with pytest.raises(UserError, match=r"run_dir=\S+ is not a finished run\. Run first: python -m jobs\.run_all"):
         build(AppArguments(run_dir=str(tmp_path)))
 
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from cbtm_ray.branch import expert_branches
-from cbtm_ray.preemption import Notice, drain
 from cbtm_ray.run import Run
+from ops.preemption import Notice, drain
 from tests.local_head import LocalHead, local_head, wait_for
 from tests.seeded_run import check_as_undisturbed, seeded_run
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
-from cbtm_ray.preemption import Notice, aws_notice, gcp_notice, watch
+from ops import preemption
+from ops.preemption import Notice, aws_notice, gcp_notice, watch
 
 
 class Metadata(BaseHTTPRequestHandler):
@@ -59,6 +63,12 @@ def url(server: ThreadingHTTPServer) -> str:
 def ec2_notice(seconds: float) -> str:
     end = datetime.now(UTC) + timedelta(seconds=seconds)
     return json.dumps({"action": "terminate", "time": end.strftime("%Y-%m-%dT%H:%M:%SZ")})
+
+
+def test_nodes_run_the_file_alone(tmp_path: Path) -> None:
+    alone = shutil.copy(preemption.__file__, tmp_path)
+    done = subprocess.run([sys.executable, "-I", alone, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_node_without_a_notice_has_none(metadata: ThreadingHTTPServer) -> None:

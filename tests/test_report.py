@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cbtm_ray.errors import UserError
-from cbtm_ray.report import ReportData, duration, exact, heat_map, render_report, scaled, sig
+from cbtm_ray.report import ReportData, duration, exact, heat_map, render_report, scaled, sig, verdict
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 
@@ -144,17 +144,22 @@ def test_every_result_row_appears_with_its_numbers() -> None:
     data = make_data()
     page = Page(render_report(data))
     names = [
-        "seed model",
+        "seed, before branching",
         "dense control",
-        "embedding, top-1",
-        "embedding, all 4",
-        "posterior, top-2",
-        "posterior, all 4",
+        "top-1 of 4 experts, embedding",
+        "all 4 experts, embedding",
+        "top-2 of 4 experts, posterior",
+        "all 4 experts, posterior",
     ]
     perplexity = [row for row in page.rows if row[0].removesuffix("best") in names][:6]
     assert [row[0].removesuffix("best") for row in perplexity] == names
-    assert page.row("posterior, top-2best")[1:] == ["40.0 [38.8, 41.2]", "0.800 [0.784, 0.816]", "3.689", "1.757"]
-    assert page.row("posterior, top-2")[1:] == ["20.0 M", "1.00", "27.6 T", "1.00", "920 k", "2.00"]
+    assert page.row("top-2 of 4 experts, posteriorbest")[1:] == [
+        "40.0 [38.8, 41.2]",
+        "0.800 [0.784, 0.816]",
+        "3.689",
+        "1.757",
+    ]
+    assert page.row("top-2 of 4 experts, posterior")[1:] == ["20.0 M", "1.00", "27.6 T", "1.00", "920 k", "2.00"]
     numbers = [value for row in data.results for value in row.values() if isinstance(value, float)]
     assert set(numbers) <= set(page.values)
 
@@ -162,8 +167,8 @@ def test_every_result_row_appears_with_its_numbers() -> None:
 def test_controls_are_rows_with_their_meaning_and_never_the_headline() -> None:
     controls = [result("random", 30.0, 0.6, 4, "uniform"), result("metadata", 31.0, 0.62, 1, "bayes")]
     page = Page(render_report(make_data(results=[*results(), *controls])))
-    assert page.row("random, uniform, all 4")[1].startswith("30.0 [")
-    assert page.row("metadata, bayes, top-1")[1].startswith("31.0 [")
+    assert page.row("random, all 4 experts, uniform")[1].startswith("30.0 [")
+    assert page.row("metadata, top-1 of 4 experts, bayes")[1].startswith("31.0 [")
     assert "reaches perplexity 40.0" in page.text("headline")
     assert all(word in page.text("dt") for word in ("uniform", "bayes", "random", "metadata"))
     assert "unbalanced" not in page.text("dt")
@@ -172,7 +177,7 @@ def test_controls_are_rows_with_their_meaning_and_never_the_headline() -> None:
 
 def test_domains_have_the_perplexity_of_every_system_and_the_weights_of_the_experts() -> None:
     page = Page(render_report(make_data()))
-    seed_rows = [row for row in page.rows if row[0] == "seed model"]
+    seed_rows = [row for row in page.rows if row[0] == "seed, before branching"]
     assert ["62.0", "52.0"] in [row[1:] for row in seed_rows]
     assert [row for row in page.rows if row[0] == "law"][-1][1:] == ["70", "30", "0", "0"]
     assert [row for row in page.rows if row[0] == HOSTILE][-1][1:] == ["0", "25", "25", "50"]
@@ -189,7 +194,14 @@ def accuracies(task: str, value: float, weights: str | None = None, **system: An
         **system,
     }
     return [
-        {**about, "scoring": scoring, "examples": 200, "accuracy": accuracy, "accuracy_std": accuracy / 10}
+        {
+            **about,
+            "scoring": scoring,
+            "examples": 200,
+            "accuracy": accuracy,
+            "accuracy_std": accuracy / 10,
+            "accuracies": [accuracy],
+        }
         for scoring, accuracy in (("likelihood", value), ("calibrated", value + 0.05))
     ]
 
@@ -203,12 +215,12 @@ def test_few_shot_accuracies_are_a_row_a_system_and_columns_a_task() -> None:
     columns = [f"{task}, {scoring}" for task in (HOSTILE, "mood", "Mean") for scoring in ("likelihood", "calibrated")]
     assert ["System", *columns] in page.rows
     values = ["25.0 \u00b1 2.5", "30.0 \u00b1 3.0", "35.0 \u00b1 3.5", "40.0 \u00b1 4.0", "30.0", "35.0"]
-    assert page.row("the most frequent label")[1:] == values
+    assert page.row("most frequent label")[1:] == values
     values = ["62.5 \u00b1 6.2", "67.5 \u00b1 6.8", "72.5 \u00b1 7.2", "77.5 \u00b1 7.8", "67.5", "72.5"]
-    assert page.row("posterior, top-2, held")[1:] == values
+    assert page.row("top-2 of 4 experts, posterior, held")[1:] == values
     one = Page(render_report(make_data(fewshot=accuracies("mood", 0.5))))
     assert ["System", "mood, likelihood", "mood, calibrated"] in one.rows
-    assert page.row("posterior, top-2, running")[1] == "75.0 \u00b1 7.5"
+    assert page.row("top-2 of 4 experts, posterior, running")[1] == "75.0 \u00b1 7.5"
     assert "Few-shot" not in render_report(make_data())
 
 
@@ -229,23 +241,27 @@ def test_numbers_of_the_other_tables_appear() -> None:
 @pytest.mark.parametrize(
     ("scale", "headline"),
     [
-        (1.0, "The sparse ensemble of the top-2 of 4 experts reaches perplexity 40.0 against 50.0 of the dense model "
-              "of the same training tokens: ratio 0.800 [0.784, 0.816]."),
-        (1.5, "The dense model of the same training tokens wins: perplexity 50.0 against 60.0 of the best ensemble, "
-              "the sparse ensemble of the top-2 of 4 experts: ratio 1.20 [1.18, 1.22]."),
-        (1.24, "No clear winner: the sparse ensemble of the top-2 of 4 experts reaches perplexity 49.6 against 50.0 of "
-               "the dense model of the same training tokens: ratio 0.992 [0.972, 1.01], an interval that includes 1."),
+        (1.0, "The ensemble (top-2 of 4 experts, posterior routing) reaches perplexity 40.0 against 50.0 of the dense "
+              "model of the same training tokens: ratio 0.800 [0.784, 0.816]."),
+        (1.5, "The dense model of the same training tokens wins: perplexity 50.0 against 60.0 of the best ensemble "
+              "(top-2 of 4 experts, posterior routing): ratio 1.20 [1.18, 1.22]."),
+        (1.24, "No clear winner: the ensemble (top-2 of 4 experts, posterior routing) reaches perplexity 49.6 against "
+               "50.0 of the dense model of the same training tokens: ratio 0.992 [0.972, 1.01], an interval that "
+               "includes 1."),
     ],
 )  # fmt: skip
 def test_headline_says_how_it_came_out(scale: float, headline: str) -> None:
-    assert Page(render_report(make_data(results=results(scale)))).text("headline") == headline
+    """The page and the terminal say the same."""
+    rows = results(scale)
+    assert Page(render_report(make_data(results=rows))).text("headline") == headline
+    assert verdict(rows[1], rows[4]).striptags() == headline
 
 
 def test_header_says_what_the_ensemble_costs() -> None:
     rows = results()
     header = Page(render_report(make_data(results=rows))).text("header")
-    assert "(posterior routing) takes 2.00 times the dense control's compute per token" in header
-    assert "the best ensemble (embedding, top-1) reaches 46.0: ratio 0.920 [0.902, 0.938]" in header
+    assert "This ensemble takes 2.00 times the dense control's compute per token" in header
+    assert "the best ensemble (top-1 of 4 experts, embedding) reaches 46.0: ratio 0.920 [0.902, 0.938]" in header
     rows = [row | {"infer_flops_per_token": 4e6} if row["system"] == "cbtm" else row for row in rows]
     rows[1]["train_tokens"] = 8_000_000
     header = Page(render_report(make_data(results=rows))).text("header")
@@ -301,7 +317,7 @@ def test_a_diverged_model_does_not_hide_the_report() -> None:
     rows[0] |= dict.fromkeys(("ppl", "ppl_low", "ppl_high", "ratio_to_dense", "loss_nats"), math.inf)
     diverged = [point | {"loss_nats": math.nan} for point in curve(100)]
     page = Page(render_report(make_data(results=rows, curves={"expert 0002": diverged})))
-    assert page.row("seed model")[1].startswith("inf")
+    assert page.row("seed, before branching")[1].startswith("inf")
     assert page.row("expert 0002")[1] == "nan"
 
 

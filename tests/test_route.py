@@ -13,7 +13,7 @@ from cbtm_ray.route import (
     embedding_scores,
     evidence,
     hold_after_prefix,
-    posterior_scores,
+    routing_scores,
     sparse_weights,
 )
 
@@ -81,7 +81,9 @@ def test_renamed_experts_have_the_same_weights(top_k: int) -> None:
 
 @pytest.mark.parametrize("top_k", [0, -1, 4])
 def test_a_top_k_outside_the_experts_is_refused(top_k: int) -> None:
-    with pytest.raises(UserError, match=rf"top_k={top_k} must be between 1 and the number of experts, 3\. Change it"):
+    with pytest.raises(
+        UserError, match=rf"top_k={top_k} must be between 1 and 3, the numbers of experts that routing can mix\. Change"
+    ):
         sparse_weights(np.zeros((2, 3)), top_k)
 
 
@@ -133,9 +135,19 @@ def test_evidence_does_not_see_the_present_or_later_tokens() -> None:
     assert np.array_equal(evidence(changed, 0.9)[:6], evidence(logprobs, 0.9)[:6])
 
 
-def test_posterior_scores_by_hand() -> None:
-    distances, past = np.array([[1.0, 2.0]]), np.array([[-3.0, -1.0]])
-    np.testing.assert_allclose(posterior_scores(distances, past, 0.5, 2.0), [[-2 - 6, -4 - 2]])
+@pytest.mark.parametrize(
+    ("settings", "scores"),
+    [
+        ({"temperature": 0.5, "beta": 2.0, "gamma": 0.9}, [-2 - 6, -4 - 2]),
+        ({"temperature": 0.5, "legacy_d4": True}, [-2 - 3, -8 - 1]),
+        ({}, [-3, -1]),
+    ],
+)
+def test_scores_by_hand(settings: dict[str, float], scores: list[float]) -> None:
+    """Squared distances 1 and 2, evidence -3 and -1, for a batch and for one context."""
+    distances, past = np.array([1.0, 2.0]), np.array([-3.0, -1.0])
+    np.testing.assert_allclose(routing_scores(distances, past, settings), scores)
+    np.testing.assert_allclose(routing_scores(distances[None], past[None], settings), [scores])
 
 
 def test_after_the_prefix_the_best_of_that_moment_stay() -> None:

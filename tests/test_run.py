@@ -101,6 +101,21 @@ def test_another_configuration_is_refused_by_the_stage_that_depends_on_it(
     assert "Give another run.dir, restore the field, or" in message
 
 
+def test_a_directory_older_than_a_field_was_made_with_its_default(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+    older = {name: value for name, value in run.settings("evaluation").items() if name != "evaluate.routings"}
+    (tmp_path / "evaluation").mkdir()
+    settings = tmp_path / "evaluation" / "settings.json"
+    settings.write_text(json.dumps(older))
+    run.check()
+    with pytest.raises(UserError, match=r"evaluate\.routings=\['prefix'\] \(the run has \['embedding', 'posterior', "):
+        run_with(tmp_path, evaluate__routings=["prefix"]).check()
+    del older["tokens.sequence_length"]
+    settings.write_text(json.dumps(older))
+    with pytest.raises(UserError, match=r"tokens\.sequence_length=64 \(the run has "):
+        run_with(tmp_path, tokens__sequence_length=64).check()
+
+
 def test_an_unfinished_stage_refuses_another_configuration_too(tmp_path: Path) -> None:
     run_with(tmp_path, run__seed=0).start("corpus")
     with pytest.raises(UserError, match=r"run\.seed=1 \(the run has 0\)"):

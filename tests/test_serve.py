@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import shutil
 import time
 from collections import Counter
@@ -25,13 +26,15 @@ from test_report_browser import CHROMIUM
 from benchmarks.served_run import replicas
 from cbtm_ray import evaluate
 from cbtm_ray.branch import DENSE
-from cbtm_ray.distances import squared_distances
+from cbtm_ray.engine import generate
 from cbtm_ray.ensemble import Ensemble, load_ensemble
-from cbtm_ray.generate import run
 from cbtm_ray.models import load_model
+from cbtm_ray.route import HeldOut
+from cbtm_ray.router import Route
 from cbtm_ray.run import Run
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request
+from cbtm_ray.shard_steps import squared_distances
 from cbtm_ray.tokens import encode, load_tokenizer
 from serve.answer import chat_prompt
 from serve.app import build
@@ -108,7 +111,9 @@ def test_serve_run_finds_the_class_of_the_arguments() -> None:
 def test_greedy_text_is_that_of_the_library(endpoint: openai.OpenAI, ensemble: Ensemble, tokenizer: Any) -> None:
     prompt = encode(tokenizer, [GREEDY["prompt"]])[0].tolist()
     sampling = Sampling(temperature=0, frequency_penalty=1.5)
-    steps = list(run(ensemble, Request(prompt=prompt, max_tokens=24, top_k=2, sampling=sampling, refresh_tokens=1)))
+    steps = list(
+        generate(ensemble, Request(prompt=prompt, max_tokens=24, top_k=2, sampling=sampling, refresh_tokens=1))
+    )
     answer = endpoint.completions.create(**GREEDY, frequency_penalty=1.5)
     assert answer.choices[0].text == tokenizer.decode([step.token for step in steps])
     assert answer.choices[0].finish_reason == steps[-1].finish_reason
@@ -160,8 +165,17 @@ def test_text_ends_before_a_stop_string(endpoint: openai.OpenAI) -> None:
         assert max(offset for choice in choices for offset in choice.logprobs.text_offset) < text.index(stop)
 
 
-def prefix_logprobs(ensemble: Ensemble, tokens: np.ndarray) -> np.ndarray:
-    """What `evaluate.py` gives for prefix routing of a text."""
+def reported_route(run_dir: str, top_k: int) -> Route:
+    """What the evaluation reports for prefix routing, which with all experts is posterior routing."""
+    results = json.loads(Path(run_dir, "evaluation", "results.json").read_text())
+    routing = "prefix" if top_k < 2 else "posterior"
+    named = {"system": "cbtm", "routing": routing, "top_k": top_k}
+    [row] = [row for row in results["rows"] if named.items() <= row.items()]
+    return Route(routing=routing, top_k=top_k, settings=row["settings"], prefix_tokens=results["prefix_tokens"])
+
+
+def reported_logprobs(run_dir: str, ensemble: Ensemble, tokens: np.ndarray, top_k: int) -> np.ndarray:
+    """The mixture's log-probability of every token, computed as the evaluation computes that row."""
     logprobs_TK = np.stack(
         [
             evaluate.score_documents(
@@ -173,18 +187,25 @@ def prefix_logprobs(ensemble: Ensemble, tokens: np.ndarray) -> np.ndarray:
     )
     prefixes_TD = torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens))
     distances_TK = squared_distances(prefixes_TD, ensemble.centers_KD).numpy()
-    held_out = evaluate.HeldOut(np.array([len(tokens)]), logprobs_TK, distances_TK)
-    route = evaluate.Route(routing="prefix", top_k=2, settings=ensemble.settings, prefix_tokens=ensemble.prefix_tokens)
-    return evaluate.mixture_logprobs(held_out, route)
+    held_out = HeldOut(np.array([len(tokens)]), logprobs_TK, distances_TK)
+    return evaluate.mixture_logprobs(held_out, reported_route(run_dir, top_k))
 
 
 def test_echoed_logprobs_are_those_of_the_evaluation(
-    endpoint: openai.OpenAI, ensemble: Ensemble, tokenizer: Any
+    endpoint: openai.OpenAI, served_run: str, ensemble: Ensemble, tokenizer: Any
 ) -> None:
     text = "the captain watched the harbour lights beyond the reef and the ship sailed over the waves"
     tokens = encode(tokenizer, [text])[0]
-    assert len(tokens) > ensemble.prefix_tokens
-    expected_T = prefix_logprobs(ensemble, tokens)
+    assert len(tokens) > reported_route(served_run, 1).prefix_tokens
+    assert (
+        reported_route(served_run, 1).settings != reported_route(served_run, 2).settings
+    )  # else one could be taken for two
+    one = endpoint.completions.create(
+        model="cbtm", prompt=text, max_tokens=0, echo=True, logprobs=1, extra_body={"cbtm": {"top_k": 1}}
+    )
+    expected_T = reported_logprobs(served_run, ensemble, tokens, top_k=1)
+    np.testing.assert_allclose(one.choices[0].logprobs.token_logprobs, expected_T, atol=1e-4)
+    expected_T = reported_logprobs(served_run, ensemble, tokens, top_k=2)
     for prompt in (text, tokens.tolist()):
         answer = endpoint.completions.create(model="cbtm", prompt=prompt, max_tokens=0, echo=True, logprobs=1)
         found = answer.choices[0].logprobs
@@ -212,7 +233,7 @@ def test_a_seeded_text_is_the_librarys_and_has_the_logprobs_of_its_echo(
     request = Request(
         prompt=prompt, max_tokens=24, top_k=2, sampling=sampling, strategy="lockstep", refresh_tokens=1, top_logprobs=0
     )
-    steps = list(run(ensemble, request))
+    steps = list(generate(ensemble, request))
     written = endpoint.completions.create(**SEEDED, logprobs=1).choices[0]
     assert written.text == tokenizer.decode([step.token for step in steps if step.finish_reason != "stop"])
     np.testing.assert_allclose(written.logprobs.token_logprobs, [step.logprob for step in steps], atol=1e-4)

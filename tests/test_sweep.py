@@ -56,7 +56,7 @@ def test_the_page_has_every_point_and_its_cost_against_the_larger_model(given: b
     large |= {"infer_flops_per_token": 4_600_000, "train_flops": 2.763e14}
     html = render_sweep(sweep(dense_runs=[large] if given else []))
     page = Page(html)
-    row = next(row for row in page.rows if row[:2] == ["all, embedding", "4"])
+    row = next(row for row in page.rows if row[:2] == ["all 4 experts, embedding", "4"])
     assert row[2:4] == ["1.00 k", "38.4 [37.2, 39.6]"]
     assert row[4:] == (
         ["1.28", "27.6 T", "0.100", "1.84 M", "0.400"] if given else ["0.768", "27.6 T", "1.00", "1.84 M", "4.00"]

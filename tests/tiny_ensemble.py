@@ -10,15 +10,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cbtm_ray.embed import TokenTfidf
-from cbtm_ray.engine import Engine
+from cbtm_ray.engine import Engine, generate
 from cbtm_ray.ensemble import Ensemble
-from cbtm_ray.generate import run
+from cbtm_ray.router import Route
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request, Step
 from tests.tiny_models import MODELS
 
 DIMENSIONS = 4
-SETTINGS = {"temperature": 4.0, "beta": 0.2, "gamma": 0.9}
 
 
 def small_vocabulary(vocab_size: int) -> Any:
@@ -29,8 +28,32 @@ def small_vocabulary(vocab_size: int) -> Any:
     )  # fmt: skip
 
 
+def make_routes(n_experts: int, routing: str, prefix_tokens: int) -> dict[int, Route]:
+    """Settings of its own for every top_k, so that those of another one show."""
+    last = 2 if routing == "nearest_prefix" else n_experts
+    return {
+        top_k: Route(
+            routing=routing,
+            top_k=top_k,
+            settings={
+                "temperature": 3.0 + 0.5 * top_k,
+                "beta": 0.2,
+                "gamma": 0.8 + 0.05 * top_k,
+                "prefix_experts": 2.0,
+            },
+            prefix_tokens=prefix_tokens,
+        )
+        for top_k in range(1, last + 1)
+    }
+
+
 def make_ensemble(
-    n_experts: int = 4, *, architecture: str = "llama", vocab_size: int = 50, prefix_tokens: int = 6
+    n_experts: int = 4,
+    *,
+    architecture: str = "llama",
+    vocab_size: int = 50,
+    prefix_tokens: int = 6,
+    routing: str = "prefix",
 ) -> Ensemble:
     """Experts far enough from each other and from uniform that mistakes in mixing show."""
     experts = []
@@ -47,8 +70,7 @@ def make_ensemble(
         embedder=TokenTfidf(random.normal(size=(vocab_size, DIMENSIONS))),
         centers_KD=torch.from_numpy(random.normal(size=(n_experts, DIMENSIONS)).astype(np.float32)),
         end_of_text=0,
-        settings=SETTINGS,
-        prefix_tokens=prefix_tokens,
+        routes=make_routes(n_experts, routing, prefix_tokens),
     )
 
 
@@ -58,7 +80,7 @@ def make_request(prompt: list[int], **changes: Any) -> Request:
 
 
 def tokens_of(ensemble: Ensemble, prompt: list[int], **changes: Any) -> list[int]:
-    return [step.token for step in run(ensemble, make_request(prompt, **changes))]
+    return [step.token for step in generate(ensemble, make_request(prompt, **changes))]
 
 
 def drain(engine: Engine, requests: list[Request]) -> list[list[Step]]:
@@ -73,7 +95,7 @@ def drain(engine: Engine, requests: list[Request]) -> list[list[Step]]:
 def text_logprobs(ensemble: Ensemble, tokens: list[int], **changes: Any) -> np.ndarray:
     """Log-probability of every token of a text under the mixture, (T,)."""
     request = make_request(tokens, **{"max_tokens": 0, "echo_logprobs": True, **changes})
-    return np.array([step.logprob for step in run(ensemble, request)])
+    return np.array([step.logprob for step in generate(ensemble, request)])
 
 
 def with_experts(ensemble: Ensemble, order: list[int]) -> Ensemble:
@@ -81,4 +103,5 @@ def with_experts(ensemble: Ensemble, order: list[int]) -> Ensemble:
         ensemble,
         experts={new: ensemble.experts[old] for new, old in enumerate(order)},
         centers_KD=ensemble.centers_KD[order],
+        routes={top_k: route for top_k, route in ensemble.routes.items() if top_k <= len(order)},
     )

@@ -1,6 +1,4 @@
-"""Embedders that read text: the paper's tf-idf over words, and any Hugging Face sentence encoder.
-
-They take token ids like `TokenTfidf`, and decode them: contexts are only known as tokens.
+"""The paper's embedding: tf-idf over words. It takes token ids, as every embedder, and decodes them.
 
 N documents, T tokens, W words, D embedding dimensions.
 """
@@ -9,19 +7,16 @@ from __future__ import annotations
 
 import itertools
 import re
-import tempfile
-from collections.abc import Callable
 
 import numpy as np
-import torch
 from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 from sklearn.preprocessing import normalize
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import files
-from cbtm_ray.config import EmbedConfig
+from cbtm_ray.embed import TextContext, decode
 from cbtm_ray.errors import UserError
 
 _WORD = re.compile(r"\b\w\w+\b")
@@ -33,11 +28,6 @@ def words_of(text: str) -> list[str]:
     (`#NUMBER`) and then stops (any word that begins with a digit)."""
     found = _WORD.findall(text.lower())
     return [word for word in found if word not in ENGLISH_STOP_WORDS and not word[0].isdigit()]
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:
-    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return str(text)
 
 
 class WordTfidf:
@@ -147,114 +137,6 @@ class WordTfidf:
         if self.scaling_2D is None:
             return normalize(projected_ND).astype(np.float32)
         return ((projected_ND - self.scaling_2D[0]) / self.scaling_2D[1]).astype(np.float32)
-
-
-class SentenceEncoder:
-    """A Hugging Face encoder: its last hidden states, averaged over the text's tokens, L2-normalised.
-
-    Of a document it reads the first `encoder_tokens` of its own tokens, of a context the last ones.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        own_tokenizer: PreTrainedTokenizerBase,
-        config: EmbedConfig,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        """`own_tokenizer` is the encoder's, `tokenizer` that of the token ids it is given."""
-        limit = model.config.max_position_embeddings
-        if config.encoder_tokens > limit:
-            raise UserError(
-                f"embed.encoder_tokens={config.encoder_tokens} must be at most {limit}, the positions that "
-                f"embed.encoder={config.encoder!r} has. Lower it."
-            )
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = torch.nn.Module.to(model.eval(), self._device)
-        self._own, self._config, self._tokenizer = own_tokenizer, config, tokenizer
-
-    @classmethod
-    def open(cls, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-        """The encoder of `embed.encoder`, a folder or a name. UserError if it cannot be loaded."""
-        assert config.encoder is not None
-        try:
-            return cls._from(config.encoder, config, tokenizer)
-        except OSError as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"embed.encoder={config.encoder!r} cannot be loaded: {first}") from error
-
-    @classmethod
-    def load(cls, folder_uri: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-        with files.local_folder(folder_uri) as folder:
-            return cls._from(folder, config, tokenizer)
-
-    @classmethod
-    def _from(cls, folder_or_name: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-        model = AutoModel.from_pretrained(folder_or_name)
-        return cls(model, AutoTokenizer.from_pretrained(folder_or_name), config, tokenizer)
-
-    def save(self, folder_uri: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            self._model.save_pretrained(folder)
-            self._own.save_pretrained(folder)
-            files.publish_folder(folder, folder_uri)
-
-    def transform(self, documents: list[np.ndarray]) -> np.ndarray:
-        """Embeddings of whole documents, float32 (N, D)."""
-        return self._encode([decode(self._tokenizer, document) for document in documents], "right")
-
-    def prefix_embeddings(self, tokens_T: np.ndarray) -> np.ndarray:
-        """Embedding of the context of every token, float32 (T, D), as `TextContext` gives it: read anew at some of them."""
-        lengths_T = np.arange(len(tokens_T))
-        read = [n for n in lengths_T if _is_read_at(int(n), self._config.refresh_tokens)]
-        rows_RD = self._encode_contexts([tokens_T[:n] for n in read])
-        return rows_RD[np.searchsorted(read, lengths_T, side="right") - 1]
-
-    def context(self) -> TextContext:
-        return TextContext(self._encode_contexts, refresh_tokens=self._config.refresh_tokens)
-
-    def _encode_contexts(self, contexts: list[np.ndarray]) -> np.ndarray:
-        return self._encode([decode(self._tokenizer, context) for context in contexts], "left")
-
-    @torch.inference_mode()
-    def _encode(self, texts: list[str], truncation_side: str) -> np.ndarray:
-        """Neighbours in length share a batch; an empty text is the zero vector, which is no nearer to any topic."""
-        self._own.truncation_side = truncation_side
-        rows_ND = torch.zeros(len(texts), self._model.config.hidden_size)
-        order = sorted((n for n, text in enumerate(texts) if text.strip()), key=lambda n: len(texts[n]))
-        for first in range(0, len(order), self._config.batch_documents):
-            index = order[first : first + self._config.batch_documents]
-            batch = self._own(
-                [texts[n] for n in index],
-                padding=True, truncation=True, max_length=self._config.encoder_tokens, return_tensors="pt",
-            ).to(self._device)  # fmt: skip
-            hidden_BTD = self._model(**batch).last_hidden_state.float()
-            mask_BT1 = batch["attention_mask"].unsqueeze(-1)
-            mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
-            rows_ND[index] = torch.nn.functional.normalize(mean_BD, dim=1).cpu()
-        return rows_ND.numpy()
-
-
-class TextContext:
-    """The embedding of a text that grows by a token at a time, read anew at every `refresh_tokens`-th token."""
-
-    def __init__(self, embed: Callable[[list[np.ndarray]], np.ndarray], *, refresh_tokens: int) -> None:
-        self._embed, self._refresh_tokens = embed, refresh_tokens
-        self._tokens: list[int] = []
-        self._embedding_D = embed([np.zeros(0, np.int32)])[0]
-
-    def append(self, token: int) -> None:
-        self._tokens.append(token)
-        if _is_read_at(len(self._tokens), self._refresh_tokens):
-            self._embedding_D = self._embed([np.array(self._tokens, np.int32)])[0]
-
-    def embedding(self) -> np.ndarray:
-        return self._embedding_D
-
-
-def _is_read_at(length: int, refresh_tokens: int) -> bool:
-    """Multiples of `refresh_tokens`, and powers of two below: short contexts change fastest."""
-    return length % refresh_tokens == 0 or (length < refresh_tokens and length & (length - 1) == 0)
 
 
 def _counts(columns: list[list[int]], used_U: np.ndarray) -> csr_matrix:

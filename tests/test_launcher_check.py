@@ -14,9 +14,10 @@ import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
 
-from cbtm_ray.cluster_files import check_file, check_launcher, main
 from cbtm_ray.errors import UserError
-from cbtm_ray.kuberay_files import check_manifest
+from ops import keys
+from ops.kuberay_check import check_manifest
+from ops.launcher_check import check_file, check_launcher, main
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = ["cluster.yaml", "cluster-gcp.yaml"]
@@ -68,6 +69,18 @@ AWS_MISTAKES: list[tuple[Change, str]] = [
         lambda t: types(t)["head"]["node_config"]["BlockDeviceMappings"][0]["Ebs"].update(VolumSize=1),
         r"head\.node_config\.BlockDeviceMappings\[0\]\.Ebs\.VolumSize is not a key\. Did you mean \S+\.VolumeSize\?$",
     ),
+    (
+        lambda t: types(t)["head"]["node_config"].update(NetworkInterfaces=[{"DeviceIndx": 0}]),
+        r"head\.node_config\.NetworkInterfaces\[0\]\.DeviceIndx is not a key\. Did you mean \S+\.DeviceIndex\?$",
+    ),
+    (
+        lambda t: types(t)["head"]["node_config"]["BlockDeviceMappings"][0]["Ebs"].update(VolumeSize="200 GB"),
+        r"^available_node_types\.head\.node_config: .* BlockDeviceMappings\[0\]\.Ebs\.VolumeSize, value: 200 GB, .*'int'>\.$",
+    ),
+    (
+        lambda t: types(t)["head"]["node_config"].update(CreditSpecification={}),
+        r"^available_node_types\.head\.node_config: Missing required parameter in CreditSpecification: \"CpuCredits\"\.$",
+    ),
     (lambda t: types(t)["head"]["node_config"].pop("InstanceType"), r"head\.node_config\.InstanceType is missing"),
     (
         lambda t: types(t)["expert_gpu"]["resources"].update(GPUs=1),
@@ -116,10 +129,10 @@ AWS_MISTAKES: list[tuple[Change, str]] = [
     ),
     (
         lambda t: t["file_mounts"].pop("~/preemption.py"),
-        r"^file_mounts lacks ~/preemption\.py: .* Mount cbtm_ray/preemption\.py",
+        r"^file_mounts lacks ~/preemption\.py: .* Mount ops/preemption\.py",
     ),
     (
-        lambda t: t["file_mounts"].update({"~/preemption.py": "cbtm_ray/preemptions.py"}),
+        lambda t: t["file_mounts"].update({"~/preemption.py": "ops/preemptions.py"}),
         r"^file_mounts lacks ~/preemption\.py",
     ),
     (
@@ -152,6 +165,14 @@ def test_a_mistake_for_aws_is_named(change: Change, message: str) -> None:
             r"disks\[0\]\.initializeParams\.diskSizeGB is not a key\. Did you mean \S+\.diskSizeGb\?$",
         ),
         (
+            lambda t: types(t)["head"]["node_config"].update(networkInterfaces=[{"subnetwrok": "a"}]),
+            r"head\.node_config\.networkInterfaces\[0\]\.subnetwrok is not a key\. Did you mean \S+\.subnetwork\?$",
+        ),
+        (  # only in answers
+            lambda t: types(t)["head"]["node_config"].update(cpuPlatform="a"),
+            r"head\.node_config\.cpuPlatform is not a key\. ",
+        ),
+        (
             lambda t: types(t)["head"]["node_config"].update(disks="one"),
             r"head\.node_config\.disks='one' must hold keys",
         ),
@@ -160,13 +181,39 @@ def test_a_mistake_for_aws_is_named(change: Change, message: str) -> None:
             r"^worker_start_ray_commands must end with python ~/preemption\.py --cloud gcp",
         ),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_a_mistake_for_google_cloud_is_named(change: Change, message: str) -> None:
     tree = read("cluster-gcp.yaml")
     change(tree)
     with pytest.raises(UserError, match=message):
         check_launcher(tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [
+        ("cluster.yaml", "botocore.session", "boto3"),
+        ("cluster-gcp.yaml", "googleapiclient.discovery_cache", "google-api-python-client"),
+    ],
+)
+def test_without_the_client_of_a_cloud_its_package_is_named(
+    name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    for found in (keys._ec2, keys._compute_engine):
+        found.cache_clear()
+    assert main("check", [name]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {name}: node_config cannot be checked without {module}. Run: pip install {package}\n"
+    )
+
+
+def test_what_ray_takes_beside_the_clouds_own_fields_passes() -> None:
+    aws, gcp = read("cluster.yaml"), read("cluster-gcp.yaml")
+    types(aws)["expert_gpu"]["node_config"]["SubnetIds"] = ["subnet-1", "subnet-2"]
+    types(gcp)["expert_gpu"]["node_config"]["sourceInstanceTemplate"] = "global/instanceTemplates/mine"
+    assert (check_launcher(aws)[:3], check_launcher(gcp)[:3]) == ("aws", "gcp")
 
 
 def test_nodes_that_nobody_preempts_need_no_watcher() -> None:
@@ -302,9 +349,17 @@ def test_the_job_checks_what_make_gives_it() -> None:
 
 def test_ray_uploads_the_code_and_neither_runs_nor_data(tmp_path: Path) -> None:
     folder = tmp_path / "copy"
-    kept = {"cbtm_ray/config.py", "jobs/run_all.py", "serve/app.py", "configs/quickstart.yaml", "requirements.txt"}
+    kept = {
+        "cbtm_ray/config.py",
+        "jobs/run_all.py",
+        "ops/gguf.py",
+        "serve/app.py",
+        "configs/quickstart.yaml",
+        "requirements.txt",
+    }
     left = {
         ".venv/bin/python",
+        "ops/grafana.json",
         "runs/a/seed/model.safetensors",
         "corpus.jsonl",
         "big.npy",

@@ -1,7 +1,7 @@
 """Check the files that a cluster is started from, with nothing launched and no account: `make validate-cluster`.
 
 Files of the cluster launcher go through Ray's own validation, which knows nothing of what stands under `provider` and
-`node_config`, and then through ours, which does. Kubernetes manifests are looked at in `kuberay_files.py`.
+`node_config`, and then through ours, which does. Kubernetes manifests are looked at in `kuberay_check.py`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,9 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cbtm_ray.cli import refuse
-from cbtm_ray.cluster_keys import (
-    NODE_CONFIG,
-    NODE_CONFIG_NEEDS,
-    PROVIDER,
-    PROVIDER_NEEDS,
-    RESOURCES,
-    check_keys,
-    did_you_mean,
-)
-from cbtm_ray.errors import UserError
-from cbtm_ray.kuberay_files import check_manifest, check_version
+from cbtm_ray.errors import UserError, unknown_key
+from ops.keys import NODE_CONFIG_NEEDS, PROVIDER, PROVIDER_NEEDS, RESOURCES, check_keys, check_node_config
+from ops.kuberay_check import check_manifest, check_version
 
 TOKEN_FILE = "~/.ray/auth_token"
 WATCHER = "~/preemption.py"
@@ -104,9 +96,7 @@ def _check_with_ray(tree: dict[str, Any]) -> None:
         if error.validator == "additionalProperties":
             allowed = error.schema["properties"]
             key = next(key for key in error.instance if key not in allowed)
-            name = f"{where}.{key}" if where else key
-            advice = did_you_mean(key, list(allowed), where).replace("mean .", "mean ")
-            raise UserError(f"{name} is not a key. {advice}") from error
+            raise UserError(unknown_key(key, allowed, where)) from error
         raise UserError(f"{where}: {error.message}.") from error
     except (ValueError, AssertionError) as error:
         raise UserError(str(error).splitlines()[0]) from error
@@ -115,9 +105,9 @@ def _check_with_ray(tree: dict[str, Any]) -> None:
 def _check_node_type(node_type: dict[str, Any], cloud: str, where: str, max_workers: int) -> None:
     for resource in node_type["resources"]:
         if resource not in RESOURCES:
-            advice = did_you_mean(resource, list(RESOURCES), f"{where}.resources")
-            raise UserError(f"{where}.resources.{resource} is not a resource that this project asks for. {advice}")
-    check_keys(node_type["node_config"], NODE_CONFIG[cloud], f"{where}.node_config")
+            kind = "a resource that this project asks for"
+            raise UserError(unknown_key(resource, RESOURCES, f"{where}.resources", kind))
+    check_node_config(node_type["node_config"], cloud, f"{where}.node_config")
     needed = NODE_CONFIG_NEEDS[cloud]
     if not node_type["node_config"].get(needed):
         raise UserError(f"{where}.node_config.{needed} is missing. {cloud} needs it.")
@@ -160,7 +150,7 @@ def _check_preemption(tree: dict[str, Any], cloud: str) -> None:
         return
     mounted = tree["file_mounts"].get(WATCHER)
     if mounted is None or not (Path(__file__).parent.parent / mounted).is_file():
-        raise UserError(f"file_mounts lacks {WATCHER}: spot nodes run it. Mount cbtm_ray/preemption.py there.")
+        raise UserError(f"file_mounts lacks {WATCHER}: spot nodes run it. Mount ops/preemption.py there.")
     last = tree["worker_start_ray_commands"][-1]
     if f"{WATCHER} --cloud {cloud} " not in last:
         raise UserError(

@@ -1,6 +1,6 @@
 """Checks of the Kubernetes manifests in `kuberay/`: our own, not KubeRay's published schemas.
 
-What they know: the names of KubeRay's fields down to the containers of a pod (`cluster_keys.py`), replica bounds, the
+What they know: the names of KubeRay's fields down to the containers of a pod (`keys.py`), replica bounds, the
 head without work, the token, the Ray version of requirements.txt, that the job's entrypoint is a job of ours with a
 configuration that loads, that the service's application takes its arguments, and two combinations that KubeRay refuses.
 A cluster's schemas say more: kubectl apply --dry-run=server. Combinations KubeRay refuses only after it has taken a manifest,
@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cbtm_ray.cluster_keys import KUBERAY, Keys, check_keys
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import load_config
+from ops.keys import KUBERAY, Keys, check_keys
 
 API_VERSION = "ray.io/v1"
 CLUSTER_FIELD = {"RayCluster": None, "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
@@ -130,6 +130,7 @@ def _check_serve_config(text: str) -> None:
     from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
     from serve.arguments import AppArguments
+    from serve.limits import invalid
 
     tree = yaml.safe_load(text) or {}
     keys = _fields(ServeDeploySchema)
@@ -142,12 +143,10 @@ def _check_serve_config(text: str) -> None:
                 raise UserError(f"import_path={application['import_path']!r} must be 'serve.app:build'.")
             AppArguments(**application.get("args", {}))
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"spec.serveConfigV2: {name}: {first['msg']}.") from error
+        raise UserError(f"spec.serveConfigV2: {invalid(error)}.") from error
     except UserError as error:
         raise UserError(f"spec.serveConfigV2: {error}") from error
 
 
-def _fields(model: type[BaseModel]) -> Keys:
+def _fields(model: type[BaseModel]) -> dict[str, Keys]:
     return dict.fromkeys(model.model_fields)

@@ -1,0 +1,139 @@
+"""What evaluation/results.json and the report hold, and how its systems are called.
+
+mypy checks the keys where rows are written and read, `missing_keys` those of rows out of a file.
+"""
+
+# No `from __future__ import annotations` here: with it a TypedDict does not know which of its keys may be missing.
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
+
+SYSTEM_NAMES = {
+    "seed": "seed, before branching",
+    "dense": "dense control",
+    "moe": "mixture of experts",
+    "majority": "most frequent label",
+}
+"""Systems that do not route."""
+
+
+class Summary(TypedDict):
+    """Perplexity and its like. Intervals are 95 % bootstrap over documents."""
+
+    ppl: float
+    ppl_low: float
+    ppl_high: float
+    ratio_to_dense: float
+    ratio_low: float
+    ratio_high: float
+    loss_nats: float
+    bpb: float
+    """Bits per byte."""
+
+
+class DomainSummary(Summary):
+    domain_ppl: dict[str, float]
+    """By gold domain; empty without them."""
+
+
+class ResultRow(DomainSummary):
+    """A system on the reported documents."""
+
+    system: str
+    """'seed', 'dense', 'moe', 'cbtm' (the ensemble), or a control with experts."""
+    n_clusters: int
+    top_k: int
+    routing: str | None
+    """None: the system does not route."""
+    train_tokens: int
+    train_flops: float
+    infer_flops_per_token: float
+    settings: NotRequired[dict[str, float]]
+    """Of the router, tuned for this top_k."""
+    tuning_loss_nats: NotRequired[float]
+    chosen: NotRequired[bool]
+    """Of the ensemble with the least loss on the tuning documents."""
+
+
+class DomainRow(TypedDict):
+    """The dense control and the chosen ensemble on the held-out text of one gold domain."""
+
+    domain: str
+    tokens: int
+    dense_ppl: float
+    cbtm_ppl: float
+    weights: list[float]
+    """Of the experts, mean over the tokens."""
+
+
+class SampleToken(TypedDict):
+    """A token of a held-out text, and the expert of most weight."""
+
+    token: str
+    expert: int
+    weight: float
+
+
+class FewshotRow(TypedDict):
+    """Accuracy (0..1) of a system on a task, over the draws of the examples shown."""
+
+    task: str
+    system: str
+    n_clusters: int
+    top_k: int
+    routing: str | None
+    weights: str | None
+    """'held' from the prompt on, or 'running'; None: nothing is mixed."""
+    scoring: str
+    """'likelihood' or 'calibrated', see `fewshot.py`."""
+    examples: int
+    accuracy: float
+    accuracy_std: float
+    accuracies: list[float]
+
+
+class Evaluation(TypedDict):
+    """evaluation/results.json."""
+
+    rows: list[ResultRow]
+    routers: dict[str, dict[str, dict[str, float]]]
+    """The ensemble's routers: name -> top_k -> the settings tuned for it, for every top_k that the router can mix."""
+    prefix_tokens: int
+    domains: list[DomainRow]
+    tuned_on_documents: int
+    reported_on_documents: int
+    reported_tokens: int
+    sample: list[SampleToken]
+    fewshot: list[FewshotRow]
+
+
+class CurvePoint(TypedDict):
+    """A point of a training curve; `tokens` are those seen so far."""
+
+    step: int
+    tokens: int
+    loss_nats: float
+    tokens_per_s: float
+
+
+def missing_keys(row: Mapping[str, object], kind: Any) -> list[str]:
+    """The keys that a row of this kind (a TypedDict) must have and has not."""
+    return [key for key in kind.__annotations__ if key in kind.__required_keys__ and key not in row]
+
+
+def experts_name(row: ResultRow | FewshotRow) -> str:
+    """How many experts are mixed: 'top-2 of 8 experts'."""
+    if row["top_k"] == row["n_clusters"]:
+        return f"all {row['n_clusters']} experts"
+    return f"top-{row['top_k']} of {row['n_clusters']} experts"
+
+
+def system_name(row: ResultRow | FewshotRow) -> str:
+    """What a row is of, without its routing."""
+    if row["system"] in SYSTEM_NAMES:
+        return SYSTEM_NAMES[row["system"]]
+    return experts_name(row) if row["system"] == "cbtm" else f"{row['system']}, {experts_name(row)}"
+
+
+def row_name(row: ResultRow | FewshotRow) -> str:
+    """What a row is of, with its routing: 'top-2 of 8 experts, posterior'."""
+    return system_name(row) if row["routing"] is None else f"{system_name(row)}, {row['routing']}"
