@@ -78,6 +78,7 @@ def make_ensemble(experts: list[PreTrainedModel], weights: list[float]) -> Ensem
     settings = {"temperature": 1.0, "beta": 0.0, "gamma": 0.9}
     return Ensemble(
         experts=dict(enumerate(experts)),
+        model_config=experts[0].config,
         embedder=TokenTfidf(np.zeros((experts[0].config.vocab_size, len(weights)))),
         centers_KD=torch.from_numpy(centers_KK.astype(np.float32)),
         end_of_text=0,

@@ -95,7 +95,7 @@ class Contexts:
             if known != token:
                 break
             start += 1
-        mine.tokens = read.text
+        mine.tokens = read.text[:start]  # what comes after is overwritten, and known once the read has succeeded
         return Chunk(read.text[start:], start, torch.tensor(mine.slots))
 
     def _read_batch(self, expert: int, batch: list[tuple[tuple[int, FarRead], Chunk]]) -> dict[int, np.ndarray]:
@@ -104,4 +104,5 @@ class Contexts:
             rows = self._caches[expert].read(self._ensemble.experts[expert], [chunk for _, chunk in group])
             for ((number, read), chunk), rows_CV in zip(group, rows, strict=True):
                 found[number] = rows_CV[read.start - chunk.start :]
+                self._held[expert][read.key].tokens = read.text
         return found

@@ -69,14 +69,14 @@ class Engine:
         for name, value in (("max_sequences", max_sequences), ("cache_tokens", cache_tokens)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1. Raise it.")
-        check_attention(ensemble.any_expert)
+        check_attention(ensemble.model_config)
         self.ensemble, self._elsewhere = ensemble, elsewhere
         self.failed: list[tuple[int, BaseException]] = []
         """Sequences that ended because an expert elsewhere could not be asked, until somebody takes them out."""
         self.active = set(range(ensemble.n_experts))
         self._max_sequences, self._cache_tokens = max_sequences, cache_tokens
         self._caches = {expert: KVCache(cache_tokens) for expert in ensemble.experts}
-        together = max_sequences > 1 and can_stack(ensemble.experts)
+        together = max_sequences > 1 and can_stack(ensemble.experts, ensemble.model_config)
         self._stacked = StackedExperts(ensemble.experts, self._caches) if together else None
         self._free = list(range(cache_tokens))  # slots of the caches, in order
         self._waiting: deque[tuple[int, Request]] = deque()
@@ -223,19 +223,11 @@ class Engine:
         least = 0 if request.echo_logprobs and request.prompt else 1
         if request.max_tokens < least:
             raise UserError(f"max_tokens={request.max_tokens} must be at least {least}. Raise it.")
-        vocabulary = self.ensemble.any_expert.config.vocab_size
+        vocabulary = self.ensemble.model_config.vocab_size
         for token in request.prompt:
             if not 0 <= token < vocabulary:
                 raise UserError(f"prompt={token} must be token ids from 0 to {vocabulary - 1}.")
-        for name, most, needed in (
-            ("", self.ensemble.max_length, len(request.prompt) + request.max_tokens),
-            (" (cache_tokens)", self._cache_tokens, slots_needed(request)),
-        ):
-            if needed > most:
-                raise UserError(
-                    f"max_tokens={request.max_tokens} with a prompt of {len(request.prompt)} tokens must be at most "
-                    f"{most}{name} together. Shorten the prompt or ask for less."
-                )
+        check_room(request, self.ensemble, self._cache_tokens)
 
 
 def generate(ensemble: Ensemble, request: Request) -> Iterator[Step]:
@@ -252,8 +244,20 @@ def generate(ensemble: Ensemble, request: Request) -> Iterator[Step]:
 
 
 def slots_needed(request: Request) -> int:
-    """What of `cache_tokens` a request takes: the end-of-text token and all others but the last, which nobody reads."""
+    """Tokens that an expert reads for a request, each of which takes a slot of the cache and a position of the model: the
+    end-of-text token and all others but the last of the answer. A prompt without an answer is read to its end."""
     return len(request.prompt) + max(request.max_tokens, 1)
+
+
+def check_room(request: Request, ensemble: Ensemble, cache_tokens: int) -> None:
+    """UserError: a request needs more slots than the cache has, or more positions than the model."""
+    needed = slots_needed(request)
+    for bound, most in (("max_position_embeddings", ensemble.max_length), ("cache_tokens", cache_tokens)):
+        if needed > most:
+            raise UserError(
+                f"max_tokens={request.max_tokens} with a prompt of {len(request.prompt)} tokens takes {needed} positions, "
+                f"which must be at most {most} ({bound}). Shorten the prompt or ask for less."
+            )
 
 
 def _pending(running: _Running) -> dict[int, int]:

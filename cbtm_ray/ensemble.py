@@ -9,12 +9,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cbtm_ray import files
 from cbtm_ray.context_router import ContextRouter
 from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.errors import UserError
+from cbtm_ray.models import load_model_config
 from cbtm_ray.paging import PagedExperts
 from cbtm_ray.router import Route
 from cbtm_ray.run import expert_folder
@@ -27,6 +28,8 @@ class Ensemble:
 
     experts: Mapping[int, PreTrainedModel]
     """Those that are here, by cluster: in a service that is spread out, not all."""
+    model_config: PretrainedConfig
+    """Of every expert: they differ in their weights only."""
     embedder: Embedder
     centers_KD: torch.Tensor
     end_of_text: int
@@ -39,14 +42,9 @@ class Ensemble:
         return len(self.centers_KD)
 
     @property
-    def any_expert(self) -> PreTrainedModel:
-        """One of those that are here: they differ in their weights only."""
-        return next(iter(self.experts.values()))
-
-    @property
     def max_length(self) -> int:
-        """Tokens that prompt and answer may have together."""
-        return self.any_expert.config.max_position_embeddings - 1
+        """Tokens that prompt and answer may have together, at least one of them in the answer."""
+        return int(self.model_config.max_position_embeddings)
 
     def router(self, top_k: int, active: Iterable[int]) -> ContextRouter:
         """What routes a text, which is empty yet, to `top_k` of the active experts."""
@@ -120,6 +118,7 @@ def load_ensemble(
     folders = {cluster: files.join(run_dir, expert_folder(cluster)) for cluster in wanted}
     ensemble = Ensemble(
         experts=PagedExperts(folders, resident or len(folders), device),
+        model_config=load_model_config(files.join(run_dir, expert_folder(0))),
         embedder=embedder,
         centers_KD=centers_KD,
         end_of_text=tokenizer.eos_token_id,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PretrainedConfig
 
 from cbtm_ray.errors import UserError
 
@@ -57,12 +57,12 @@ def passes(chunks: list[tuple[T, Chunk]]) -> Iterator[list[tuple[T, Chunk]]]:
         yield batch
 
 
-def check_attention(model: PreTrainedModel) -> None:
+def check_attention(config: PretrainedConfig) -> None:
     """UserError: the model attends to a window only, which the masks here do not know."""
-    if getattr(model.config, "sliding_window", None) is not None:
+    if (window := getattr(config, "sliding_window", None)) is not None:
         raise UserError(
-            f"{type(model).__name__} has sliding_window={model.config.sliding_window}, which decoding cannot do. "
-            "Use a model that attends to its whole context."
+            f"sliding_window={window} of a {config.model_type} model must be null: decoding attends to the whole context. "
+            "Train from another model."
         )
 
 

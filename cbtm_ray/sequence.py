@@ -5,7 +5,7 @@ T tokens, K experts, V vocabulary. Position 0 is the end-of-text token that ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -42,6 +42,8 @@ class Request:
     `echo_logprobs`, which needs all that the experts predicted."""
     echo_logprobs: bool = False
     """The prompt's tokens are given as steps too, with their log-probabilities."""
+    echoed: int = 0
+    """Tokens of the prompt that were given as steps before, by an engine that is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,14 @@ class Step:
     top_logprobs: list[tuple[int, float]] | None = None
     """The most probable tokens and their log-probabilities, best first, as many as were asked for."""
     in_prompt: bool = False
+
+
+def remaining(request: Request, steps: list[Step]) -> Request:
+    """The rest of a request whose next steps, these, have been given: another engine can go on with it."""
+    echoed = request.echoed + sum(step.in_prompt for step in steps)
+    answer = [*request.answer, *(step.token for step in steps if not step.in_prompt)]
+    echo_logprobs = request.echo_logprobs and echoed < len(request.prompt)
+    return replace(request, answer=answer, echoed=echoed, echo_logprobs=echo_logprobs)
 
 
 class Reading:
@@ -118,7 +128,7 @@ class Sequence:
         self.readings = {expert: Reading() for expert in range(ensemble.n_experts)}
         for expert, logprobs in request.heard.items():
             self.readings[expert].heard = logprobs.copy()
-        self._echoed = 0 if request.echo_logprobs else len(request.prompt)  # prompt tokens given as steps
+        self._echoed = request.echoed if request.echo_logprobs else len(request.prompt)  # prompt tokens given as steps
         self.reroute(active)
 
     @property

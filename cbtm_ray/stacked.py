@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cbtm_ray.kv_cache import Chunk, KVCache
@@ -115,11 +115,10 @@ def _stacked_layer(layers: list[Any], stack: Stack) -> nn.Module:
     return _Norm(layers, stack)
 
 
-def can_stack(experts: Mapping[int, PreTrainedModel]) -> bool:
+def can_stack(experts: Mapping[int, PreTrainedModel], config: PretrainedConfig) -> bool:
     """Whether there are several, all in memory for good, and of an architecture that can."""
-    if len(experts) < 2 or (isinstance(experts, PagedExperts) and experts.resident < len(experts)):
-        return False
-    return next(iter(experts.values())).config.model_type in STACKABLE
+    paged = isinstance(experts, PagedExperts) and experts.resident < len(experts)
+    return len(experts) > 1 and not paged and config.model_type in STACKABLE
 
 
 class StackedExperts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -31,7 +32,8 @@ class Notice(NamedTuple):
 def aws_notice(metadata_url: str) -> Notice | None:
     """EC2's spot notice, by the second version of its metadata service, which wants a token before it answers."""
     token = _request(f"{metadata_url}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
-    assert token is not None, "the metadata service gives tokens"
+    if token is None:
+        raise ConnectionError(f"{metadata_url} gives no token")
     said = _request(f"{metadata_url}/latest/meta-data/spot/instance-action", "GET", {"X-aws-ec2-metadata-token": token})
     if said is None:
         return None
@@ -62,7 +64,8 @@ def drain(notice: Notice, node_id: str | None = None) -> None:
 
 
 def watch(ask: Callable[[], Notice | None], drain: Callable[[Notice], None], poll_s: float = POLL_S) -> Notice:
-    """Ask until there is a notice and Ray has taken it. A server or a head that does not answer is said, and asked again."""
+    """Ask until there is a notice and Ray has taken it. A server or a head that does not answer, or answers what nobody
+    expects, is logged and asked again."""
     while True:
         try:
             notice = ask()
@@ -72,6 +75,8 @@ def watch(ask: Callable[[], Notice | None], drain: Callable[[Notice], None], pol
                 return notice
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"{error}; asking again.", file=sys.stderr, flush=True)
+        except Exception:
+            logging.exception("asking again")
         time.sleep(poll_s)
 
 

@@ -15,13 +15,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray.sampling import Sampling
-from cbtm_ray.sequence import Request, Step
+from cbtm_ray.sequence import Request, Step, remaining
 from cbtm_ray.strategies import strategy_for
 from cbtm_ray.text import TextAssembler
 
 from .far import MAX_ATTEMPTS, REPLICA_LOST
 from .groups import Groups
-from .limits import FAILED, Refused
+from .limits import Refused, refusal
 from .protocol import ChatRequest, CompletionRequest, Piece, TokenPiece, choice_of
 
 logger = logging.getLogger("ray.serve")
@@ -35,24 +35,19 @@ async def decode(groups: Groups, model: str, request: Request) -> AsyncGenerator
         UserError: it can never run.
         Refused: replicas died under it again and again.
     """
-    answer, echoed, lost = list[int](), 0, 0
+    rest, lost = request, 0
     while lost < MAX_ATTEMPTS:
-        handed_on, response = False, None
-        rest = replace(request, answer=answer.copy(), echo_logprobs=request.echo_logprobs and not answer)
+        response = None
         try:
-            group, rest = await groups.plan(model, rest)
-            response, known = group.generate.remote(model, rest), echoed
-            async for made in response:
-                batch, known = made[known:], max(0, known - len(made))
-                echoed += sum(step.in_prompt for step in batch)
-                answer += [step.token for step in batch if not step.in_prompt]
-                handed_on = bool(batch) and batch[-1].finish_reason == "length" and len(answer) < request.max_tokens
-                if handed_on:
-                    batch[-1] = replace(batch[-1], finish_reason=None)
-                if batch:
-                    yield batch
-            if not handed_on:
-                return
+            group, part = await groups.plan(model, rest)
+            response = group.generate.remote(model, part)
+            async for batch in response:
+                rest = remaining(rest, batch)
+                if batch[-1].finish_reason == "length" and len(rest.answer) < request.max_tokens:
+                    batch[-1] = replace(batch[-1], finish_reason=None)  # of the part: another group may have the rest
+                yield batch
+                if batch[-1].finish_reason:
+                    return
         except REPLICA_LOST as death:
             lost += 1
             logger.warning("A replica died under a request, %d of %d: %s", lost, MAX_ATTEMPTS, death)
@@ -242,11 +237,10 @@ async def events(
             if request.include_usage:
                 yield event([], total(usage))
             yield "data: [DONE]\n\n"
-        except Refused as refused:
+        except Exception as problem:
+            if (refused := refusal(problem)).status == 500:
+                logger.exception("A stream broke off.")
             yield f"data: {json.dumps(refused.body())}\n\n"
-        except Exception:
-            logger.exception("a stream broke off")
-            yield f"data: {json.dumps(FAILED.body())}\n\n"
 
 
 def total(usage: dict[str, int]) -> dict[str, int]:

@@ -40,18 +40,32 @@ class Answering:
 
     async def run(self) -> None:
         """Answer, for ever."""
-        loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
             self._work.clear()
             waiting, self._waiting = self._waiting, []
-            reads = [read for theirs, _ in waiting for read in theirs]
-            found = iter(await loop.run_in_executor(self._thread, self._contexts.read, reads))
-            self.n_reads += len(reads)
-            for theirs, answer in waiting:
-                rows = [next(found) for _ in theirs]
-                if not answer.done():  # whoever asked may have gone
-                    answer.set_result(rows)
+            await self._answer(waiting)
+
+    async def _answer(self, waiting: list[tuple[list[FarRead], asyncio.Future[list[np.ndarray]]]]) -> None:
+        """Read for all in one go. Where that fails, read for each alone: only whose own reads fail gets the exception."""
+        reads = [read for theirs, _ in waiting for read in theirs]
+        try:
+            found = iter(await asyncio.get_running_loop().run_in_executor(self._thread, self._contexts.read, reads))
+        except Exception as problem:
+            if len(waiting) > 1:
+                for one in waiting:
+                    await self._answer([one])
+                return
+            logger.exception("Reading texts for another group has failed.")
+            ((_, answer),) = waiting
+            if not answer.done():
+                answer.set_exception(problem)
+            return
+        self.n_reads += len(reads)
+        for theirs, answer in waiting:
+            rows = [next(found) for _ in theirs]
+            if not answer.done():  # whoever asked may have gone
+                answer.set_result(rows)
 
 
 class Asking:

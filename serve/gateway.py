@@ -19,17 +19,16 @@ from ray.util import metrics
 from starlette.exceptions import HTTPException
 
 from cbtm_ray import files, sequence
+from cbtm_ray.engine import check_room
 from cbtm_ray.ensemble import load_ensemble
 from cbtm_ray.errors import UserError
-from cbtm_ray.models import load_model_config
 from cbtm_ray.route import check_top_k
-from cbtm_ray.run import expert_folder
 from cbtm_ray.tokens import encode
 
 from .answer import chat_prompt, choice_pieces, events, merged, sequence_request, total
 from .arguments import AppArguments
 from .groups import DENSE, ENSEMBLE, Groups, Layout
-from .limits import FAILED, Refused, among, bearer_of, out_of_bounds, read_body, read_tokens
+from .limits import Refused, among, bearer_of, out_of_bounds, read_body, read_tokens, refusal
 from .openapi import describe
 from .protocol import ChatRequest, CompletionRequest, ExpertState, Piece, choice_of
 
@@ -40,19 +39,16 @@ PLAYGROUND_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '
 
 
 @web.exception_handler(Refused)
-async def refuse(_: Request, refused: Refused) -> Response:
-    return refused.response()
+@web.exception_handler(UserError)
+@web.exception_handler(Exception)
+async def refuse(_: Request, problem: Exception) -> Response:
+    """An exception that nobody foresaw is raised again by Starlette when this is sent, so that Serve logs it."""
+    return refusal(problem).response()
 
 
 @web.exception_handler(HTTPException)
 async def no_such_route(_: Request, problem: HTTPException) -> Response:
     return Refused(problem.status_code, str(problem.detail), code="invalid_request").response()
-
-
-@web.exception_handler(Exception)
-async def fail(_: Request, __: Exception) -> Response:
-    """Starlette raises the exception again when this is sent, so that it stands in the log."""
-    return FAILED.response()
 
 
 def _clusters(run_dir: str) -> list[dict[str, Any]]:
@@ -90,8 +86,7 @@ class Gateway:
         self.groups = Groups(layout, groups, roster, ensemble)
         self.sizes = {ENSEMBLE: list(ensemble.routes), DENSE: [1]}
         self.experts = {ENSEMBLE: ensemble.n_experts, **({DENSE: 1} if arguments.dense else {})}
-        positions = load_model_config(files.join(arguments.run_dir, expert_folder(0))).max_position_embeddings
-        self.max_length = min(positions - 1, arguments.cache_tokens)
+        self.ensemble, self.max_length = ensemble, min(ensemble.max_length, arguments.cache_tokens)
         # A long prompt must not hold up the streams, and a tokenizer is not for several threads: one more for a thread.
         self.encoder, self.encoding = copy.deepcopy(self.tokenizer), ThreadPoolExecutor(1)
         self.longest_token = max(len(token) for token in self.tokenizer.get_vocab())
@@ -130,11 +125,15 @@ class Gateway:
         self._admit_admin(http)
         state = await read_body(http, ExpertState, self.arguments.max_body_bytes)
         n_experts = self.experts[ENSEMBLE]
-        if not cluster.isdecimal() or int(cluster[:9]) >= n_experts:
+        expert = next((known for known in range(n_experts) if str(known) == cluster), None)
+        if expert is None:
             raise Refused(404, f"There is no expert {cluster[:20]!r}; they are 0 to {n_experts - 1}.", code="not_found")
-        if not await self.roster.set_active.remote(int(cluster), state.active, n_experts):
+        changed = await self.roster.set_active.remote(expert, state.active, n_experts)
+        if changed is None:
+            raise Refused(503, "No expert group has reported yet. Try again when one is up.", code="unavailable")
+        if not changed:
             raise Refused(409, "The last expert cannot be taken out.", param="active", code="last_expert")
-        return (await self._experts())[int(cluster)]
+        return (await self._experts())[expert]
 
     @web.post("/v1/completions")
     async def completions(self, http: Request) -> Response:
@@ -224,22 +223,14 @@ class Gateway:
         sizes = self.sizes[request.model]
         top_k = request.cbtm.top_k or min(max(self.arguments.top_k, min(sizes)), max(sizes))
         seed = secrets.randbits(62) if request.seed is None else request.seed
-        try:
-            check_top_k(top_k, sizes)
-            found = [
-                sequence_request(request, prompt, max_tokens=max_tokens, top_k=top_k, seed=seed + index)
-                for prompt in prompts
-                for index in range(request.n)
-            ]
-        except UserError as problem:
-            raise out_of_bounds(str(problem).partition("=")[0], str(problem)) from None
-        longest = max(map(len, prompts))
-        if longest + max_tokens > self.max_length:
-            message = (
-                f"max_tokens={max_tokens} with a prompt of {longest} tokens must be at most {self.max_length} together. "
-                "Shorten the prompt or ask for less."
-            )
-            raise out_of_bounds("max_tokens", message)
+        check_top_k(top_k, sizes)
+        found = [
+            sequence_request(request, prompt, max_tokens=max_tokens, top_k=top_k, seed=seed + index)
+            for prompt in prompts
+            for index in range(request.n)
+        ]
+        for one in found:
+            check_room(one, self.ensemble, self.arguments.cache_tokens)
         return found
 
     async def _pieces(

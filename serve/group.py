@@ -63,14 +63,21 @@ class ExpertGroup:
         if dense and index == 0:  # an ensemble of one
             model = torch.nn.Module.to(load_model(files.join(run_dir, DENSE_FOLDER)).eval(), device)
             routes = {1: replace(next(iter(ensemble.routes.values())), top_k=1)}
-            alone = replace(ensemble, experts={0: model}, centers_KD=ensemble.centers_KD[:1], routes=routes)
+            alone = replace(
+                ensemble,
+                experts={0: model},
+                model_config=model.config,
+                centers_KD=ensemble.centers_KD[:1],
+                routes=routes,
+            )
             self.engines[DENSE] = Engine(alone, **room)
         self.answering = Answering(Contexts(ensemble, cache_tokens))
-        self.n_experts, self.resting, self.n_tokens = ensemble.n_experts, set[int](), 0
+        self.n_experts, self.n_tokens = ensemble.n_experts, 0
+        self.resting: set[int] | None = None  # not asked yet
         self.end_of_text = ensemble.end_of_text
         self.roster = roster
         self._requests, self._tokens = Counter[int](), Counter[int]()
-        self._streams: dict[tuple[str, int], asyncio.Queue[Step | None]] = {}
+        self._streams: dict[tuple[str, int], asyncio.Queue[Step | BaseException]] = {}
         self._left: list[tuple[str, int]] = []
         self._between_steps, self._work = asyncio.Lock(), asyncio.Event()
         # One thread for good: PyTorch keeps a team of threads for each thread that calls it.
@@ -122,12 +129,7 @@ class ExpertGroup:
         experts, ended = set[int](), False
         try:
             while not ended:
-                made = [await steps.get()]
-                while not steps.empty():
-                    made.append(steps.get_nowait())
-                batch = [step for step in made if step is not None]
-                if len(batch) < len(made):
-                    raise RuntimeError("decoding has failed")
+                batch = await _made(steps)
                 ended = batch[-1].finish_reason is not None
                 experts.update(step.expert for step in batch)
                 yield batch
@@ -147,7 +149,8 @@ class ExpertGroup:
         self._requests.clear()
         self._tokens.clear()
         try:
-            resting = await self.roster.report.remote(requests, tokens, self.resting)
+            # A new roster knows nothing; a group that knows better tells it before this one reports again.
+            resting = await self.roster.report.remote(requests, tokens, self.resting) or set()
         except REPLICA_LOST as lost:  # another one comes, and is told next time
             logger.warning("The roster died under a report: %s", lost)
             self._requests.update(requests)
@@ -173,16 +176,16 @@ class ExpertGroup:
                             self._hand_out(model, await loop.run_in_executor(self._thread, engine.step))
                 if not any(engine.running or engine.waiting for engine in self.engines.values()) and not self._left:
                     self._work.clear()
-        finally:
+        except BaseException as problem:
             for steps in self._streams.values():
-                steps.put_nowait(None)
+                steps.put_nowait(problem)
+            raise
 
     def _hand_out(self, model: str, made: list[tuple[int, Step]]) -> None:
         engine = self.engines[model]
         for sequence, problem in engine.failed:
-            logger.error("A sequence of %s has failed: %s", model, problem)
             if (steps := self._streams.get((model, sequence))) is not None:
-                steps.put_nowait(None)
+                steps.put_nowait(problem)
         engine.failed.clear()
         for sequence, step in made:
             if (steps := self._streams.get((model, sequence))) is not None:
@@ -202,6 +205,17 @@ class ExpertGroup:
         while True:
             await asyncio.sleep(REPORT_EVERY_S)
             await self.refresh()
+
+
+async def _made(steps: asyncio.Queue[Step | BaseException]) -> list[Step]:
+    """The steps of one sequence since the last message, at least one. RuntimeError: decoding has failed."""
+    found = list[Step]()
+    while not found or not steps.empty():
+        step = await steps.get()
+        if isinstance(step, BaseException):
+            raise RuntimeError("decoding has failed") from step
+        found.append(step)
+    return found
 
 
 def _metrics() -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from ray.exceptions import RayTaskError
+from ray.serve.context import _get_serve_request_context  # there is no public name
 
 from cbtm_ray import files
 from cbtm_ray.errors import UserError
@@ -36,8 +38,17 @@ class Refused(Exception):
         return JSONResponse(self.body(), self.status, headers.get(self.status))
 
 
-FAILED = Refused(500, "The server failed to answer this request.", code="internal_error")
-"""All that a client learns of an exception that nobody foresaw; the server's log has the rest."""
+def refusal(problem: Exception) -> Refused:
+    """What a client learns of an exception: the message of a UserError; of any other, such as a plain ValueError, only the id
+    of the request, beside which the log of each replica has the traceback, and which Serve sends as X-Request-ID."""
+    if isinstance(problem, Refused):
+        return problem
+    if isinstance(problem, UserError):
+        message = str(problem.cause if isinstance(problem, RayTaskError) else problem)  # without a replica's traceback
+        field, equals, _ = message.partition("=")
+        return out_of_bounds(field if equals else None, message)
+    request_id = _get_serve_request_context().request_id
+    return Refused(500, f"The server failed to answer request {request_id}. Its log says why.", code="internal_error")
 
 
 def read_tokens(source: str | None, field: str) -> list[bytes] | None:
@@ -103,5 +114,5 @@ def invalid(problem: ValidationError) -> Refused:
     return Refused(400, f"{field or 'body'}: {message}", param=field or None, code="invalid_value")
 
 
-def out_of_bounds(param: str, message: str) -> Refused:
+def out_of_bounds(param: str | None, message: str) -> Refused:
     return Refused(400, message, param=param, code="invalid_value")

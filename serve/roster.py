@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections import Counter
 
 from ray import serve
+
+TOLD_S = 5.0
+"""How long a change waits for a group to hear of it. Groups report every second; where none runs, none has to hear."""
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=100)
@@ -13,23 +18,37 @@ class Roster:
 
     def __init__(self) -> None:
         self.resting: set[int] | None = None
+        """Experts that take no part; None: no group has said it yet."""
         self.requests: Counter[int] = Counter()
         self.tokens: Counter[int] = Counter()
+        self._told = asyncio.Event()  # a group has heard of the last change
 
-    async def report(self, requests: Counter[int], tokens: Counter[int], resting: set[int]) -> set[int]:
-        """Count what a group has served since its last report; the experts that are to take no part, by cluster."""
+    async def report(self, requests: Counter[int], tokens: Counter[int], resting: set[int] | None) -> set[int] | None:
+        """Count what a group has served since its last report; the experts that are to take no part, by cluster. None, given
+        or returned: the group, or the roster, is new and does not know."""
         self.requests.update(requests)
         self.tokens.update(tokens)
         if self.resting is None:
             self.resting = resting
+        self._told.set()
         return self.resting
 
-    async def set_active(self, cluster: int, active: bool, n_experts: int) -> bool:
-        """Take an expert out of the ensemble or back into it; False, and nothing done, if none would be left."""
-        resting = (self.resting or set()) - {cluster} if active else (self.resting or set()) | {cluster}
+    async def set_active(self, cluster: int, active: bool, n_experts: int) -> bool | None:
+        """Take an expert out of the ensemble or back into it, and wait until a group has heard it, which a new roster can ask.
+
+        Returns:
+            False, and nothing done, if no expert would be left. None, and nothing done, if the roster does not know yet which
+            experts take part.
+        """
+        if self.resting is None:
+            return None
+        resting = self.resting - {cluster} if active else self.resting | {cluster}
         if len(resting) == n_experts:
             return False
         self.resting = resting
+        self._told.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._told.wait(), TOLD_S)
         return True
 
     async def served(self) -> tuple[Counter[int], Counter[int], set[int]]:

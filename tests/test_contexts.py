@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,13 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from cbtm_ray import paging
 from cbtm_ray.contexts import Contexts, FarRead
 from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.errors import UserError
+from cbtm_ray.models import load_model
 from cbtm_ray.paging import PagedExperts
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request
+from serve.far import Answering
 from tests.tiny_ensemble import drain, make_ensemble, make_request, text_logprobs, tokens_of
 
 PROMPTS = [[3, 4, 5], [7] * 30, [9, 8, 7, 6, 5, 4, 3, 2], [11, 12]]
@@ -137,12 +141,70 @@ def test_contexts_are_only_a_cache() -> None:
         contexts.read([FarRead(0, [0] * 21, 0, "long")])
 
 
+def fail(*_: object) -> None:
+    raise ValueError("the model has failed")
+
+
+def test_a_text_whose_read_failed_is_read_again() -> None:
+    ensemble, text = make_ensemble(), [0, 5, 6, 7, 8]
+    contexts = Contexts(ensemble, 20)
+    hook = ensemble.experts[1].register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="the model has failed"):
+        contexts.read([FarRead(1, text, 0, "a")])
+    hook.remove()
+    [found] = contexts.read([FarRead(1, [*text, 9], 5, "a")])
+    [expected] = Contexts(ensemble, 20).read([FarRead(1, [*text, 9], 5, "a")])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_read_that_fails_fails_alone() -> None:
+    """One caller's text is too long, another's expert is broken; the others, and whoever comes later, are answered."""
+    ensemble = make_ensemble()
+    texts = {"good": FarRead(0, [0, 5, 6], 0, "good"), "long": FarRead(0, [0] * 21, 0, "long"),
+             "broken": FarRead(1, [0, 5, 6], 0, "broken"), "also good": FarRead(2, [0, 7], 0, "also good")}  # fmt: skip
+
+    async def answers() -> list[list[object]]:
+        answering = Answering(Contexts(ensemble, 20))
+        loop, hook = asyncio.create_task(answering.run()), ensemble.experts[1].register_forward_pre_hook(fail)
+        found = []
+        for _ in range(2):
+            reading = [answering.read([read]) for read in texts.values()]
+            async with asyncio.timeout(60):
+                found.append(await asyncio.gather(*reading, return_exceptions=True))
+            hook.remove()
+        loop.cancel()
+        return found
+
+    first, second = (dict(zip(texts, found, strict=True)) for found in asyncio.run(answers()))
+    assert isinstance(first["long"], UserError)
+    assert isinstance(second["long"], UserError)
+    assert repr(first["broken"]) == "ValueError('the model has failed')"
+    plain = Contexts(ensemble, 100)
+    for name, found in [("good", first), ("also good", first), ("good", second), ("broken", second)]:
+        torch.testing.assert_close(found[name], plain.read([texts[name]]), atol=1e-4, rtol=0)
+
+
+def save_experts(ensemble: Ensemble, folder: Path) -> dict[int, str]:
+    for cluster, model in ensemble.experts.items():
+        model.save_pretrained(folder / str(cluster))
+    return {cluster: str(folder / str(cluster)) for cluster in ensemble.experts}
+
+
+def test_only_what_reads_a_text_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine, and each request that it takes, must know vocabulary and positions; for that no weights are loaded."""
+    ensemble, loaded = make_ensemble(), list[str]()
+    folders = save_experts(ensemble, tmp_path)
+    monkeypatch.setattr(paging, "load_model", lambda folder: (loaded.append(folder), load_model(folder))[1])
+    experts = PagedExperts(folders, resident=1)
+    engine = Engine(dataclasses.replace(ensemble, experts=experts), max_sequences=2, cache_tokens=50)
+    for _ in range(3):
+        drain(engine, [make_request([1, 2, 3], top_k=1, candidates=(1,))])
+    assert loaded == [folders[0], folders[1]]  # the first one when the engine begins
+
+
 def test_experts_that_do_not_fit_are_paged(tmp_path: Path) -> None:
     ensemble = make_ensemble()
-    folders = {cluster: str(tmp_path / str(cluster)) for cluster in ensemble.experts}
-    for cluster, model in ensemble.experts.items():
-        model.save_pretrained(folders[cluster])
-    experts = PagedExperts(folders, resident=2)
+    experts = PagedExperts(save_experts(ensemble, tmp_path), resident=2)
     assert experts.loaded == [0, 1]
     experts[0], experts[3]
     assert experts.loaded == [0, 3]

@@ -11,7 +11,7 @@ import pytest
 from cbtm_ray.engine import PROMPT_TOKENS, Engine, generate
 from cbtm_ray.errors import UserError
 from cbtm_ray.sampling import Sampling
-from cbtm_ray.sequence import Request
+from cbtm_ray.sequence import Request, remaining
 from tests.tiny_ensemble import drain, make_ensemble, make_request, tokens_of, with_experts
 
 PROMPTS = [[3, 4, 5], [7] * 30, [], [9, 8, 7, 6, 5, 4, 3, 2], [11, 12], [30, 31, 32, 33, 34, 35, 36]]
@@ -107,6 +107,40 @@ def test_an_interrupted_text_goes_on_as_it_would_have() -> None:
         assert rest == whole[given:]
 
 
+def test_an_interrupted_echo_goes_on_after_the_steps_that_were_given() -> None:
+    """Breaks in the prompt, before the first new token, within the prefix and after it: no step is lost or comes twice."""
+    ensemble = make_ensemble()
+    request = make_request(
+        PROMPTS[0], strategy="lockstep", refresh_tokens=1, max_tokens=20, echo_logprobs=True, top_logprobs=1
+    )
+    whole = list(generate(ensemble, request))
+    assert [step.token for step in whole[:3]] == PROMPTS[0]
+    assert len(whole) > 3 + ensemble.routes[2].prefix_tokens
+    for given in range(len(whole)):
+        rest = list(generate(ensemble, remaining(request, whole[:given])))
+        assert [(step.token, step.in_prompt) for step in rest] == [(s.token, s.in_prompt) for s in whole[given:]]
+        np.testing.assert_allclose([step.logprob for step in rest], [s.logprob for s in whole[given:]], atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["lockstep", "ancestral", "speculative"])
+@pytest.mark.parametrize(("n_prompt", "max_tokens"), [(60, 4), (63, 1), (63, 0)])
+def test_a_request_may_fill_the_positions_of_the_model(strategy: str, n_prompt: int, max_tokens: int) -> None:
+    """Exactly: one token more is refused, whether the model's positions or the cache's slots are fewer."""
+    ensemble = make_ensemble(architecture="gpt2")  # 64 positions, each with weights of its own
+    request = make_request(
+        [5] * n_prompt,
+        max_tokens=max_tokens,
+        strategy=strategy,
+        sampling=Sampling(seed=1),
+        echo_logprobs=max_tokens == 0,
+    )
+    [steps] = drain(Engine(ensemble, max_sequences=1, cache_tokens=64), [request])
+    assert (len(steps), steps[-1].finish_reason) == (max_tokens or n_prompt, "length")
+    for cache_tokens, longer in ((63, request), (65, replace(request, prompt=[5] * (n_prompt + 1)))):
+        with pytest.raises(UserError, match="Shorten the prompt or ask for less"):
+            Engine(ensemble, max_sequences=1, cache_tokens=cache_tokens).add(longer)
+
+
 def test_cancelled_sequences_leave_at_once() -> None:
     ensemble = make_ensemble()
     engine = Engine(ensemble, max_sequences=2, cache_tokens=60)
@@ -181,8 +215,8 @@ def test_experts_may_change_while_a_prompt_is_given_as_steps() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_tokens": 1000}, "max_tokens=1000 with a prompt of 3 tokens must be at most 100 .cache_tokens. together"),
-        ({"max_tokens": 3000}, "max_tokens=3000 with a prompt of 3 tokens must be at most 2047 together"),
+        ({"max_tokens": 1000}, "max_tokens=1000 with a prompt of 3 tokens takes 1003 .*at most 100 .cache_tokens."),
+        ({"max_tokens": 3000}, "with a prompt of 3 tokens takes 3003 .*at most 2048 .max_position_embeddings."),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"max_tokens": 0, "echo_logprobs": True, "prompt": []}, "max_tokens=0 must be at least 1"),
         ({"top_k": 5}, "top_k=5 must be between 1 and 4, the numbers of experts"),
@@ -211,5 +245,5 @@ def test_no_experts_no_room_and_windows_are_refused() -> None:
     with pytest.raises(UserError, match="cache_tokens=0 must be at least 1"):
         Engine(ensemble, max_sequences=1, cache_tokens=0)
     ensemble.experts[0].config.sliding_window = 8
-    with pytest.raises(UserError, match="LlamaForCausalLM has sliding_window=8, which decoding cannot do"):
+    with pytest.raises(UserError, match="sliding_window=8 of a llama model must be null"):
         Engine(ensemble, max_sequences=1, cache_tokens=10)

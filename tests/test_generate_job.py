@@ -170,7 +170,7 @@ def test_experts_are_shown_in_colors(
         (["--prompt", "a", "--max-tokens", "0"], "max_tokens=0 must be at least 1"),
         (["--prompt", "a", "--strategy", "greedy"], "strategy='greedy' must be one of lockstep"),
         (["--prompt", "a", "--stop", ""], "stop='' must be at least one character"),
-        (["--prompt", "\U0001f6a2" * 50], "with a prompt of 200 tokens must be at most 127 together"),
+        (["--prompt", "\U0001f6a2" * 50], "with a prompt of 200 tokens takes 201 positions, which must be at most 128"),
         (["--prompt", "-"], "--prompt must be UTF-8, which byte 3 is not"),
         (
             ["--prompt", "the\udcff"],

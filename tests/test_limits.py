@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ray.exceptions import RayTaskError
 
 from cbtm_ray.errors import UserError
 from serve.app import build
 from serve.arguments import AppArguments
-from serve.limits import Refused, among, read_tokens
+from serve.limits import Refused, among, read_tokens, refusal
 
 
 def test_tokens_come_from_a_file_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +69,21 @@ def test_an_unfinished_run_is_not_served(tmp_path: Path) -> None:
 def test_wrong_arguments_are_named(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(change))):
         AppArguments(run_dir="runs/a", **change)
+
+
+def from_a_replica(problem: Exception) -> Exception:
+    """As it arrives through Ray."""
+    return RayTaskError(
+        "generate", "Traceback: of the replica", problem, "replica", 1, "127.0.0.1"
+    ).as_instanceof_cause()
+
+
+@pytest.mark.parametrize("arrive", [lambda problem: problem, from_a_replica])
+def test_only_a_users_mistake_is_a_400(arrive: Callable[[Exception], Exception]) -> None:
+    mistake = refusal(arrive(UserError("top_k=9 must be at most 2.")))
+    assert (mistake.status, str(mistake), mistake.param) == (400, "top_k=9 must be at most 2.", "top_k")
+    assert refusal(arrive(UserError("No such thing."))).param is None
+    for defect in (ValueError("top_k=9 of a library"), KeyError("x")):
+        failed = refusal(arrive(defect))
+        assert (failed.status, failed.param, failed.body()["error"]["type"]) == (500, None, "server_error")
+        assert "library" not in str(failed)

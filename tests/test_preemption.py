@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ class Metadata(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         wanted = self.path == "/latest/api/token" and "X-aws-ec2-metadata-token-ttl-seconds" in self.headers
-        self.answer(200 if wanted else 400, "a-token")
+        self.answer(next(self.server.tokens) if wanted else 400, "a-token")  # type: ignore[attr-defined]
 
     def do_GET(self) -> None:
         notice = self.server.notice  # type: ignore[attr-defined]
@@ -37,9 +38,9 @@ class Metadata(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body)))  # in one-byte characters
         self.end_headers()
-        self.wfile.write(body.encode())
+        self.wfile.write(body.encode(errors="surrogateescape"))
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -48,7 +49,7 @@ class Metadata(BaseHTTPRequestHandler):
 @pytest.fixture
 def metadata() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
-    server.notice = None  # type: ignore[attr-defined]
+    server.notice, server.tokens = None, itertools.repeat(200)  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.shutdown()
@@ -93,6 +94,29 @@ def test_compute_engine_leaves_30_seconds(metadata: ThreadingHTTPServer) -> None
 def test_a_proxy_is_not_asked(metadata: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert gcp_notice(url(metadata)) is None
+
+
+@pytest.mark.parametrize("answer", ["no JSON", "{}", "[]", '{"action": "stop", "time": "soon"}', "\udcff"])
+def test_an_answer_that_nobody_expects_is_logged_and_the_watch_goes_on(
+    metadata: ThreadingHTTPServer, caplog: pytest.LogCaptureFixture, answer: str
+) -> None:
+    answers = iter([answer, ec2_notice(100)])
+
+    def ask() -> Notice | None:
+        metadata.notice = next(answers)  # type: ignore[attr-defined]
+        return aws_notice(url(metadata))
+
+    assert watch(ask, lambda notice: None, poll_s=0).what == "EC2 will terminate the node"
+    assert "asking again" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+def test_a_metadata_server_without_tokens_is_asked_again(
+    metadata: ThreadingHTTPServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata.notice, metadata.tokens = ec2_notice(100), iter([404, 200])  # type: ignore[attr-defined]
+    assert watch(lambda: aws_notice(url(metadata)), lambda notice: None, poll_s=0).remaining_s > 0
+    assert "gives no token; asking again" in capsys.readouterr().err
 
 
 def test_it_asks_until_there_is_a_notice_and_until_ray_has_taken_it(

@@ -462,6 +462,9 @@ MALFORMED: dict[str, tuple[int, dict[str, Any]]] = {
     "wrong method": (405, {"method": "GET"}),
     "no expert": (404, {"method": "PUT", "path": "/v1/experts/2", "token": ADMIN, "json": {"active": True}}),
     "no expert's number": (404, {"method": "PUT", "path": "/v1/experts/x", "token": ADMIN, "json": {"active": True}}),
+    "no expert's number, of many digits": (
+        404, {"method": "PUT", "path": "/v1/experts/000000000999", "token": ADMIN, "json": {"active": True}},
+    ),
     "expert's state": (400, {"method": "PUT", "path": "/v1/experts/1", "token": ADMIN, "json": {"active": "no"}}),
 }  # fmt: skip
 

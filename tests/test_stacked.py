@@ -88,7 +88,8 @@ def test_paged_experts_and_other_architectures_are_read_one_by_one(tmp_path: Any
     folders = {expert: str(tmp_path / str(expert)) for expert in range(2)}
     for folder in folders.values():
         save_model(model, tokenizer, folder)
-    assert can_stack(PagedExperts(folders, resident=2))
-    assert not can_stack(PagedExperts(folders, resident=1))
-    assert not can_stack({0: model})
-    assert not can_stack({expert: MODELS["opt"]() for expert in range(2)})
+    assert can_stack(PagedExperts(folders, resident=2), model.config)
+    assert not can_stack(PagedExperts(folders, resident=1), model.config)
+    assert not can_stack({0: model}, model.config)
+    opt = MODELS["opt"]()
+    assert not can_stack({0: opt, 1: opt}, opt.config)

@@ -66,6 +66,7 @@ def make_ensemble(
     random = np.random.default_rng(0)
     return Ensemble(
         experts=dict(enumerate(experts)),
+        model_config=experts[0].config,
         embedder=TokenTfidf(random.normal(size=(vocab_size, DIMENSIONS))),
         centers_KD=torch.from_numpy(random.normal(size=(n_experts, DIMENSIONS)).astype(np.float32)),
         end_of_text=0,
