@@ -1,6 +1,6 @@
-"""Texts that other engines decode, read by the experts that are here.
+"""Serves log-probability requests from engines in other groups; keeps their KV caches in an LRU.
 
-C tokens asked about, V vocabulary. A call carries the whole text; what an expert has read before is only a cache.
+C tokens that a request asks about, V vocabulary. A request carries the whole sequence: the KV cache may be lost at any time.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cbtm_ray.kv_cache import Chunk, KVCache, passes
 
 @dataclass(frozen=True)
 class FarRead:
-    """What one expert is asked: its log-probabilities after every token of a text from the position `start` on."""
+    """A request to one expert: its log-probabilities after every token of a sequence, from the position `start` on."""
 
     expert: int
     text: list[int]
-    """From the end-of-text token at position 0 on."""
+    """The whole sequence, with the end-of-text token at position 0."""
     start: int
     key: str
-    """Of the text as it grows, so that it is found again."""
+    """Identifies the sequence while it grows, to find its KV cache."""
 
 
 @dataclass
@@ -35,12 +35,12 @@ class _Held:
 
 
 class Contexts:
-    """Not for several threads at once."""
+    """Answers requests with the experts of this process. Not thread-safe."""
 
     def __init__(self, ensemble: Ensemble, cache_tokens: int) -> None:
         """
         Args:
-            cache_tokens: tokens of all texts that each expert has memory for; the texts that were asked about last stay.
+            cache_tokens: tokens of all sequences that each expert has memory for; the least recently used give way.
         """
         self._ensemble, self._cache_tokens = ensemble, cache_tokens
         self._caches = {expert: KVCache(cache_tokens) for expert in ensemble.experts}
@@ -48,10 +48,10 @@ class Contexts:
         self._free = {expert: list(range(cache_tokens)) for expert in ensemble.experts}
 
     def read(self, reads: list[FarRead]) -> list[np.ndarray]:
-        """Log-probabilities that each asks for, float32 (C, V).
+        """The log-probabilities that each request asks for, float32 (C, V).
 
         Raises:
-            UserError: a text is longer than the cache.
+            UserError: a sequence is longer than the cache.
         """
         found: dict[int, np.ndarray] = {}
         by_expert: dict[int, list[tuple[int, FarRead]]] = {}
@@ -71,7 +71,7 @@ class Contexts:
         return [found[number] for number in range(len(reads))]
 
     def _make_room(self, read: FarRead, busy: set[str]) -> bool:
-        """Slots for the text, at the cost of others that nobody asked about longest; False if there are not enough."""
+        """Give the sequence its slots, taken from the least recently used ones; False if there are not enough."""
         held, free = self._held[read.expert], self._free[read.expert]
         mine = held.setdefault(read.key, _Held([], []))
         held.move_to_end(read.key)
@@ -88,7 +88,7 @@ class Contexts:
         return True
 
     def _chunk(self, read: FarRead) -> Chunk:
-        """What the expert has to read, from the first token that it does not know or has to answer for."""
+        """The tokens to read: from the first one that is not cached, or that the request asks about."""
         mine = self._held[read.expert][read.key]
         start = 0
         for known, token in zip(mine.tokens, read.text[: read.start], strict=False):

@@ -1,9 +1,9 @@
-"""Continuous batching: sequences join and leave at every step, and a step is one pass for many that wait.
+"""Continuous batching: sequences join and leave at every step, and a step is one forward pass for many of them.
 
-Sequences wait for different experts. batching.py chooses whom a step serves: one expert's sequences, or those of several
-experts whose weights are stacked.
+Sequences wait for different experts. batching.py chooses which of them a step serves: sequences that wait for one expert, or
+for several experts whose weights are stacked.
 
-Numeric only: a server calls it from one thread, and text is made of the tokens elsewhere (text.py).
+Numeric only: a server calls the engine from one thread, and text.py makes text of the tokens.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from cbtm_ray.stacked import StackedExperts, can_stack
 from cbtm_ray.strategies import STRATEGIES, Strategy, strategy_for
 
 PROMPT_TOKENS = 128
-"""Of a prompt that an expert reads in one step, so that a long one does not hold up the sequences beside it."""
+"""Most tokens of a prompt that an expert reads in one step: a long prompt must not delay the other sequences."""
 ARRIVAL_S = 0.05
-"""The longest that a step waits for experts elsewhere where it has nothing else to do."""
+"""The longest time that a step waits for remote experts when it has nothing else to do."""
 
 Elsewhere: TypeAlias = "Callable[[list[FarRead]], list[Future[np.ndarray]]]"
-"""Asks experts that are not here; each answer arrives by itself."""
+"""Sends requests to experts in other groups; each future completes by itself."""
 
 
 @dataclass
@@ -43,17 +43,17 @@ class _Running:
     sequence: Sequence
     strategy: Strategy
     reads: dict[int, int] | None = None
-    """How far which experts have to read before the sequence goes on; None: not said yet."""
+    """By expert: the position up to which it has to read before the sequence can advance. None: not computed yet."""
     waited: int = 0
-    """Steps since it went on."""
+    """Steps since the sequence last advanced."""
     asked: dict[int, Future[np.ndarray]] = field(default_factory=dict)
-    """By expert elsewhere: what the sequence waits for."""
+    """By remote expert: the answer that the sequence waits for."""
 
 
 class Engine:
-    """Decodes many requests with one ensemble. Not for several threads at once.
+    """Decodes many requests with one ensemble. Not thread-safe.
 
-    What a sequence gives does not depend on the others, up to the rounding of sums in another order.
+    The tokens of a sequence do not depend on the other sequences, up to the rounding of sums in another order.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Engine:
     ) -> None:
         """
         Args:
-            max_sequences: sequences that run at once.
-            cache_tokens: tokens of all of them that each expert has memory for; one needs those of its prompt and of its
-                longest answer.
-            elsewhere: asks experts that the ensemble does not hold.
+            max_sequences: most sequences that run at once.
+            cache_tokens: tokens of all running sequences that each expert has memory for; a sequence reserves the tokens of
+                its prompt and of its longest answer.
+            elsewhere: sends requests to the experts that this process does not hold.
         """
         for name, value in (("max_sequences", max_sequences), ("cache_tokens", cache_tokens)):
             if value < 1:
@@ -72,7 +72,7 @@ class Engine:
         check_attention(ensemble.any_expert)
         self.ensemble, self._elsewhere = ensemble, elsewhere
         self.failed: list[tuple[int, BaseException]] = []
-        """Sequences that ended because an expert elsewhere could not be asked, until somebody takes them out."""
+        """Sequences that ended because a remote expert failed, with the reason. The caller empties the list."""
         self.active = set(range(ensemble.n_experts))
         self._max_sequences, self._cache_tokens = max_sequences, cache_tokens
         self._caches = {expert: KVCache(cache_tokens) for expert in ensemble.experts}
@@ -112,7 +112,9 @@ class Engine:
             self._leave(sequence)
 
     def set_active(self, experts: set[int]) -> None:
-        """Route to these experts only, from the next step on; running sequences as if it had always been so.
+        """Route to these experts only, from the next step on.
+
+        Running sequences are re-routed as if these experts had been the only ones from the start.
 
         Raises:
             UserError: none, or one that the ensemble does not have.
@@ -130,7 +132,7 @@ class Engine:
             running.strategy = type(running.strategy)(running.sequence)
 
     def step(self) -> list[tuple[int, Step]]:
-        """Run one pass: the new tokens of every sequence that has got any by it; of a long prompt a piece is read."""
+        """Run one forward pass; the new tokens of all sequences, if any. Of a long prompt it reads a piece."""
         self._join()
         here: list[Wanted[Sequence]] = []
         far: list[tuple[_Running, FarRead]] = []
@@ -159,7 +161,7 @@ class Engine:
         return found
 
     def _read(self, wanted: list[Wanted[Sequence]]) -> None:
-        """Read what is chosen of it, in one pass."""
+        """Run the pass that the scheduler chooses."""
         chosen, chunks = choose_pass(wanted, len(self._caches) if self._stacked else 0), dict[int, list[Chunk]]()
         for one in chosen:
             chunks.setdefault(one.expert, []).append(one.chunk)
@@ -177,14 +179,14 @@ class Engine:
         return FarRead(expert, text, chunk.start, f"{self._name}-{number}")
 
     def _ask(self, far: list[tuple[_Running, FarRead]]) -> None:
-        """Ask the experts that are elsewhere, all of a step together."""
+        """Send the requests of a step to remote experts, all together."""
         if far:
             assert self._elsewhere is not None
             for (running, read), answer in zip(far, self._elsewhere([read for _, read in far]), strict=True):
                 running.asked[read.expert] = answer
 
     def _arrived(self, number: int, running: _Running) -> bool:
-        """Whether a sequence waits for no expert any more; what those elsewhere said is taken in when all have."""
+        """Whether a sequence waits for no expert any more. If so, it gets the answers of the remote experts."""
         if not all(answer.done() for answer in running.asked.values()):
             return False
         for answer in running.asked.values():
@@ -200,7 +202,7 @@ class Engine:
         return True
 
     def _join(self) -> None:
-        """In the order of asking, so that a large request is not overtaken for ever."""
+        """Start waiting requests, in order: a large request is not overtaken by small ones forever."""
         while self._waiting and len(self._running) < self._max_sequences:
             number, request = self._waiting[0]
             needed = slots_needed(request)
@@ -252,12 +254,12 @@ def generate(ensemble: Ensemble, request: Request) -> Iterator[Step]:
 
 
 def slots_needed(request: Request) -> int:
-    """What of `cache_tokens` a request takes: the end-of-text token and all others but the last, which nobody reads."""
+    """The part of `cache_tokens` that it reserves: the end-of-text token and all others but the last, which is not read."""
     return len(request.prompt) + max(request.max_tokens, 1)
 
 
 def _pending(running: _Running) -> dict[int, int]:
-    """How far experts have to read before the sequence goes on, but for those that have, or have been asked elsewhere."""
+    """By expert: the position up to which it still has to read; without experts that have a request under way."""
     sequence = running.sequence
     if running.reads is None:
         running.reads = running.strategy.reads() if sequence.routed else sequence.prompt_reads(PROMPT_TOKENS)
@@ -269,14 +271,14 @@ def _pending(running: _Running) -> dict[int, int]:
 
 
 def _chunks(running: _Running) -> Iterator[tuple[int, Chunk]]:
-    """What these experts have to read."""
+    """The tokens that these experts have to read."""
     sequence = running.sequence
     for expert, end in _pending(running).items():
         yield expert, Chunk(sequence.unread(expert, end), sequence.readings[expert].length, sequence.slots)
 
 
 def _advance(running: _Running) -> list[Step]:
-    """The steps that a sequence's experts have read enough for."""
+    """Advance a sequence whose experts have read enough; its new tokens."""
     sequence, steps = running.sequence, []
     if not sequence.routed:
         steps = sequence.route_prompt()

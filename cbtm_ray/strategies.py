@@ -46,7 +46,7 @@ class Ancestral:
 
     def reads(self) -> dict[int, int]:
         sequence = self.sequence
-        if sequence.router.due(sequence.request.refresh_tokens):  # the weights need all first
+        if sequence.router.due(sequence.request.refresh_tokens):  # the weights need the evidence of all running experts
             return {expert: len(sequence.text) for expert in sequence.router.running}
         self._drawn = self._draw_expert()
         return {self._drawn[0]: len(sequence.text)}
