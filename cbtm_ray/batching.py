@@ -22,33 +22,34 @@ PASS_COST, TOKEN_COST = 40.0, 1 / 3
 
 
 @dataclass(frozen=True)
-class Wanted(Generic[T]):
+class PendingChunk(Generic[T]):
     """A chunk of tokens that a sequence needs an expert to read."""
 
     expert: int
     chunk: Chunk
-    waited: int
-    """Passes since the sequence last advanced."""
+    steps_waited: int
+    """Steps since the sequence last advanced."""
     sequence: T
 
 
-def choose_pass(wanted: list[Wanted[T]], stacked: int) -> list[Wanted[T]]:
+def choose_pass(pending: list[PendingChunk[T]], stacked: int) -> list[PendingChunk[T]]:
     """The chunks of the next pass: most waiting ended per unit of cost.
 
     The weight of a chunk grows with every pass that it waits, so none waits forever.
 
     Args:
-        wanted: at least one chunk.
+        pending: at least one chunk.
         stacked: number of stacked experts; 0 if experts run one at a time.
     """
-    return max(_passes(wanted, stacked), key=lambda found: sum(1 + one.waited for one in found[0]) / found[1])[0]
+    candidates = _candidate_passes(pending, stacked)
+    return max(candidates, key=lambda found: sum(1 + one.steps_waited for one in found[0]) / found[1])[0]
 
 
-def _passes(wanted: list[Wanted[T]], stacked: int) -> Iterator[tuple[list[Wanted[T]], float]]:
+def _candidate_passes(pending: list[PendingChunk[T]], stacked: int) -> Iterator[tuple[list[PendingChunk[T]], float]]:
     """Candidate passes with their costs. A pass takes the chunks up to some width: of one expert, or the first n of each."""
-    longest_first = sorted(wanted, key=lambda one: -one.waited)
-    for width in sorted({len(one.chunk.tokens) for one in wanted}):
-        by_expert: dict[int, list[Wanted[T]]] = {}
+    longest_first = sorted(pending, key=lambda one: -one.steps_waited)
+    for width in sorted({len(one.chunk.tokens) for one in pending}):
+        by_expert: dict[int, list[PendingChunk[T]]] = {}
         for one in longest_first:
             if len(one.chunk.tokens) <= width:
                 by_expert.setdefault(one.expert, []).append(one)

@@ -13,7 +13,7 @@ import torch
 
 from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.errors import UserError
-from cbtm_ray.kv_cache import Chunk, KVCache, passes
+from cbtm_ray.kv_cache import Chunk, KVCache, length_buckets
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Contexts:
 
     def _read_batch(self, expert: int, batch: list[tuple[tuple[int, FarRead], Chunk]]) -> dict[int, np.ndarray]:
         found = {}
-        for group in passes(batch):
-            rows = self._caches[expert].read(self._ensemble.experts[expert], [chunk for _, chunk in group])
+        for group in length_buckets(batch):
+            rows = self._caches[expert].forward(self._ensemble.experts[expert], [chunk for _, chunk in group])
             for ((number, read), chunk), rows_CV in zip(group, rows, strict=True):
                 found[number] = rows_CV[read.start - chunk.start :]
         return found

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from cbtm_ray.batching import Wanted, choose_pass
+from cbtm_ray.batching import PendingChunk, choose_pass
 from cbtm_ray.contexts import FarRead
 from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.errors import UserError
@@ -44,7 +44,7 @@ class _Running:
     strategy: Strategy
     reads: dict[int, int] | None = None
     """By expert: the position up to which it has to read before the sequence can advance. None: not computed yet."""
-    waited: int = 0
+    steps_waited: int = 0
     """Steps since the sequence last advanced."""
     asked: dict[int, Future[np.ndarray]] = field(default_factory=dict)
     """By remote expert: the answer that the sequence waits for."""
@@ -134,17 +134,17 @@ class Engine:
     def step(self) -> list[tuple[int, Step]]:
         """Run one forward pass; the new tokens of all sequences, if any. Of a long prompt it reads a piece."""
         self._join()
-        here: list[Wanted[Sequence]] = []
+        local: list[PendingChunk[Sequence]] = []
         far: list[tuple[_Running, FarRead]] = []
         for number, running in self._running.items():
             for expert, chunk in _chunks(running):
                 if expert in self.ensemble.experts:
-                    here.append(Wanted(expert, chunk, running.waited, running.sequence))
+                    local.append(PendingChunk(expert, chunk, running.steps_waited, running.sequence))
                 else:
                     far.append((running, self._far_read(number, running.sequence, expert, chunk)))
         self._ask(far)
-        if here:
-            self._read(here)
+        if local:
+            self._forward(local)
         else:
             wait(
                 [one for running in self._running.values() for one in running.asked.values()],
@@ -153,23 +153,23 @@ class Engine:
             )
         found = []
         for number, running in list(self._running.items()):
-            running.waited += 1
+            running.steps_waited += 1
             steps = _advance(running) if self._arrived(number, running) else []
             found += [(number, step) for step in steps]
             if steps and steps[-1].finish_reason:
                 self._leave(number)
         return found
 
-    def _read(self, wanted: list[Wanted[Sequence]]) -> None:
+    def _forward(self, pending: list[PendingChunk[Sequence]]) -> None:
         """Run the pass that the scheduler chooses."""
-        chosen, chunks = choose_pass(wanted, len(self._caches) if self._stacked else 0), dict[int, list[Chunk]]()
+        chosen, chunks = choose_pass(pending, len(self._caches) if self._stacked else 0), dict[int, list[Chunk]]()
         for one in chosen:
             chunks.setdefault(one.expert, []).append(one.chunk)
         if self._stacked and len(chunks) > 1:
-            found = self._stacked.read(chunks)
+            found = self._stacked.forward(chunks)
         else:
             ((expert, theirs),) = chunks.items()
-            found = {expert: self._caches[expert].read(self.ensemble.experts[expert], theirs)}
+            found = {expert: self._caches[expert].forward(self.ensemble.experts[expert], theirs)}
         rows = {expert: iter(theirs) for expert, theirs in found.items()}
         for one in chosen:
             one.sequence.take(one.expert, next(rows[one.expert]))
@@ -198,7 +198,7 @@ class Engine:
             return False
         for expert, answer in running.asked.items():
             running.sequence.take(expert, answer.result())
-        running.reads, running.waited, running.asked = None, 0, {}
+        running.reads, running.steps_waited, running.asked = None, 0, {}
         return True
 
     def _join(self) -> None:

@@ -42,7 +42,7 @@ PADDING_TOKENS = 32
 """At most so many tokens of a pass are padding; one pass more costs about as much as these."""
 
 
-def passes(chunks: list[tuple[T, Chunk]]) -> Iterator[list[tuple[T, Chunk]]]:
+def length_buckets(chunks: list[tuple[T, Chunk]]) -> Iterator[list[tuple[T, Chunk]]]:
     """Split chunks into batches of similar length, so that right-padding each batch adds few tokens."""
     batch: list[tuple[T, Chunk]] = []
     n_tokens = 0
@@ -71,13 +71,13 @@ class KVCache(Cache):
 
     def __init__(self, n_slots: int) -> None:
         super().__init__(layers=[])
-        self.trash = n_slots
+        self.padding_slot = n_slots
         """One slot more, where padding tokens write their keys and values."""
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
         """By layer: keys and values, each (S + 1, H, D)."""
 
     @torch.inference_mode()
-    def read(self, model: Any, chunks: list[Chunk]) -> list[np.ndarray]:
+    def forward(self, model: Any, chunks: list[Chunk]) -> list[np.ndarray]:
         """One forward pass over the chunks.
 
         Args:
@@ -97,7 +97,7 @@ class KVCache(Cache):
         hidden_BCL = torch.arange(max(chunk.end for chunk in chunks)) > positions_BC[..., None]
         dtype = model.dtype
         mask_B1CL = torch.zeros(hidden_BCL.shape, dtype=dtype).masked_fill_(hidden_BCL, torch.finfo(dtype).min)[:, None]
-        self._locate(chunks, device)
+        self._set_slots(chunks, device)
         padded = [chunk.tokens + [0] * (longest - len(chunk.tokens)) for chunk in chunks]
         logits_BCV = model(
             input_ids=torch.tensor(padded, device=device),
@@ -109,20 +109,19 @@ class KVCache(Cache):
         logprobs_NV = logits_BCV[is_token_BC.to(device)].float().log_softmax(-1).cpu()
         return np.split(logprobs_NV.numpy(), np.cumsum(lengths)[:-1])
 
-    def _locate(self, chunks: list[Chunk], device: torch.device) -> None:
+    def _set_slots(self, chunks: list[Chunk], device: torch.device) -> None:
         """Set the slots where the layers write the chunks, and the slots where they read the whole sequences."""
-        first, one = chunks[0], len(chunks) == 1
-        self._written: Tensor | slice
-        self._texts: Tensor | slice
-        if (
-            one and int(first.slots[first.end - 1]) - int(first.slots[0]) == first.end - 1
-        ):  # consecutive slots: no copies
-            begin = int(first.slots[0])
-            self._written, self._texts = slice(begin + first.start, begin + first.end), slice(begin, begin + first.end)
+        first = chunks[0]
+        self._new_slots: Tensor | slice
+        self._all_slots: Tensor | slice
+        begin, end = int(first.slots[0]), int(first.slots[first.end - 1]) + 1
+        if len(chunks) == 1 and end - begin == first.end:  # consecutive slots: no copies
+            self._new_slots, self._all_slots = slice(begin + first.start, end), slice(begin, end)
             return
         written = [chunk.slots[chunk.start : chunk.end] for chunk in chunks]
-        self._written = pad_sequence(written, batch_first=True, padding_value=self.trash).flatten().to(device)
-        self._texts = pad_sequence([chunk.slots[: chunk.end] for chunk in chunks], batch_first=True).to(device)
+        new_BC = pad_sequence(written, batch_first=True, padding_value=self.padding_slot)
+        self._new_slots = new_BC.flatten().to(device)
+        self._all_slots = pad_sequence([chunk.slots[: chunk.end] for chunk in chunks], batch_first=True).to(device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -130,19 +129,19 @@ class KVCache(Cache):
         """Called by each layer: store new keys and values (B, H, C, D); return those of the whole sequences (B, H, L, D)."""
         if layer_idx not in self.memory:
             # Zeros: an attention weight of 0 times NaN would be NaN.
-            shape = (self.trash + 1, key_states.shape[1], key_states.shape[3])
+            shape = (self.padding_slot + 1, key_states.shape[1], key_states.shape[3])
             self.memory[layer_idx] = key_states.new_zeros(shape), value_states.new_zeros(shape)
         keys_SHD, values_SHD = self.memory[layer_idx]
-        return self._exchange(keys_SHD, key_states), self._exchange(values_SHD, value_states)
+        return self._store_and_gather(keys_SHD, key_states), self._store_and_gather(values_SHD, value_states)
 
-    def _exchange(self, memory_SHD: Tensor, new_BHCD: Tensor) -> Tensor:
-        memory_SHD[self._written] = new_BHCD.transpose(1, 2).flatten(0, 1)
-        if isinstance(self._texts, slice):
-            return memory_SHD[self._texts][None].transpose(1, 2)
+    def _store_and_gather(self, memory_SHD: Tensor, new_BHCD: Tensor) -> Tensor:
+        memory_SHD[self._new_slots] = new_BHCD.transpose(1, 2).flatten(0, 1)
+        if isinstance(self._all_slots, slice):
+            return memory_SHD[self._all_slots][None].transpose(1, 2)
         # On a CPU this takes a quarter of the time of indexing with a tensor (docs/LOG.md).
-        found = memory_SHD.flatten(1).index_select(0, self._texts.flatten())
-        return found.view(*self._texts.shape, *memory_SHD.shape[1:]).transpose(1, 2)
+        found = memory_SHD.flatten(1).index_select(0, self._all_slots.flatten())
+        return found.view(*self._all_slots.shape, *memory_SHD.shape[1:]).transpose(1, 2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: models would count positions from it, but `read` passes the positions."""
+        """0: models would count positions from it, but `forward` passes the positions."""
         return 0

@@ -28,13 +28,13 @@ STACKABLE = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 """Architectures (`model_type`) whose every layer with weights can be stacked; each is tested."""
 
 
-class Stack:
+class ParameterStack:
     """Stacks parameters of models of one architecture. The models' parameters become views: weights are in memory once."""
 
     def __init__(self) -> None:
         self._done: dict[int, Tensor] = {}  # by id of the first model's parameter, which layers may share
 
-    def of(self, layers: list[Any], name: str) -> Tensor | None:
+    def parameter(self, layers: list[Any], name: str) -> Tensor | None:
         """The parameter of one layer in all models, (E, ...), or None if the layer has no parameter of that name."""
         if getattr(layers[0], name, None) is None:
             return None
@@ -49,12 +49,12 @@ class Stack:
 class _Stacked(nn.Module):
     """One layer with the weights of all experts."""
 
-    def __init__(self, layers: list[Any], stack: Stack) -> None:
+    def __init__(self, layers: list[Any], stack: ParameterStack) -> None:
         super().__init__()
         self.n_experts = len(layers)
-        weight = stack.of(layers, "weight")
+        weight = stack.parameter(layers, "weight")
         assert weight is not None
-        self.weight, self.bias = weight, stack.of(layers, "bias")
+        self.weight, self.bias = weight, stack.parameter(layers, "bias")
 
     def by_expert(self, rows: Tensor) -> Tensor:
         """(E * B, ...) -> (E, B, ...)"""
@@ -64,7 +64,7 @@ class _Stacked(nn.Module):
 class _Linear(_Stacked):
     """Replaces nn.Linear, with weights (out, in), and GPT-2's Conv1D, with weights (in, out)."""
 
-    def __init__(self, layers: list[Any], stack: Stack) -> None:
+    def __init__(self, layers: list[Any], stack: ParameterStack) -> None:
         super().__init__(layers, stack)
         self._inputs_first = self.weight if isinstance(layers[0], Conv1D) else self.weight.mT
 
@@ -84,7 +84,7 @@ class _Embedding(_Stacked):
 class _Norm(_Stacked):
     """Replaces any norm with one weight per entry of the last dimension: the plain norm, then the expert's weight and bias."""
 
-    def __init__(self, layers: list[Any], stack: Stack) -> None:
+    def __init__(self, layers: list[Any], stack: ParameterStack) -> None:
         super().__init__(layers, stack)
         self._plain = copy.deepcopy(layers[0])
         self._plain.weight.data = torch.ones_like(self._plain.weight)
@@ -101,14 +101,14 @@ class _Norm(_Stacked):
 
 def stack_models(models: list[PreTrainedModel]) -> PreTrainedModel:
     """A model for batches (E * B, C), rows grouped by expert. The parameters of `models` become views of its parameters."""
-    stacked, stack = copy.deepcopy(models[0]), Stack()
+    stacked, stack = copy.deepcopy(models[0]), ParameterStack()
     for name, layer in list(models[0].named_modules()):
         if next(layer.parameters(recurse=False), None) is not None:
             stacked.set_submodule(name, _stacked_layer([model.get_submodule(name) for model in models], stack))
     return stacked
 
 
-def _stacked_layer(layers: list[Any], stack: Stack) -> nn.Module:
+def _stacked_layer(layers: list[Any], stack: ParameterStack) -> nn.Module:
     if isinstance(layers[0], nn.Linear | Conv1D):
         return _Linear(layers, stack)
     if isinstance(layers[0], nn.Embedding):
@@ -134,22 +134,22 @@ class StackedExperts:
             caches: the experts' empty caches, in the same order.
         """
         self._experts, self._model = list(experts), stack_models(list(experts.values()))
-        self._stride = next(iter(caches.values())).trash + 1
+        self._stride = next(iter(caches.values())).padding_slot + 1
         self._cache = KVCache(len(caches) * self._stride - 1)
-        self.read({})  # allocates the memory of the layers
+        self.forward({})  # allocates the memory of the layers
         for row, cache in enumerate(caches.values()):
             own = slice(row * self._stride, (row + 1) * self._stride)
             cache.memory = {layer: (keys[own], values[own]) for layer, (keys, values) in self._cache.memory.items()}
 
-    def read(self, chunks: dict[int, list[Chunk]]) -> dict[int, list[np.ndarray]]:
-        """`KVCache.read` for every expert in `chunks`. The other experts run too, on padding."""
+    def forward(self, chunks: dict[int, list[Chunk]]) -> dict[int, list[np.ndarray]]:
+        """`KVCache.forward` for every expert in `chunks`. The other experts run too, on padding."""
         rows = max((len(theirs) for theirs in chunks.values()), default=1)
         padded = []
         for place, expert in enumerate(self._experts):
             first, theirs = place * self._stride, chunks.get(expert, [])
             padded += [Chunk(chunk.tokens, chunk.start, chunk.slots + first) for chunk in theirs]
             padded += [Chunk([0], 0, torch.tensor([first + self._stride - 1]))] * (rows - len(theirs))
-        found = self._cache.read(self._model, padded)
+        found = self._cache.forward(self._model, padded)
         return {
             expert: found[place * rows :][: len(chunks[expert])]
             for place, expert in enumerate(self._experts)
