@@ -42,7 +42,7 @@ Elsewhere: TypeAlias = "Callable[[list[FarRead]], list[Future[np.ndarray]]]"
 class _Running:
     sequence: Sequence
     strategy: Strategy
-    reads: dict[int, int] | None = None
+    targets: dict[int, int] | None = None
     """By expert: the position up to which it has to read before the sequence can advance. None: not computed yet."""
     steps_waited: int = 0
     """Steps since the sequence last advanced."""
@@ -127,7 +127,7 @@ class Engine:
         self.active = set(experts)
         for running in self._running.values():
             running.asked.clear()
-            running.reads = None
+            running.targets = None
             running.sequence.reroute(self.active)
             running.strategy = type(running.strategy)(running.sequence)
 
@@ -172,11 +172,11 @@ class Engine:
             found = {expert: self._caches[expert].forward(self.ensemble.experts[expert], theirs)}
         rows = {expert: iter(theirs) for expert, theirs in found.items()}
         for one in chosen:
-            one.sequence.take(one.expert, next(rows[one.expert]))
+            one.sequence.append_predictions(one.expert, next(rows[one.expert]))
 
     def _far_read(self, number: int, sequence: Sequence, expert: int, chunk: Chunk) -> FarRead:
-        text = [*sequence.text, *sequence.drafts][: chunk.end]
-        return FarRead(expert, text, chunk.start, f"{self._name}-{number}")
+        token_ids = [*sequence.token_ids, *sequence.drafts][: chunk.end]
+        return FarRead(expert, token_ids, chunk.start, f"{self._name}-{number}")
 
     def _ask(self, far: list[tuple[_Running, FarRead]]) -> None:
         """Send the requests of a step to remote experts, all together."""
@@ -197,8 +197,8 @@ class Engine:
         if _pending(running):
             return False
         for expert, answer in running.asked.items():
-            running.sequence.take(expert, answer.result())
-        running.reads, running.steps_waited, running.asked = None, 0, {}
+            running.sequence.append_predictions(expert, answer.result())
+        running.targets, running.steps_waited, running.asked = None, 0, {}
         return True
 
     def _join(self) -> None:
@@ -261,12 +261,12 @@ def slots_needed(request: Request) -> int:
 def _pending(running: _Running) -> dict[int, int]:
     """By expert: the position up to which it still has to read; without experts that have a request under way."""
     sequence = running.sequence
-    if running.reads is None:
-        running.reads = running.strategy.reads() if sequence.routed else sequence.prompt_reads(PROMPT_TOKENS)
+    if running.targets is None:
+        running.targets = running.strategy.targets() if sequence.routed else sequence.prompt_targets(PROMPT_TOKENS)
     return {
         expert: end
-        for expert, end in running.reads.items()
-        if end > sequence.readings[expert].length and expert not in running.asked
+        for expert, end in running.targets.items()
+        if end > sequence.expert_states[expert].length and expert not in running.asked
     }
 
 
@@ -274,7 +274,7 @@ def _chunks(running: _Running) -> Iterator[tuple[int, Chunk]]:
     """The tokens that these experts have to read."""
     sequence = running.sequence
     for expert, end in _pending(running).items():
-        yield expert, Chunk(sequence.unread(expert, end), sequence.readings[expert].length, sequence.slots)
+        yield expert, Chunk(sequence.unread_tokens(expert, end), sequence.expert_states[expert].length, sequence.slots)
 
 
 def _advance(running: _Running) -> list[Step]:
@@ -284,5 +284,5 @@ def _advance(running: _Running) -> list[Step]:
         steps = sequence.route_prompt()
         if not sequence.routed or (steps and steps[-1].finish_reason):
             return steps
-        running.strategy.reads()  # satisfied: the running experts have read everything
+        running.strategy.targets()  # satisfied: the running experts have read everything
     return steps + running.strategy.advance()

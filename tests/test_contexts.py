@@ -96,17 +96,17 @@ def test_a_sequence_whose_far_expert_is_lost_fails_alone() -> None:
     assert (failed, str(problem)) == (bad, "gone")
 
 
-def test_what_was_heard_before_need_not_be_read_again() -> None:
+def test_logprobs_that_are_known_need_no_forward_pass() -> None:
     """Somebody has asked all experts for the prefix; the two that stay are here, and nobody else is asked."""
     ensemble, prompt = make_ensemble(), [5, 9, 3, 7, 11, 2, 8, 6]
     experts = range(ensemble.n_experts)
     prefix = [ensemble.end_of_text, *prompt[:6]]
     rows = Contexts(ensemble, 100).read([FarRead(expert, prefix[:-1], 0, "prefix") for expert in experts])
-    heard = {expert: rows[expert][range(len(prefix) - 1), prefix[1:]].tolist() for expert in experts}
+    known = {expert: rows[expert][range(len(prefix) - 1), prefix[1:]].tolist() for expert in experts}
     whole = drain(Engine(ensemble, max_sequences=1, cache_tokens=50), [make_request(prompt)])[0]
     chosen = np.flatnonzero(whole[0].weights_K).tolist()
     engine = Engine(part_of(ensemble, chosen), max_sequences=1, cache_tokens=50)
-    found = drain(engine, [make_request(prompt, heard=heard)])[0]
+    found = drain(engine, [make_request(prompt, known_logprobs=known)])[0]
     assert [step.token for step in found] == [step.token for step in whole]
 
 
