@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cbtm_ray.batching import PendingChunk, choose_pass
-from cbtm_ray.contexts import FarRead
+from cbtm_ray.contexts import ScoreRequest
 from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.errors import UserError
 from cbtm_ray.kv_cache import Chunk, KVCache, check_attention
@@ -31,10 +31,10 @@ from cbtm_ray.strategies import STRATEGIES, Strategy, strategy_for
 
 PROMPT_TOKENS = 128
 """Most tokens of a prompt that an expert reads in one step: a long prompt must not delay the other sequences."""
-ARRIVAL_S = 0.05
+REMOTE_WAIT_S = 0.05
 """The longest time that a step waits for remote experts when it has nothing else to do."""
 
-Elsewhere: TypeAlias = "Callable[[list[FarRead]], list[Future[np.ndarray]]]"
+RemoteExperts: TypeAlias = "Callable[[list[ScoreRequest]], list[Future[np.ndarray]]]"
 """Sends requests to experts in other groups; each future completes by itself."""
 
 
@@ -46,7 +46,7 @@ class _Running:
     """By expert: the position up to which it has to read before the sequence can advance. None: not computed yet."""
     steps_waited: int = 0
     """Steps since the sequence last advanced."""
-    asked: dict[int, Future[np.ndarray]] = field(default_factory=dict)
+    remote_answers: dict[int, Future[np.ndarray]] = field(default_factory=dict)
     """By remote expert: the answer that the sequence waits for."""
 
 
@@ -57,20 +57,20 @@ class Engine:
     """
 
     def __init__(
-        self, ensemble: Ensemble, *, max_sequences: int, cache_tokens: int, elsewhere: Elsewhere | None = None
+        self, ensemble: Ensemble, *, max_sequences: int, cache_tokens: int, remote: RemoteExperts | None = None
     ) -> None:
         """
         Args:
             max_sequences: most sequences that run at once.
             cache_tokens: tokens of all running sequences that each expert has memory for; a sequence reserves the tokens of
                 its prompt and of its longest answer.
-            elsewhere: sends requests to the experts that this process does not hold.
+            remote: sends requests to the experts that this process does not hold.
         """
         for name, value in (("max_sequences", max_sequences), ("cache_tokens", cache_tokens)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1. Raise it.")
         check_attention(ensemble.any_expert)
-        self.ensemble, self._elsewhere = ensemble, elsewhere
+        self.ensemble, self._remote = ensemble, remote
         self.failed: list[tuple[int, BaseException]] = []
         """Sequences that ended because a remote expert failed, with the reason. The caller empties the list."""
         self.active = set(range(ensemble.n_experts))
@@ -126,7 +126,7 @@ class Engine:
             return
         self.active = set(experts)
         for running in self._running.values():
-            running.asked.clear()
+            running.remote_answers.clear()
             running.targets = None
             running.sequence.reroute(self.active)
             running.strategy = type(running.strategy)(running.sequence)
@@ -135,26 +135,26 @@ class Engine:
         """Run one forward pass; the new tokens of all sequences, if any. Of a long prompt it reads a piece."""
         self._join()
         local: list[PendingChunk[Sequence]] = []
-        far: list[tuple[_Running, FarRead]] = []
+        remote: list[tuple[_Running, ScoreRequest]] = []
         for number, running in self._running.items():
             for expert, chunk in _chunks(running):
                 if expert in self.ensemble.experts:
                     local.append(PendingChunk(expert, chunk, running.steps_waited, running.sequence))
                 else:
-                    far.append((running, self._far_read(number, running.sequence, expert, chunk)))
-        self._ask(far)
+                    remote.append((running, self._score_request(number, running.sequence, expert, chunk)))
+        self._send(remote)
         if local:
             self._forward(local)
         else:
             wait(
-                [one for running in self._running.values() for one in running.asked.values()],
-                ARRIVAL_S,
+                [one for running in self._running.values() for one in running.remote_answers.values()],
+                REMOTE_WAIT_S,
                 FIRST_COMPLETED,
             )
         found = []
         for number, running in list(self._running.items()):
             running.steps_waited += 1
-            steps = _advance(running) if self._arrived(number, running) else []
+            steps = _advance(running) if self._is_ready(number, running) else []
             found += [(number, step) for step in steps]
             if steps and steps[-1].finish_reason:
                 self._leave(number)
@@ -174,31 +174,32 @@ class Engine:
         for one in chosen:
             one.sequence.append_predictions(one.expert, next(rows[one.expert]))
 
-    def _far_read(self, number: int, sequence: Sequence, expert: int, chunk: Chunk) -> FarRead:
+    def _score_request(self, number: int, sequence: Sequence, expert: int, chunk: Chunk) -> ScoreRequest:
         token_ids = [*sequence.token_ids, *sequence.drafts][: chunk.end]
-        return FarRead(expert, token_ids, chunk.start, f"{self._name}-{number}")
+        return ScoreRequest(expert, token_ids, chunk.start, f"{self._name}-{number}")
 
-    def _ask(self, far: list[tuple[_Running, FarRead]]) -> None:
+    def _send(self, requests: list[tuple[_Running, ScoreRequest]]) -> None:
         """Send the requests of a step to remote experts, all together."""
-        if far:
-            assert self._elsewhere is not None
-            for (running, read), answer in zip(far, self._elsewhere([read for _, read in far]), strict=True):
-                running.asked[read.expert] = answer
+        if requests:
+            assert self._remote is not None
+            answers = self._remote([request for _, request in requests])
+            for (running, request), answer in zip(requests, answers, strict=True):
+                running.remote_answers[request.expert] = answer
 
-    def _arrived(self, number: int, running: _Running) -> bool:
+    def _is_ready(self, number: int, running: _Running) -> bool:
         """Whether a sequence waits for no expert any more. If so, it gets the answers of the remote experts."""
-        if not all(answer.done() for answer in running.asked.values()):
+        if not all(answer.done() for answer in running.remote_answers.values()):
             return False
-        for answer in running.asked.values():
+        for answer in running.remote_answers.values():
             if problem := answer.exception():
                 self.failed.append((number, problem))
                 self._leave(number)
                 return False
         if _pending(running):
             return False
-        for expert, answer in running.asked.items():
+        for expert, answer in running.remote_answers.items():
             running.sequence.append_predictions(expert, answer.result())
-        running.targets, running.steps_waited, running.asked = None, 0, {}
+        running.targets, running.steps_waited, running.remote_answers = None, 0, {}
         return True
 
     def _join(self) -> None:
@@ -266,7 +267,7 @@ def _pending(running: _Running) -> dict[int, int]:
     return {
         expert: end
         for expert, end in running.targets.items()
-        if end > sequence.expert_states[expert].length and expert not in running.asked
+        if end > sequence.expert_states[expert].length and expert not in running.remote_answers
     }
 
 
