@@ -1,7 +1,10 @@
-"""Which of the chunks that sequences wait for are read in the next pass: those whose waiting is ended at the least cost.
+"""Scheduler: picks the next forward pass as the batch that unblocks the most waiting sequences per unit of cost.
 
-One expert's pass has rows of that expert alone. A pass of stacked experts (stacked.py) has as many rows of each, so that what
-the others have less than the one with most is padding; where few experts are asked, one of them at a time is cheaper.
+A pass of one expert has rows of that expert only. A pass of stacked experts (stacked.py) has the same number of rows for every
+expert: an expert with fewer chunks than the busiest one is padded. If sequences wait for few experts, one pass per expert is
+cheaper.
+
+The cost of a pass is PASS_COST + rows * (1 + TOKEN_COST * width), where width is the tokens of its longest chunk.
 """
 
 from __future__ import annotations
@@ -15,36 +18,38 @@ from cbtm_ray.kv_cache import Chunk
 T = TypeVar("T")
 
 PASS_COST, TOKEN_COST = 40.0, 1 / 3
-"""Of a pass as such, and of a token in a row; a row as such, whose text is gathered, is 1. Measured (docs/LOG.md)."""
+"""Cost model of a forward pass (measured, docs/LOG.md): 40 per pass, 1 per row for gathering its KV cache, 1/3 per token."""
 
 
 @dataclass(frozen=True)
-class Wanted(Generic[T]):
-    """A chunk that an expert is to read."""
+class PendingChunk(Generic[T]):
+    """A chunk of tokens that a sequence needs an expert to read."""
 
     expert: int
     chunk: Chunk
-    waited: int
-    """Passes since its sequence went on."""
+    steps_waited: int
+    """Steps since the sequence last advanced."""
     sequence: T
-    """Whose it is."""
 
 
-def choose_pass(wanted: list[Wanted[T]], stacked: int) -> list[Wanted[T]]:
-    """The pass that ends most waiting for its cost. Nothing waits for ever, since what waits weighs more by the pass.
+def choose_pass(pending: list[PendingChunk[T]], stacked: int) -> list[PendingChunk[T]]:
+    """The chunks of the next pass: most waiting ended per unit of cost.
+
+    The weight of a chunk grows with every pass that it waits, so none waits forever.
 
     Args:
-        wanted: at least one.
-        stacked: experts that can be read in one pass; 0 if they cannot.
+        pending: at least one chunk.
+        stacked: number of stacked experts; 0 if experts run one at a time.
     """
-    return max(_passes(wanted, stacked), key=lambda found: sum(1 + one.waited for one in found[0]) / found[1])[0]
+    candidates = _candidate_passes(pending, stacked)
+    return max(candidates, key=lambda found: sum(1 + one.steps_waited for one in found[0]) / found[1])[0]
 
 
-def _passes(wanted: list[Wanted[T]], stacked: int) -> Iterator[tuple[list[Wanted[T]], float]]:
-    """Passes to choose from, each with its cost: chunks up to a width, of one expert, or the first few of every expert."""
-    longest_first = sorted(wanted, key=lambda one: -one.waited)
-    for width in sorted({len(one.chunk.tokens) for one in wanted}):
-        by_expert: dict[int, list[Wanted[T]]] = {}
+def _candidate_passes(pending: list[PendingChunk[T]], stacked: int) -> Iterator[tuple[list[PendingChunk[T]], float]]:
+    """Candidate passes with their costs. A pass takes the chunks up to some width: of one expert, or the first n of each."""
+    longest_first = sorted(pending, key=lambda one: -one.steps_waited)
+    for width in sorted({len(one.chunk.tokens) for one in pending}):
+        by_expert: dict[int, list[PendingChunk[T]]] = {}
         for one in longest_first:
             if len(one.chunk.tokens) <= width:
                 by_expert.setdefault(one.expert, []).append(one)

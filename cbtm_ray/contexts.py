@@ -1,6 +1,6 @@
-"""Texts that other engines decode, read by the experts that are here.
+"""Serves log-probability requests from engines in other groups; keeps their KV caches in an LRU.
 
-C tokens asked about, V vocabulary. A call carries the whole text; what an expert has read before is only a cache.
+C tokens that a request asks about, V vocabulary. A request carries the whole sequence: the KV cache may be lost at any time.
 """
 
 from __future__ import annotations
@@ -13,96 +13,97 @@ import torch
 
 from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.errors import UserError
-from cbtm_ray.kv_cache import Chunk, KVCache, passes
+from cbtm_ray.kv_cache import Chunk, KVCache, length_buckets
 
 
 @dataclass(frozen=True)
-class FarRead:
-    """What one expert is asked: its log-probabilities after every token of a text from the position `start` on."""
+class ScoreRequest:
+    """A request to one expert: its log-probabilities after every token of a sequence, from the position `start` on."""
 
     expert: int
-    text: list[int]
-    """From the end-of-text token at position 0 on."""
+    token_ids: list[int]
+    """The whole sequence, with the end-of-text token at position 0."""
     start: int
     key: str
-    """Of the text as it grows, so that it is found again."""
+    """Identifies the sequence while it grows, to find its KV cache."""
 
 
 @dataclass
-class _Held:
-    tokens: list[int]
+class _CachedSequence:
+    token_ids: list[int]
     slots: list[int]
 
 
-class Contexts:
-    """Not for several threads at once."""
+class RemoteScorer:
+    """Answers requests with the experts of this process. Not thread-safe."""
 
     def __init__(self, ensemble: Ensemble, cache_tokens: int) -> None:
         """
         Args:
-            cache_tokens: tokens of all texts that each expert has memory for; the texts that were asked about last stay.
+            cache_tokens: tokens of all sequences that each expert has memory for; the least recently used give way.
         """
         self._ensemble, self._cache_tokens = ensemble, cache_tokens
         self._caches = {expert: KVCache(cache_tokens) for expert in ensemble.experts}
-        self._held: dict[int, OrderedDict[str, _Held]] = {expert: OrderedDict() for expert in ensemble.experts}
+        self._cached: dict[int, OrderedDict[str, _CachedSequence]] = {k: OrderedDict() for k in ensemble.experts}
         self._free = {expert: list(range(cache_tokens)) for expert in ensemble.experts}
 
-    def read(self, reads: list[FarRead]) -> list[np.ndarray]:
-        """Log-probabilities that each asks for, float32 (C, V).
+    def score(self, requests: list[ScoreRequest]) -> list[np.ndarray]:
+        """The log-probabilities that each request asks for, float32 (C, V).
 
         Raises:
-            UserError: a text is longer than the cache.
+            UserError: a sequence is longer than the cache.
         """
         found: dict[int, np.ndarray] = {}
-        by_expert: dict[int, list[tuple[int, FarRead]]] = {}
-        for number, read in enumerate(reads):
-            by_expert.setdefault(read.expert, []).append((number, read))
-        for expert, asked in by_expert.items():
-            batch: list[tuple[tuple[int, FarRead], Chunk]] = []
-            for number, read in asked:
-                if not self._make_room(read, {other.key for (_, other), _ in batch}):
-                    found |= self._read_batch(expert, batch)
+        by_expert: dict[int, list[tuple[int, ScoreRequest]]] = {}
+        for number, request in enumerate(requests):
+            by_expert.setdefault(request.expert, []).append((number, request))
+        for expert, numbered in by_expert.items():
+            batch: list[tuple[tuple[int, ScoreRequest], Chunk]] = []
+            for number, request in numbered:
+                if not self._reserve_slots(request, {other.key for (_, other), _ in batch}):
+                    found |= self._score_batch(expert, batch)
                     batch = []
-                    if not self._make_room(read, set()):
+                    if not self._reserve_slots(request, set()):
                         size = f"cache_tokens={self._cache_tokens}"
-                        raise UserError(f"{size} must be at least {len(read.text)}, the tokens of a text. Raise it.")
-                batch.append(((number, read), self._chunk(read)))
-            found |= self._read_batch(expert, batch)
-        return [found[number] for number in range(len(reads))]
+                        needed = len(request.token_ids)
+                        raise UserError(f"{size} must be at least {needed}, the tokens of a text. Raise it.")
+                batch.append(((number, request), self._chunk(request)))
+            found |= self._score_batch(expert, batch)
+        return [found[number] for number in range(len(requests))]
 
-    def _make_room(self, read: FarRead, busy: set[str]) -> bool:
-        """Slots for the text, at the cost of others that nobody asked about longest; False if there are not enough."""
-        held, free = self._held[read.expert], self._free[read.expert]
-        mine = held.setdefault(read.key, _Held([], []))
-        held.move_to_end(read.key)
-        missing = len(read.text) - len(mine.slots)
-        for key in list(held):
+    def _reserve_slots(self, request: ScoreRequest, busy: set[str]) -> bool:
+        """Give the sequence its slots, taken from the least recently used ones; False if there are not enough."""
+        cached, free = self._cached[request.expert], self._free[request.expert]
+        sequence = cached.setdefault(request.key, _CachedSequence([], []))
+        cached.move_to_end(request.key)
+        missing = len(request.token_ids) - len(sequence.slots)
+        for key in list(cached):
             if len(free) >= missing:
                 break
-            if key != read.key and key not in busy:
-                free += held.pop(key).slots
+            if key != request.key and key not in busy:
+                free += cached.pop(key).slots
         if len(free) < missing:
             return False
         for _ in range(missing):
-            mine.slots.append(free.pop())
+            sequence.slots.append(free.pop())
         return True
 
-    def _chunk(self, read: FarRead) -> Chunk:
-        """What the expert has to read, from the first token that it does not know or has to answer for."""
-        mine = self._held[read.expert][read.key]
+    def _chunk(self, request: ScoreRequest) -> Chunk:
+        """The tokens to read: from the first one that is not cached, or that the request asks about."""
+        sequence = self._cached[request.expert][request.key]
         start = 0
-        for known, token in zip(mine.tokens, read.text[: read.start], strict=False):
+        for known, token in zip(sequence.token_ids, request.token_ids[: request.start], strict=False):
             if known != token:
                 break
             start += 1
-        mine.tokens = read.text[:start]  # what comes after is overwritten, and known once the read has succeeded
-        return Chunk(read.text[start:], start, torch.tensor(mine.slots))
+        sequence.token_ids = request.token_ids[:start]  # the rest is overwritten, and known once the pass has succeeded
+        return Chunk(request.token_ids[start:], start, torch.tensor(sequence.slots))
 
-    def _read_batch(self, expert: int, batch: list[tuple[tuple[int, FarRead], Chunk]]) -> dict[int, np.ndarray]:
+    def _score_batch(self, expert: int, batch: list[tuple[tuple[int, ScoreRequest], Chunk]]) -> dict[int, np.ndarray]:
         found = {}
-        for group in passes(batch):
-            rows = self._caches[expert].read(self._ensemble.experts[expert], [chunk for _, chunk in group])
-            for ((number, read), chunk), rows_CV in zip(group, rows, strict=True):
-                found[number] = rows_CV[read.start - chunk.start :]
-                self._held[expert][read.key].tokens = read.text
+        for group in length_buckets(batch):
+            rows = self._caches[expert].forward(self._ensemble.experts[expert], [chunk for _, chunk in group])
+            for ((number, request), chunk), rows_CV in zip(group, rows, strict=True):
+                found[number] = rows_CV[request.start - chunk.start :]
+                self._cached[expert][request.key].token_ids = request.token_ids
         return found

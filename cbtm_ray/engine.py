@@ -1,9 +1,9 @@
-"""Continuous batching: sequences join and leave at every step, and a step is one pass for many that wait.
+"""Continuous batching: sequences join and leave at every step, and a step is one forward pass for many of them.
 
-Sequences wait for different experts. batching.py chooses whom a step serves: one expert's sequences, or those of several
-experts whose weights are stacked.
+Sequences wait for different experts. batching.py chooses which of them a step serves: sequences that wait for one expert, or
+for several experts whose weights are stacked.
 
-Numeric only: a server calls it from one thread, and text is made of the tokens elsewhere (text.py).
+Numeric only: a server calls the engine from one thread, and text.py makes text of the tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from cbtm_ray.batching import Wanted, choose_pass
-from cbtm_ray.contexts import FarRead
+from cbtm_ray.batching import PendingChunk, choose_pass
+from cbtm_ray.contexts import ScoreRequest
 from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.errors import UserError
 from cbtm_ray.kv_cache import Chunk, KVCache, check_attention
@@ -30,49 +30,49 @@ from cbtm_ray.stacked import StackedExperts, can_stack
 from cbtm_ray.strategies import STRATEGIES, Strategy, strategy_for
 
 PROMPT_TOKENS = 128
-"""Of a prompt that an expert reads in one step, so that a long one does not hold up the sequences beside it."""
-ARRIVAL_S = 0.05
-"""The longest that a step waits for experts elsewhere where it has nothing else to do."""
+"""Most tokens of a prompt that an expert reads in one step: a long prompt must not delay the other sequences."""
+REMOTE_WAIT_S = 0.05
+"""The longest time that a step waits for remote experts when it has nothing else to do."""
 
-Elsewhere: TypeAlias = "Callable[[list[FarRead]], list[Future[np.ndarray]]]"
-"""Asks experts that are not here; each answer arrives by itself."""
+RemoteExperts: TypeAlias = "Callable[[list[ScoreRequest]], list[Future[np.ndarray]]]"
+"""Sends requests to experts in other groups; each future completes by itself."""
 
 
 @dataclass
 class _Running:
     sequence: Sequence
     strategy: Strategy
-    reads: dict[int, int] | None = None
-    """How far which experts have to read before the sequence goes on; None: not said yet."""
-    waited: int = 0
-    """Steps since it went on."""
-    asked: dict[int, Future[np.ndarray]] = field(default_factory=dict)
-    """By expert elsewhere: what the sequence waits for."""
+    targets: dict[int, int] | None = None
+    """By expert: the position up to which it has to read before the sequence can advance. None: not computed yet."""
+    steps_waited: int = 0
+    """Steps since the sequence last advanced."""
+    remote_answers: dict[int, Future[np.ndarray]] = field(default_factory=dict)
+    """By remote expert: the answer that the sequence waits for."""
 
 
 class Engine:
-    """Decodes many requests with one ensemble. Not for several threads at once.
+    """Decodes many requests with one ensemble. Not thread-safe.
 
-    What a sequence gives does not depend on the others, up to the rounding of sums in another order.
+    The tokens of a sequence do not depend on the other sequences, up to the rounding of sums in another order.
     """
 
     def __init__(
-        self, ensemble: Ensemble, *, max_sequences: int, cache_tokens: int, elsewhere: Elsewhere | None = None
+        self, ensemble: Ensemble, *, max_sequences: int, cache_tokens: int, remote: RemoteExperts | None = None
     ) -> None:
         """
         Args:
-            max_sequences: sequences that run at once.
-            cache_tokens: tokens of all of them that each expert has memory for; one needs those of its prompt and of its
-                longest answer.
-            elsewhere: asks experts that the ensemble does not hold.
+            max_sequences: most sequences that run at once.
+            cache_tokens: tokens of all running sequences that each expert has memory for; a sequence reserves the tokens of
+                its prompt and of its longest answer.
+            remote: sends requests to the experts that this process does not hold.
         """
         for name, value in (("max_sequences", max_sequences), ("cache_tokens", cache_tokens)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1. Raise it.")
         check_attention(ensemble.model_config)
-        self.ensemble, self._elsewhere = ensemble, elsewhere
+        self.ensemble, self._remote = ensemble, remote
         self.failed: list[tuple[int, BaseException]] = []
-        """Sequences that ended because an expert elsewhere could not be asked, until somebody takes them out."""
+        """Sequences that ended because a remote expert failed, with the reason. The caller empties the list."""
         self.active = set(range(ensemble.n_experts))
         self._max_sequences, self._cache_tokens = max_sequences, cache_tokens
         self._caches = {expert: KVCache(cache_tokens) for expert in ensemble.experts}
@@ -112,7 +112,9 @@ class Engine:
             self._leave(sequence)
 
     def set_active(self, experts: set[int]) -> None:
-        """Route to these experts only, from the next step on; running sequences as if it had always been so.
+        """Route to these experts only, from the next step on.
+
+        Running sequences are re-routed as if these experts had been the only ones from the start.
 
         Raises:
             UserError: none, or one that the ensemble does not have.
@@ -124,83 +126,84 @@ class Engine:
             return
         self.active = set(experts)
         for running in self._running.values():
-            running.asked.clear()
-            running.reads = None
+            running.remote_answers.clear()
+            running.targets = None
             running.sequence.reroute(self.active)
             running.strategy = type(running.strategy)(running.sequence)
 
     def step(self) -> list[tuple[int, Step]]:
-        """Run one pass: the new tokens of every sequence that has got any by it; of a long prompt a piece is read."""
+        """Run one forward pass; the new tokens of all sequences, if any. Of a long prompt it reads a piece."""
         self._join()
-        here: list[Wanted[Sequence]] = []
-        far: list[tuple[_Running, FarRead]] = []
+        local: list[PendingChunk[Sequence]] = []
+        remote: list[tuple[_Running, ScoreRequest]] = []
         for number, running in self._running.items():
             for expert, chunk in _chunks(running):
                 if expert in self.ensemble.experts:
-                    here.append(Wanted(expert, chunk, running.waited, running.sequence))
+                    local.append(PendingChunk(expert, chunk, running.steps_waited, running.sequence))
                 else:
-                    far.append((running, self._far_read(number, running.sequence, expert, chunk)))
-        self._ask(far)
-        if here:
-            self._read(here)
+                    remote.append((running, self._score_request(number, running.sequence, expert, chunk)))
+        self._send(remote)
+        if local:
+            self._forward(local)
         else:
             wait(
-                [one for running in self._running.values() for one in running.asked.values()],
-                ARRIVAL_S,
+                [one for running in self._running.values() for one in running.remote_answers.values()],
+                REMOTE_WAIT_S,
                 FIRST_COMPLETED,
             )
         found = []
         for number, running in list(self._running.items()):
-            running.waited += 1
-            steps = _advance(running) if self._arrived(number, running) else []
+            running.steps_waited += 1
+            steps = _advance(running) if self._is_ready(number, running) else []
             found += [(number, step) for step in steps]
             if steps and steps[-1].finish_reason:
                 self._leave(number)
         return found
 
-    def _read(self, wanted: list[Wanted[Sequence]]) -> None:
-        """Read what is chosen of it, in one pass."""
-        chosen, chunks = choose_pass(wanted, len(self._caches) if self._stacked else 0), dict[int, list[Chunk]]()
+    def _forward(self, pending: list[PendingChunk[Sequence]]) -> None:
+        """Run the pass that the scheduler chooses."""
+        chosen, chunks = choose_pass(pending, len(self._caches) if self._stacked else 0), dict[int, list[Chunk]]()
         for one in chosen:
             chunks.setdefault(one.expert, []).append(one.chunk)
         if self._stacked and len(chunks) > 1:
-            found = self._stacked.read(chunks)
+            found = self._stacked.forward(chunks)
         else:
             ((expert, theirs),) = chunks.items()
-            found = {expert: self._caches[expert].read(self.ensemble.experts[expert], theirs)}
+            found = {expert: self._caches[expert].forward(self.ensemble.experts[expert], theirs)}
         rows = {expert: iter(theirs) for expert, theirs in found.items()}
         for one in chosen:
-            one.sequence.take(one.expert, next(rows[one.expert]))
+            one.sequence.append_predictions(one.expert, next(rows[one.expert]))
 
-    def _far_read(self, number: int, sequence: Sequence, expert: int, chunk: Chunk) -> FarRead:
-        text = [*sequence.text, *sequence.drafts][: chunk.end]
-        return FarRead(expert, text, chunk.start, f"{self._name}-{number}")
+    def _score_request(self, number: int, sequence: Sequence, expert: int, chunk: Chunk) -> ScoreRequest:
+        token_ids = [*sequence.token_ids, *sequence.drafts][: chunk.end]
+        return ScoreRequest(expert, token_ids, chunk.start, f"{self._name}-{number}")
 
-    def _ask(self, far: list[tuple[_Running, FarRead]]) -> None:
-        """Ask the experts that are elsewhere, all of a step together."""
-        if far:
-            assert self._elsewhere is not None
-            for (running, read), answer in zip(far, self._elsewhere([read for _, read in far]), strict=True):
-                running.asked[read.expert] = answer
+    def _send(self, requests: list[tuple[_Running, ScoreRequest]]) -> None:
+        """Send the requests of a step to remote experts, all together."""
+        if requests:
+            assert self._remote is not None
+            answers = self._remote([request for _, request in requests])
+            for (running, request), answer in zip(requests, answers, strict=True):
+                running.remote_answers[request.expert] = answer
 
-    def _arrived(self, number: int, running: _Running) -> bool:
-        """Whether a sequence waits for no expert any more; what those elsewhere said is taken in when all have."""
-        if not all(answer.done() for answer in running.asked.values()):
+    def _is_ready(self, number: int, running: _Running) -> bool:
+        """Whether a sequence waits for no expert any more. If so, it gets the answers of the remote experts."""
+        if not all(answer.done() for answer in running.remote_answers.values()):
             return False
-        for answer in running.asked.values():
+        for answer in running.remote_answers.values():
             if problem := answer.exception():
                 self.failed.append((number, problem))
                 self._leave(number)
                 return False
         if _pending(running):
             return False
-        for expert, answer in running.asked.items():
-            running.sequence.take(expert, answer.result())
-        running.reads, running.waited, running.asked = None, 0, {}
+        for expert, answer in running.remote_answers.items():
+            running.sequence.append_predictions(expert, answer.result())
+        running.targets, running.steps_waited, running.remote_answers = None, 0, {}
         return True
 
     def _join(self) -> None:
-        """In the order of asking, so that a large request is not overtaken for ever."""
+        """Start waiting requests, in order: a large request is not overtaken by small ones forever."""
         while self._waiting and len(self._running) < self._max_sequences:
             number, request = self._waiting[0]
             needed = slots_needed(request)
@@ -244,8 +247,10 @@ def generate(ensemble: Ensemble, request: Request) -> Iterator[Step]:
 
 
 def slots_needed(request: Request) -> int:
-    """Tokens that an expert reads for a request, each of which takes a slot of the cache and a position of the model: the
-    end-of-text token and all others but the last of the answer. A prompt without an answer is read to its end."""
+    """Tokens that an expert reads for a request: the end-of-text token and all others but the last token of the answer.
+
+    Each takes a slot of the cache and a position of the model. A prompt without an answer is read to its end.
+    """
     return len(request.prompt) + max(request.max_tokens, 1)
 
 
@@ -261,30 +266,30 @@ def check_room(request: Request, ensemble: Ensemble, cache_tokens: int) -> None:
 
 
 def _pending(running: _Running) -> dict[int, int]:
-    """How far experts have to read before the sequence goes on, but for those that have, or have been asked elsewhere."""
+    """By expert: the position up to which it still has to read; without experts that have a request under way."""
     sequence = running.sequence
-    if running.reads is None:
-        running.reads = running.strategy.reads() if sequence.routed else sequence.prompt_reads(PROMPT_TOKENS)
+    if running.targets is None:
+        running.targets = running.strategy.targets() if sequence.routed else sequence.prompt_targets(PROMPT_TOKENS)
     return {
         expert: end
-        for expert, end in running.reads.items()
-        if end > sequence.readings[expert].length and expert not in running.asked
+        for expert, end in running.targets.items()
+        if end > sequence.expert_states[expert].length and expert not in running.remote_answers
     }
 
 
 def _chunks(running: _Running) -> Iterator[tuple[int, Chunk]]:
-    """What these experts have to read."""
+    """The tokens that these experts have to read."""
     sequence = running.sequence
     for expert, end in _pending(running).items():
-        yield expert, Chunk(sequence.unread(expert, end), sequence.readings[expert].length, sequence.slots)
+        yield expert, Chunk(sequence.unread_tokens(expert, end), sequence.expert_states[expert].length, sequence.slots)
 
 
 def _advance(running: _Running) -> list[Step]:
-    """The steps that a sequence's experts have read enough for."""
+    """Advance a sequence whose experts have read enough; its new tokens."""
     sequence, steps = running.sequence, []
     if not sequence.routed:
         steps = sequence.route_prompt()
         if not sequence.routed or (steps and steps[-1].finish_reason):
             return steps
-        running.strategy.reads()  # satisfied: the running experts have read everything
+        running.strategy.targets()  # satisfied: the running experts have read everything
     return steps + running.strategy.advance()

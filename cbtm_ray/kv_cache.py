@@ -1,11 +1,11 @@
-"""One expert's keys and values of many sequences, and the forward pass that reads a chunk of each of several at once.
+"""The KV cache of one expert for many sequences, and the forward pass of a batch of chunks over it.
 
-B chunks, C tokens of the longest, L tokens of the longest text up to its chunk's end, S slots, H heads, D dimensions of a
-head, V vocabulary.
+B chunks, C tokens of the longest chunk, L tokens of the longest sequence up to the end of its chunk, S slots, H heads,
+D dimensions of a head, V vocabulary.
 
-A slot holds one token's keys and values. A sequence owns slots from when it joins to when it leaves, the same in every
-expert, so memory is S slots an expert whatever the lengths are, and going back in a text costs nothing: the mask lets a
-query see its own text up to itself, and what stands behind is overwritten.
+A slot holds the keys and values of one token. A sequence owns its slots from when it joins until it leaves, the same slots in
+every expert. So each expert has memory for S tokens whatever the lengths of the sequences are, and truncating a sequence costs
+nothing: the mask lets a query see its own sequence up to itself, and later entries are overwritten.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens of one text to read, from the position `start` on; `slots` are the text's, by position."""
+    """Consecutive tokens of one sequence to read, from the position `start` on; `slots` are the sequence's, by position."""
 
     tokens: list[int]
     start: int
@@ -39,11 +39,11 @@ class Chunk:
 
 
 PADDING_TOKENS = 32
-"""Of one pass at most; a pass more costs about as much as these."""
+"""At most so many tokens of a pass are padding; one pass more costs about as much as these."""
 
 
-def passes(chunks: list[tuple[T, Chunk]]) -> Iterator[list[tuple[T, Chunk]]]:
-    """Chunks that are read in one pass, right-padded: alike in length, so that little of it is padding."""
+def length_buckets(chunks: list[tuple[T, Chunk]]) -> Iterator[list[tuple[T, Chunk]]]:
+    """Split chunks into batches of similar length, so that right-padding each batch adds few tokens."""
     batch: list[tuple[T, Chunk]] = []
     n_tokens = 0
     for pair in sorted(chunks, key=lambda pair: len(pair[1].tokens)):
@@ -58,7 +58,7 @@ def passes(chunks: list[tuple[T, Chunk]]) -> Iterator[list[tuple[T, Chunk]]]:
 
 
 def check_attention(config: PretrainedConfig) -> None:
-    """UserError: the model attends to a window only, which the masks here do not know."""
+    """UserError: the model has sliding-window attention, which the masks here do not implement."""
     if (window := getattr(config, "sliding_window", None)) is not None:
         raise UserError(
             f"sliding_window={window} of a {config.model_type} model must be null: decoding attends to the whole context. "
@@ -67,22 +67,25 @@ def check_attention(config: PretrainedConfig) -> None:
 
 
 class KVCache(Cache):
-    """What one expert has read, in memory that is taken once."""
+    """Keys and values that one expert has computed, in memory that is allocated once."""
 
     def __init__(self, n_slots: int) -> None:
         super().__init__(layers=[])
-        self.trash = n_slots
-        """One slot more, for what is read of padding."""
+        self.padding_slot = n_slots
+        """One slot more, where padding tokens write their keys and values."""
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
         """By layer: keys and values, each (S + 1, H, D)."""
 
     @torch.inference_mode()
-    def read(self, model: Any, chunks: list[Chunk]) -> list[np.ndarray]:
-        """Log-probabilities after every token of each chunk, float32 (its tokens, V).
+    def forward(self, model: Any, chunks: list[Chunk]) -> list[np.ndarray]:
+        """One forward pass over the chunks.
 
         Args:
-            model: the expert, which need not be in memory between two calls.
-            chunks: everything before them must have been read.
+            model: the expert; it need not stay in memory between two calls.
+            chunks: all tokens before each chunk must have been read.
+
+        Returns:
+            For each chunk the log-probabilities after every one of its tokens, float32 (its tokens, V).
         """
         device = model.device
         lengths = [len(chunk.tokens) for chunk in chunks]
@@ -94,7 +97,7 @@ class KVCache(Cache):
         hidden_BCL = torch.arange(max(chunk.end for chunk in chunks)) > positions_BC[..., None]
         dtype = model.dtype
         mask_B1CL = torch.zeros(hidden_BCL.shape, dtype=dtype).masked_fill_(hidden_BCL, torch.finfo(dtype).min)[:, None]
-        self._locate(chunks, device)
+        self._set_slots(chunks, device)
         padded = [chunk.tokens + [0] * (longest - len(chunk.tokens)) for chunk in chunks]
         logits_BCV = model(
             input_ids=torch.tensor(padded, device=device),
@@ -106,38 +109,39 @@ class KVCache(Cache):
         logprobs_NV = logits_BCV[is_token_BC.to(device)].float().log_softmax(-1).cpu()
         return np.split(logprobs_NV.numpy(), np.cumsum(lengths)[:-1])
 
-    def _locate(self, chunks: list[Chunk], device: torch.device) -> None:
-        """Where the layers write the chunks' tokens, and where they find the texts."""
-        first, one = chunks[0], len(chunks) == 1
-        self._written: Tensor | slice
-        self._texts: Tensor | slice
-        if one and int(first.slots[first.end - 1]) - int(first.slots[0]) == first.end - 1:  # side by side: no copies
-            begin = int(first.slots[0])
-            self._written, self._texts = slice(begin + first.start, begin + first.end), slice(begin, begin + first.end)
+    def _set_slots(self, chunks: list[Chunk], device: torch.device) -> None:
+        """Set the slots where the layers write the chunks, and the slots where they read the whole sequences."""
+        first = chunks[0]
+        self._new_slots: Tensor | slice
+        self._all_slots: Tensor | slice
+        begin, end = int(first.slots[0]), int(first.slots[first.end - 1]) + 1
+        if len(chunks) == 1 and end - begin == first.end:  # consecutive slots: no copies
+            self._new_slots, self._all_slots = slice(begin + first.start, end), slice(begin, end)
             return
         written = [chunk.slots[chunk.start : chunk.end] for chunk in chunks]
-        self._written = pad_sequence(written, batch_first=True, padding_value=self.trash).flatten().to(device)
-        self._texts = pad_sequence([chunk.slots[: chunk.end] for chunk in chunks], batch_first=True).to(device)
+        new_BC = pad_sequence(written, batch_first=True, padding_value=self.padding_slot)
+        self._new_slots = new_BC.flatten().to(device)
+        self._all_slots = pad_sequence([chunk.slots[: chunk.end] for chunk in chunks], batch_first=True).to(device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """What a layer calls: keep its new keys and values (B, H, C, D), and give those of the whole texts, (B, H, L, D)."""
+        """Called by each layer: store new keys and values (B, H, C, D); return those of the whole sequences (B, H, L, D)."""
         if layer_idx not in self.memory:
-            # Zeros, for a weight of 0 does not hide what is no number.
-            shape = (self.trash + 1, key_states.shape[1], key_states.shape[3])
+            # Zeros: an attention weight of 0 times NaN would be NaN.
+            shape = (self.padding_slot + 1, key_states.shape[1], key_states.shape[3])
             self.memory[layer_idx] = key_states.new_zeros(shape), value_states.new_zeros(shape)
         keys_SHD, values_SHD = self.memory[layer_idx]
-        return self._exchange(keys_SHD, key_states), self._exchange(values_SHD, value_states)
+        return self._store_and_gather(keys_SHD, key_states), self._store_and_gather(values_SHD, value_states)
 
-    def _exchange(self, memory_SHD: Tensor, new_BHCD: Tensor) -> Tensor:
-        memory_SHD[self._written] = new_BHCD.transpose(1, 2).flatten(0, 1)
-        if isinstance(self._texts, slice):
-            return memory_SHD[self._texts][None].transpose(1, 2)
-        # A quarter of the time that indexing with a tensor takes on a CPU (docs/LOG.md).
-        found = memory_SHD.flatten(1).index_select(0, self._texts.flatten())
-        return found.view(*self._texts.shape, *memory_SHD.shape[1:]).transpose(1, 2)
+    def _store_and_gather(self, memory_SHD: Tensor, new_BHCD: Tensor) -> Tensor:
+        memory_SHD[self._new_slots] = new_BHCD.transpose(1, 2).flatten(0, 1)
+        if isinstance(self._all_slots, slice):
+            return memory_SHD[self._all_slots][None].transpose(1, 2)
+        # On a CPU this takes a quarter of the time of indexing with a tensor (docs/LOG.md).
+        found = memory_SHD.flatten(1).index_select(0, self._all_slots.flatten())
+        return found.view(*self._all_slots.shape, *memory_SHD.shape[1:]).transpose(1, 2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Models count positions from here; they are given instead."""
+        """0: models would count positions from it, but `forward` passes the positions."""
         return 0

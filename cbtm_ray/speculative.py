@@ -1,7 +1,7 @@
 """Speculative decoding: one expert drafts tokens, then all running experts check them in one forward pass.
 
 A round has two phases. First the expert of most weight drafts n tokens, one forward pass each. Then every running expert
-reads the drafts in one pass, and rejection sampling accepts or rejects them so that the text is a draw from the mixture
+reads the drafts in one pass, and rejection sampling accepts or rejects them so that the tokens are a draw from the mixture
 (Leviathan et al. 2023, algorithm 1). n follows how often the experts agree; n = 0 is lockstep.
 
 V vocabulary, p the mixture's probabilities, q the drafting expert's.
@@ -34,11 +34,11 @@ class Speculative:
         sequence, drafts = self.sequence, self.sequence.drafts
         if drafts and drafts[-1] == sequence.ensemble.end_of_text:
             return False
-        return len(drafts) < min(self.draft_tokens, sequence.n_left - 1)
+        return len(drafts) < min(self.draft_tokens, sequence.tokens_left - 1)
 
-    def reads(self) -> dict[int, int]:
+    def targets(self) -> dict[int, int]:
         sequence = self.sequence
-        end = len(sequence.text) + len(sequence.drafts)
+        end = len(sequence.token_ids) + len(sequence.drafts)
         if not sequence.drafts:
             self.draft_tokens = drafts_that_pay(self._agreement, len(sequence.router.running))
             self._drafter = int(sequence.router.weights().argmax())
@@ -49,8 +49,8 @@ class Speculative:
             self._draft()
             return []
         steps = self._verify()
-        for reading in self.sequence.readings.values():
-            reading.go_back(len(self.sequence.text) - 1)  # rejected drafts were read too
+        for state in self.sequence.expert_states.values():
+            state.truncate(len(self.sequence.token_ids) - 1)  # rejected drafts were read too
         return steps
 
     def _draft(self) -> None:
@@ -59,15 +59,15 @@ class Speculative:
         self._draft_probabilities.append(q_V)
 
     def _drafter_probabilities(self) -> np.ndarray:
-        """q for the token after text and drafts, (V,)."""
+        """q for the token after the drafts, (V,)."""
         sequence = self.sequence
-        end = len(sequence.text) + len(sequence.drafts)
-        return sequence.probabilities(sequence.readings[self._drafter].predicted(end - 1))
+        end = len(sequence.token_ids) + len(sequence.drafts)
+        return sequence.probabilities(sequence.expert_states[self._drafter].logprobs_after(end - 1))
 
     def _verify(self) -> list[Step]:
         """The tokens of a round: the accepted drafts, and one token more.
 
-        An accepted draft may make another expert run. The round then ends, for that expert has yet to read the text.
+        An accepted draft may make another expert run. The round then ends, for that expert has yet to read them.
         """
         sequence, steps = self.sequence, list[Step]()
         drafts, sequence.drafts = sequence.drafts, []
@@ -96,10 +96,10 @@ class Speculative:
         return sequence.append(token, logprobs_V, weights_K), accepted
 
     def _mixture(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """p for the token after the text (V,), its log-probabilities before penalties and the like (V,), the weights (K,)."""
+        """p for the next token (V,), its log-probabilities before penalties and the like (V,), the weights (K,)."""
         sequence = self.sequence
         sequence.refresh()
-        logprobs_V, weights_K = sequence.mixture(len(sequence.text) - 1)
+        logprobs_V, weights_K = sequence.mixture(len(sequence.token_ids) - 1)
         return sequence.probabilities(logprobs_V), logprobs_V, weights_K
 
     def _update_agreement(self, p_V: np.ndarray, q_V: np.ndarray) -> None:

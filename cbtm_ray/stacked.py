@@ -1,9 +1,11 @@
-"""Experts of one process in one pass: a model of their stacked weights, in whose batches every expert has as many rows.
+"""All experts of a process in one forward pass: one model with their weights stacked.
 
 E experts, B rows of each, C tokens.
 
-A pass of one row costs a small model, or a GPU, about as much as one of many, and experts differ in their weights only. The
-model's own code runs: its rows are those of the first expert, then of the second, and what holds weights is replaced.
+On a small model, or a GPU, a pass of one row costs about as much as a pass of many, and experts differ in their weights only.
+The code of the model runs unchanged on a batch of E * B rows, the rows of the first expert first. Only the layers that hold
+weights are replaced by layers that hold the weights of all experts. `torch.func.vmap` would do this for any architecture, but
+forbids the KV cache's writes in place.
 """
 
 from __future__ import annotations
@@ -23,17 +25,17 @@ from cbtm_ray.kv_cache import Chunk, KVCache
 from cbtm_ray.paging import PagedExperts
 
 STACKABLE = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
-"""Architectures (`model_type`) all of whose weights are in layers that can be stacked; tested."""
+"""Architectures (`model_type`) whose every layer with weights can be stacked; each is tested."""
 
 
-class Stack:
-    """The parameters of alike models, one above the other. The models' own become views: weights are in memory once."""
+class ParameterStack:
+    """Stacks parameters of models of one architecture. The models' parameters become views: weights are in memory once."""
 
     def __init__(self) -> None:
-        self._done: dict[int, Tensor] = {}  # by the first model's parameter, which layers may share
+        self._done: dict[int, Tensor] = {}  # by id of the first model's parameter, which layers may share
 
-    def of(self, layers: list[Any], name: str) -> Tensor | None:
-        """A parameter of a layer of all experts, (E, ...). None: the layer has none of that name."""
+    def parameter(self, layers: list[Any], name: str) -> Tensor | None:
+        """The parameter of one layer in all models, (E, ...), or None if the layer has no parameter of that name."""
         if getattr(layers[0], name, None) is None:
             return None
         parameters: list[nn.Parameter] = [getattr(layer, name) for layer in layers]
@@ -45,14 +47,14 @@ class Stack:
 
 
 class _Stacked(nn.Module):
-    """One layer of all experts."""
+    """One layer with the weights of all experts."""
 
-    def __init__(self, layers: list[Any], stack: Stack) -> None:
+    def __init__(self, layers: list[Any], stack: ParameterStack) -> None:
         super().__init__()
         self.n_experts = len(layers)
-        weight = stack.of(layers, "weight")
+        weight = stack.parameter(layers, "weight")
         assert weight is not None
-        self.weight, self.bias = weight, stack.of(layers, "bias")
+        self.weight, self.bias = weight, stack.parameter(layers, "bias")
 
     def by_expert(self, rows: Tensor) -> Tensor:
         """(E * B, ...) -> (E, B, ...)"""
@@ -60,9 +62,9 @@ class _Stacked(nn.Module):
 
 
 class _Linear(_Stacked):
-    """Of nn.Linear, whose weights are (out, in), and of GPT-2's Conv1D, whose are (in, out)."""
+    """Replaces nn.Linear, with weights (out, in), and GPT-2's Conv1D, with weights (in, out)."""
 
-    def __init__(self, layers: list[Any], stack: Stack) -> None:
+    def __init__(self, layers: list[Any], stack: ParameterStack) -> None:
         super().__init__(layers, stack)
         self._inputs_first = self.weight if isinstance(layers[0], Conv1D) else self.weight.mT
 
@@ -80,9 +82,9 @@ class _Embedding(_Stacked):
 
 
 class _Norm(_Stacked):
-    """Of any norm with a weight for each of the last dimension's entries."""
+    """Replaces any norm with one weight per entry of the last dimension: the plain norm, then the expert's weight and bias."""
 
-    def __init__(self, layers: list[Any], stack: Stack) -> None:
+    def __init__(self, layers: list[Any], stack: ParameterStack) -> None:
         super().__init__(layers, stack)
         self._plain = copy.deepcopy(layers[0])
         self._plain.weight.data = torch.ones_like(self._plain.weight)
@@ -98,15 +100,15 @@ class _Norm(_Stacked):
 
 
 def stack_models(models: list[PreTrainedModel]) -> PreTrainedModel:
-    """A model of batches (E * B, C), the rows of each expert together. The models' parameters become views of its own."""
-    stacked, stack = copy.deepcopy(models[0]), Stack()
+    """A model for batches (E * B, C), rows grouped by expert. The parameters of `models` become views of its parameters."""
+    stacked, stack = copy.deepcopy(models[0]), ParameterStack()
     for name, layer in list(models[0].named_modules()):
         if next(layer.parameters(recurse=False), None) is not None:
             stacked.set_submodule(name, _stacked_layer([model.get_submodule(name) for model in models], stack))
     return stacked
 
 
-def _stacked_layer(layers: list[Any], stack: Stack) -> nn.Module:
+def _stacked_layer(layers: list[Any], stack: ParameterStack) -> nn.Module:
     if isinstance(layers[0], nn.Linear | Conv1D):
         return _Linear(layers, stack)
     if isinstance(layers[0], nn.Embedding):
@@ -116,37 +118,37 @@ def _stacked_layer(layers: list[Any], stack: Stack) -> nn.Module:
 
 
 def can_stack(experts: Mapping[int, PreTrainedModel], config: PretrainedConfig) -> bool:
-    """Whether there are several, all in memory for good, and of an architecture that can."""
+    """Whether there are several experts, all always in memory, of an architecture in STACKABLE."""
     paged = isinstance(experts, PagedExperts) and experts.resident < len(experts)
     return len(experts) > 1 and not paged and config.model_type in STACKABLE
 
 
 class StackedExperts:
-    """Reads for all experts at once. Each can still be run alone, and has read what it has read here."""
+    """Forward passes of all experts at once. Each expert can still run alone: both ways share its KV cache."""
 
     def __init__(self, experts: Mapping[int, PreTrainedModel], caches: dict[int, KVCache]) -> None:
         """
         Args:
-            experts: alike but for their weights, of an architecture in STACKABLE; they stay in memory for good.
-            caches: theirs in the same order, which have read nothing yet.
+            experts: models that differ in their weights only, of an architecture in STACKABLE; they stay in memory.
+            caches: the experts' empty caches, in the same order.
         """
         self._experts, self._model = list(experts), stack_models(list(experts.values()))
-        self._stride = next(iter(caches.values())).trash + 1
+        self._stride = next(iter(caches.values())).padding_slot + 1
         self._cache = KVCache(len(caches) * self._stride - 1)
-        self.read({})  # so that the layers' memory is there
+        self.forward({})  # allocates the memory of the layers
         for row, cache in enumerate(caches.values()):
             own = slice(row * self._stride, (row + 1) * self._stride)
             cache.memory = {layer: (keys[own], values[own]) for layer, (keys, values) in self._cache.memory.items()}
 
-    def read(self, chunks: dict[int, list[Chunk]]) -> dict[int, list[np.ndarray]]:
-        """What `KVCache.read` gives, for every expert that is named; the others run too, for nobody."""
+    def forward(self, chunks: dict[int, list[Chunk]]) -> dict[int, list[np.ndarray]]:
+        """`KVCache.forward` for every expert in `chunks`. The other experts run too, on padding."""
         rows = max((len(theirs) for theirs in chunks.values()), default=1)
         padded = []
         for place, expert in enumerate(self._experts):
             first, theirs = place * self._stride, chunks.get(expert, [])
             padded += [Chunk(chunk.tokens, chunk.start, chunk.slots + first) for chunk in theirs]
             padded += [Chunk([0], 0, torch.tensor([first + self._stride - 1]))] * (rows - len(theirs))
-        found = self._cache.read(self._model, padded)
+        found = self._cache.forward(self._model, padded)
         return {
             expert: found[place * rows :][: len(chunks[expert])]
             for place, expert in enumerate(self._experts)

@@ -6,7 +6,7 @@
     speculative   One expert drafts some tokens, the others check them in one forward pass, and rejection sampling keeps the
                   mixture. Works for every sampling setting; tokens come several at a time (speculative.py).
 
-A strategy says up to which position which experts have to read the sequence (`reads`). Then it advances (`advance`), which
+A strategy says up to which position which experts have to read the sequence (`targets`). Then it advances (`advance`), which
 gives no token, one or several. An expert that was not needed for a while reads the tokens it missed in one chunk.
 """
 
@@ -28,13 +28,13 @@ class Lockstep:
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
 
-    def reads(self) -> dict[int, int]:
-        return {expert: len(self.sequence.text) for expert in self.sequence.router.running}
+    def targets(self) -> dict[int, int]:
+        return {expert: len(self.sequence.token_ids) for expert in self.sequence.router.running}
 
     def advance(self) -> list[Step]:
         sequence = self.sequence
         sequence.refresh()
-        logprobs_V, weights_K = sequence.mixture(len(sequence.text) - 1)
+        logprobs_V, weights_K = sequence.mixture(len(sequence.token_ids) - 1)
         token = draw(sequence.probabilities(logprobs_V), sequence.random)
         return [sequence.append(token, logprobs_V, weights_K)]
 
@@ -44,19 +44,19 @@ class Ancestral:
         self.sequence = sequence
         self._drawn: tuple[int, np.ndarray] | None = None
 
-    def reads(self) -> dict[int, int]:
+    def targets(self) -> dict[int, int]:
         sequence = self.sequence
-        if sequence.router.due(sequence.request.refresh_tokens):  # the weights need all first
-            return {expert: len(sequence.text) for expert in sequence.router.running}
+        if sequence.router.due(sequence.request.refresh_tokens):  # the weights need the evidence of all running experts
+            return {expert: len(sequence.token_ids) for expert in sequence.router.running}
         self._drawn = self._draw_expert()
-        return {self._drawn[0]: len(sequence.text)}
+        return {self._drawn[0]: len(sequence.token_ids)}
 
     def advance(self) -> list[Step]:
         sequence = self.sequence
         sequence.refresh()
         expert, weights_K = self._drawn or self._draw_expert()
         self._drawn = None
-        logprobs_V = sequence.readings[expert].predicted(len(sequence.text) - 1)
+        logprobs_V = sequence.expert_states[expert].logprobs_after(len(sequence.token_ids) - 1)
         token = draw(sequence.probabilities(logprobs_V), sequence.random)
         return [sequence.append(token, None, weights_K, expert)]
 

@@ -11,7 +11,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import ReplicaUnavailableError
 
-from cbtm_ray.contexts import Contexts, FarRead
+from cbtm_ray.contexts import RemoteScorer, ScoreRequest
 
 from .groups import Layout
 
@@ -25,14 +25,14 @@ MAX_ATTEMPTS = 3
 class Answering:
     """Reads texts for other groups, all that have come while the thread was busy in one go."""
 
-    def __init__(self, contexts: Contexts) -> None:
-        self._contexts, self._thread = contexts, ThreadPoolExecutor(1)
-        self._waiting: list[tuple[list[FarRead], asyncio.Future[list[np.ndarray]]]] = []
+    def __init__(self, scorer: RemoteScorer) -> None:
+        self._scorer, self._thread = scorer, ThreadPoolExecutor(1)
+        self._waiting: list[tuple[list[ScoreRequest], asyncio.Future[list[np.ndarray]]]] = []
         self._work = asyncio.Event()
         self.n_reads = 0
         """Texts read, each time one expert."""
 
-    async def read(self, reads: list[FarRead]) -> list[np.ndarray]:
+    async def read(self, reads: list[ScoreRequest]) -> list[np.ndarray]:
         answer: asyncio.Future[list[np.ndarray]] = asyncio.get_running_loop().create_future()
         self._waiting.append((reads, answer))
         self._work.set()
@@ -46,11 +46,11 @@ class Answering:
             waiting, self._waiting = self._waiting, []
             await self._answer(waiting)
 
-    async def _answer(self, waiting: list[tuple[list[FarRead], asyncio.Future[list[np.ndarray]]]]) -> None:
+    async def _answer(self, waiting: list[tuple[list[ScoreRequest], asyncio.Future[list[np.ndarray]]]]) -> None:
         """Read for all in one go. Where that fails, read for each alone: only whose own reads fail gets the exception."""
         reads = [read for theirs, _ in waiting for read in theirs]
         try:
-            found = iter(await asyncio.get_running_loop().run_in_executor(self._thread, self._contexts.read, reads))
+            found = iter(await asyncio.get_running_loop().run_in_executor(self._thread, self._scorer.score, reads))
         except Exception as problem:
             if len(waiting) > 1:
                 for one in waiting:
@@ -74,8 +74,8 @@ class Asking:
     def __init__(self, layout: Layout) -> None:
         self._layout, self._loop = layout, asyncio.get_running_loop()
 
-    def ask(self, reads: list[FarRead]) -> list[Future[np.ndarray]]:
-        """See `Elsewhere` in cbtm_ray/engine.py."""
+    def ask(self, reads: list[ScoreRequest]) -> list[Future[np.ndarray]]:
+        """See `RemoteExperts` in cbtm_ray/engine.py."""
         answers: list[Future[np.ndarray]] = [Future() for _ in reads]
         by_group: dict[int, list[int]] = {}
         for number, read in enumerate(reads):
@@ -85,7 +85,7 @@ class Asking:
             asyncio.run_coroutine_threadsafe(self._pass_on(self._layout.names[group], *theirs), self._loop)
         return answers
 
-    async def _pass_on(self, name: str, reads: list[FarRead], answers: list[Future[np.ndarray]]) -> None:
+    async def _pass_on(self, name: str, reads: list[ScoreRequest], answers: list[Future[np.ndarray]]) -> None:
         try:
             rows = await self._call(name, reads)
         except Exception as problem:
@@ -96,7 +96,7 @@ class Asking:
         for answer, rows_CV in zip(answers, rows, strict=True):
             answer.set_result(rows_CV)
 
-    async def _call(self, name: str, reads: list[FarRead]) -> list[np.ndarray]:
+    async def _call(self, name: str, reads: list[ScoreRequest]) -> list[np.ndarray]:
         handle = serve.get_deployment_handle(name).options(_by_reference=False)
         for attempt in range(1, MAX_ATTEMPTS):
             try:

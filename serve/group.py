@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import metrics
 
 from cbtm_ray import files
-from cbtm_ray.contexts import Contexts, FarRead
+from cbtm_ray.contexts import RemoteScorer, ScoreRequest
 from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import load_ensemble
 from cbtm_ray.models import load_model
@@ -59,7 +59,7 @@ class ExpertGroup:
         here = layout.clusters[index]
         ensemble, _ = load_ensemble(run_dir, here, routing=routing, resident=resident_experts, device=device)
         room: dict[str, Any] = {"max_sequences": max_sequences, "cache_tokens": cache_tokens}
-        self.engines = {ENSEMBLE: Engine(ensemble, **room, elsewhere=Asking(layout).ask)}
+        self.engines = {ENSEMBLE: Engine(ensemble, **room, remote=Asking(layout).ask)}
         if dense and index == 0:  # an ensemble of one
             model = torch.nn.Module.to(load_model(files.join(run_dir, DENSE_FOLDER)).eval(), device)
             routes = {1: replace(next(iter(ensemble.routes.values())), top_k=1)}
@@ -71,7 +71,7 @@ class ExpertGroup:
                 routes=routes,
             )
             self.engines[DENSE] = Engine(alone, **room)
-        self.answering = Answering(Contexts(ensemble, cache_tokens))
+        self.answering = Answering(RemoteScorer(ensemble, cache_tokens))
         self.n_experts, self.n_tokens = ensemble.n_experts, 0
         self.resting: set[int] | None = None  # not asked yet
         self.end_of_text = ensemble.end_of_text
@@ -107,11 +107,11 @@ class ExpertGroup:
     async def score(self, experts: list[int], tokens: list[int]) -> dict[int, list[float]]:
         """Log-probabilities that experts of this group give to the tokens of a text's beginning."""
         key = uuid.uuid4().hex
-        reads = [FarRead(expert, [self.end_of_text, *tokens], 0, key) for expert in experts]
+        reads = [ScoreRequest(expert, [self.end_of_text, *tokens], 0, key) for expert in experts]
         rows = await self.answering.read(reads)
         return {expert: of_V[range(len(tokens)), tokens].tolist() for expert, of_V in zip(experts, rows, strict=True)}
 
-    async def read(self, reads: list[FarRead]) -> list[np.ndarray]:
+    async def read(self, reads: list[ScoreRequest]) -> list[np.ndarray]:
         """What experts of this group predict after tokens of texts that another group decodes."""
         return await self.answering.read(reads)
 

@@ -69,16 +69,16 @@ class Groups:
             return self.streams[0], request
         _, _, resting = await self.roster.served.remote()
         active = [expert for expert in range(self.ensemble.n_experts) if expert not in resting]
-        router, text = self.ensemble.router(request.top_k, active), [*request.prompt, *request.answer]
+        router, token_ids = self.ensemble.router(request.top_k, active), [*request.prompt, *request.answer]
         hold_at = router.hold_at
-        router.append(text[:hold_at])
+        router.append(token_ids[:hold_at])
         request = replace(request, candidates=tuple(active))
         if hold_at is not None:
-            if len(text) < hold_at:
+            if len(token_ids) < hold_at:
                 request = replace(request, max_tokens=min(request.max_tokens, hold_at - len(request.prompt)))
             if not request.echo_logprobs:
-                request = replace(request, heard=await self._score(text[:hold_at], router.running))
-                router.observe(request.heard)
+                request = replace(request, known_logprobs=await self._score(token_ids[:hold_at], router.running))
+                router.observe(request.known_logprobs)
         weights_K = router.weights()
         shares = [weights_K[clusters].sum() for clusters in self.layout.clusters]
         return self.streams[int(np.argmax(shares))], request

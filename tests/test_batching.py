@@ -6,30 +6,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbtm_ray.batching import Wanted, choose_pass
+from cbtm_ray.batching import PendingChunk, choose_pass
 from cbtm_ray.kv_cache import Chunk
 
 SLOTS = torch.arange(200)
 
 
-def wanted(expert: int, length: int = 1, waited: int = 0, sequence: int = 0) -> Wanted[int]:
-    return Wanted(expert, Chunk([1] * length, 0, SLOTS), waited, sequence)
+def pending(expert: int, length: int = 1, waited: int = 0, sequence: int = 0) -> PendingChunk[int]:
+    return PendingChunk(expert, Chunk([1] * length, 0, SLOTS), waited, sequence)
 
 
 def test_experts_that_are_asked_alike_are_read_together() -> None:
-    asked = [wanted(expert) for expert in range(8)]
+    asked = [pending(expert) for expert in range(8)]
     assert choose_pass(asked, stacked=8) == asked
     assert len(choose_pass(asked, stacked=0)) == 1
 
 
 def test_an_expert_that_most_wait_for_is_read_alone() -> None:
     """Rows of the others would nearly all be padding."""
-    asked = [wanted(0, sequence=number) for number in range(30)] + [wanted(1)]
+    asked = [pending(0, sequence=number) for number in range(30)] + [pending(1)]
     assert choose_pass(asked, stacked=8) == asked[:30]
 
 
 def test_a_long_prompt_does_not_make_padding_of_the_others() -> None:
-    asked = [wanted(0, sequence=number) for number in range(20)] + [wanted(0, length=128)]
+    asked = [pending(0, sequence=number) for number in range(20)] + [pending(0, length=128)]
     assert choose_pass(asked, stacked=0) == asked[:20]
 
 
@@ -44,7 +44,7 @@ def test_everybody_is_served_though_others_come_again(asked: list[tuple[int, int
         chosen = {
             one.sequence
             for one in choose_pass(
-                [wanted(expert, length, waited[n], n) for n, (expert, length) in enumerate(asked)], stacked
+                [pending(expert, length, waited[n], n) for n, (expert, length) in enumerate(asked)], stacked
             )
         }
         assert chosen

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cbtm_ray import paging
-from cbtm_ray.contexts import Contexts, FarRead
+from cbtm_ray.contexts import RemoteScorer, ScoreRequest
 from cbtm_ray.engine import Engine
 from cbtm_ray.ensemble import Ensemble
 from cbtm_ray.errors import UserError
@@ -35,11 +35,11 @@ class Other:
     """A second place, whose answers come from another thread."""
 
     def __init__(self, ensemble: Ensemble, cache_tokens: int = 200) -> None:
-        self.contexts, self.thread, self.reads = Contexts(ensemble, cache_tokens), ThreadPoolExecutor(1), 0
+        self.scorer, self.thread, self.n_requests = RemoteScorer(ensemble, cache_tokens), ThreadPoolExecutor(1), 0
 
-    def ask(self, reads: list[FarRead]) -> list[Future[Tensor]]:
-        self.reads += len(reads)
-        return [self.thread.submit(lambda read=read: self.contexts.read([read])[0]) for read in reads]
+    def ask(self, requests: list[ScoreRequest]) -> list[Future[Tensor]]:
+        self.n_requests += len(requests)
+        return [self.thread.submit(lambda one=one: self.scorer.score([one])[0]) for one in requests]
 
 
 def requests(**changes: object) -> list[Request]:
@@ -61,33 +61,33 @@ def test_experts_in_two_places_give_what_they_give_in_one(strategy: str, routing
     asked = requests(strategy=strategy, sampling=Sampling(seed=3))
     for here, there in (([0, 1], [2, 3]), ([2], [0, 1, 3])):
         other = Other(part_of(ensemble, there))
-        engine = Engine(part_of(ensemble, here), max_sequences=3, cache_tokens=150, elsewhere=other.ask)
+        engine = Engine(part_of(ensemble, here), max_sequences=3, cache_tokens=150, remote=other.ask)
         found = drain(engine, asked)
         whole = drain(Engine(ensemble, max_sequences=3, cache_tokens=150), asked)
         assert [[step.token for step in steps] for steps in found] == [
             [step.token for step in steps] for steps in whole
         ]
-        assert other.reads > 0
+        assert other.n_requests > 0
 
 
 def test_an_echo_over_two_places_has_the_same_logprobs() -> None:
     ensemble, text = make_ensemble(), [5, 9, 3, 7, 11, 2, 8, 6, 4, 30, 12]
     other = Other(part_of(ensemble, [1, 2]))
-    engine = Engine(part_of(ensemble, [0, 3]), max_sequences=1, cache_tokens=50, elsewhere=other.ask)
+    engine = Engine(part_of(ensemble, [0, 3]), max_sequences=1, cache_tokens=50, remote=other.ask)
     [steps] = drain(engine, [make_request(text, max_tokens=0, echo_logprobs=True)])
     np.testing.assert_allclose([step.logprob for step in steps], text_logprobs(ensemble, text), atol=1e-5)
 
 
-def test_a_sequence_whose_far_expert_is_lost_fails_alone() -> None:
+def test_a_sequence_whose_remote_expert_is_lost_fails_alone() -> None:
     ensemble = make_ensemble()
 
-    def lost(reads: list[FarRead]) -> list[Future[Tensor]]:
-        answers = [Future[Tensor]() for _ in reads]
+    def lost(requests: list[ScoreRequest]) -> list[Future[Tensor]]:
+        answers = [Future[Tensor]() for _ in requests]
         for answer in answers:
             answer.set_exception(ConnectionError("gone"))
         return answers
 
-    engine = Engine(part_of(ensemble, [0, 1]), max_sequences=2, cache_tokens=100, elsewhere=lost)
+    engine = Engine(part_of(ensemble, [0, 1]), max_sequences=2, cache_tokens=100, remote=lost)
     bad = engine.add(make_request([1, 2, 3]))
     good = engine.add(make_request([1, 2, 3], candidates=(0, 1)))
     tokens = 0
@@ -100,17 +100,17 @@ def test_a_sequence_whose_far_expert_is_lost_fails_alone() -> None:
     assert (failed, str(problem)) == (bad, "gone")
 
 
-def test_what_was_heard_before_need_not_be_read_again() -> None:
+def test_logprobs_that_are_known_need_no_forward_pass() -> None:
     """Somebody has asked all experts for the prefix; the two that stay are here, and nobody else is asked."""
     ensemble, prompt = make_ensemble(), [5, 9, 3, 7, 11, 2, 8, 6]
     experts = range(ensemble.n_experts)
     prefix = [ensemble.end_of_text, *prompt[:6]]
-    rows = Contexts(ensemble, 100).read([FarRead(expert, prefix[:-1], 0, "prefix") for expert in experts])
-    heard = {expert: rows[expert][range(len(prefix) - 1), prefix[1:]].tolist() for expert in experts}
+    rows = RemoteScorer(ensemble, 100).score([ScoreRequest(expert, prefix[:-1], 0, "prefix") for expert in experts])
+    known = {expert: rows[expert][range(len(prefix) - 1), prefix[1:]].tolist() for expert in experts}
     whole = drain(Engine(ensemble, max_sequences=1, cache_tokens=50), [make_request(prompt)])[0]
     chosen = np.flatnonzero(whole[0].weights_K).tolist()
     engine = Engine(part_of(ensemble, chosen), max_sequences=1, cache_tokens=50)
-    found = drain(engine, [make_request(prompt, heard=heard)])[0]
+    found = drain(engine, [make_request(prompt, known_logprobs=known)])[0]
     assert [step.token for step in found] == [step.token for step in whole]
 
 
@@ -122,23 +122,23 @@ def test_only_candidates_take_part() -> None:
         assert set(np.flatnonzero(step.weights_K)) <= {1, 2}
 
 
-def test_contexts_are_only_a_cache() -> None:
+def test_cached_sequences_are_only_a_cache() -> None:
     """Room for two texts; what came back changed, or was put out, is read anew."""
     ensemble = make_ensemble()
-    contexts, plain = Contexts(ensemble, 20), Contexts(ensemble, 100)
+    scorer, plain = RemoteScorer(ensemble, 20), RemoteScorer(ensemble, 100)
     texts = {"a": [0, 5, 6, 7, 8, 9], "b": [0, 1, 2, 3], "c": [0] * 12, "d": [0, 30, 31, 32]}
     for round_ in range(3):
         for key, text in texts.items():
             grown = [*text[:-1], *range(10 + round_, 13 + round_)]
-            read = FarRead(1, grown, len(grown) - 2, key)
-            [found] = contexts.read([read])
-            [expected] = plain.read([dataclasses.replace(read, key=f"{key}{round_}", start=0)])
+            request = ScoreRequest(1, grown, len(grown) - 2, key)
+            [found] = scorer.score([request])
+            [expected] = plain.score([dataclasses.replace(request, key=f"{key}{round_}", start=0)])
             torch.testing.assert_close(found, expected[-2:], atol=1e-4, rtol=0)
-    together = [FarRead(2, [*text, 4], 0, key) for key, text in texts.items()]  # more than there is room for
-    for found, read in zip(contexts.read(together), together, strict=True):
-        torch.testing.assert_close(found, plain.read([dataclasses.replace(read, key="")])[0], atol=1e-4, rtol=0)
+    together = [ScoreRequest(2, [*text, 4], 0, key) for key, text in texts.items()]  # more than there is room for
+    for found, request in zip(scorer.score(together), together, strict=True):
+        torch.testing.assert_close(found, plain.score([dataclasses.replace(request, key="")])[0], atol=1e-4, rtol=0)
     with pytest.raises(UserError, match="cache_tokens=20 must be at least 21, the tokens of a text"):
-        contexts.read([FarRead(0, [0] * 21, 0, "long")])
+        scorer.score([ScoreRequest(0, [0] * 21, 0, "long")])
 
 
 def fail(*_: object) -> None:
@@ -147,24 +147,24 @@ def fail(*_: object) -> None:
 
 def test_a_text_whose_read_failed_is_read_again() -> None:
     ensemble, text = make_ensemble(), [0, 5, 6, 7, 8]
-    contexts = Contexts(ensemble, 20)
+    contexts = RemoteScorer(ensemble, 20)
     hook = ensemble.experts[1].register_forward_pre_hook(fail)
     with pytest.raises(ValueError, match="the model has failed"):
-        contexts.read([FarRead(1, text, 0, "a")])
+        contexts.score([ScoreRequest(1, text, 0, "a")])
     hook.remove()
-    [found] = contexts.read([FarRead(1, [*text, 9], 5, "a")])
-    [expected] = Contexts(ensemble, 20).read([FarRead(1, [*text, 9], 5, "a")])
+    [found] = contexts.score([ScoreRequest(1, [*text, 9], 5, "a")])
+    [expected] = RemoteScorer(ensemble, 20).score([ScoreRequest(1, [*text, 9], 5, "a")])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_a_read_that_fails_fails_alone() -> None:
     """One caller's text is too long, another's expert is broken; the others, and whoever comes later, are answered."""
     ensemble = make_ensemble()
-    texts = {"good": FarRead(0, [0, 5, 6], 0, "good"), "long": FarRead(0, [0] * 21, 0, "long"),
-             "broken": FarRead(1, [0, 5, 6], 0, "broken"), "also good": FarRead(2, [0, 7], 0, "also good")}  # fmt: skip
+    texts = {"good": ScoreRequest(0, [0, 5, 6], 0, "good"), "long": ScoreRequest(0, [0] * 21, 0, "long"),
+             "broken": ScoreRequest(1, [0, 5, 6], 0, "broken"), "also good": ScoreRequest(2, [0, 7], 0, "also good")}  # fmt: skip
 
     async def answers() -> list[list[object]]:
-        answering = Answering(Contexts(ensemble, 20))
+        answering = Answering(RemoteScorer(ensemble, 20))
         loop, hook = asyncio.create_task(answering.run()), ensemble.experts[1].register_forward_pre_hook(fail)
         found = []
         for _ in range(2):
@@ -179,9 +179,9 @@ def test_a_read_that_fails_fails_alone() -> None:
     assert isinstance(first["long"], UserError)
     assert isinstance(second["long"], UserError)
     assert repr(first["broken"]) == "ValueError('the model has failed')"
-    plain = Contexts(ensemble, 100)
+    plain = RemoteScorer(ensemble, 100)
     for name, found in [("good", first), ("also good", first), ("good", second), ("broken", second)]:
-        torch.testing.assert_close(found[name], plain.read([texts[name]]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(found[name], plain.score([texts[name]]), atol=1e-4, rtol=0)
 
 
 def save_experts(ensemble: Ensemble, folder: Path) -> dict[int, str]:

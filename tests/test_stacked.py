@@ -67,13 +67,13 @@ def test_each_expert_predicts_what_it_predicts_alone(architecture: str) -> None:
         {3: [Chunk([1, 2, 3, 4], 0, FIRST), Chunk([5, 6], 0, SECOND)], 5: [Chunk([5, 6], 0, SECOND)]},
         {3: [Chunk([9], 4, FIRST)], 5: [Chunk([8, 1], 2, SECOND)], 6: [Chunk([1, 2, 3], 0, FIRST)]},
     ):
-        found = stacked.read(chunks)
+        found = stacked.forward(chunks)
         assert found.keys() == chunks.keys()
         for expert, theirs in chunks.items():
             model, cache = alone[expert]
-            assert_close(found[expert], cache.read(model, theirs))
+            assert_close(found[expert], cache.forward(model, theirs))
     last = [Chunk([7], 5, FIRST)]
-    assert_close(caches[3].read(experts[3], last), alone[3][1].read(alone[3][0], last))
+    assert_close(caches[3].forward(experts[3], last), alone[3][1].forward(alone[3][0], last))
 
 
 def test_weights_are_in_memory_once() -> None:
