@@ -160,8 +160,12 @@ def test_a_text_whose_read_failed_is_read_again() -> None:
 def test_a_read_that_fails_fails_alone() -> None:
     """One caller's text is too long, another's expert is broken; the others, and whoever comes later, are answered."""
     ensemble = make_ensemble()
-    texts = {"good": ScoreRequest(0, [0, 5, 6], 0, "good"), "long": ScoreRequest(0, [0] * 21, 0, "long"),
-             "broken": ScoreRequest(1, [0, 5, 6], 0, "broken"), "also good": ScoreRequest(2, [0, 7], 0, "also good")}  # fmt: skip
+    texts = {
+        "good": ScoreRequest(0, [0, 5, 6], 0, "good"),
+        "long": ScoreRequest(0, [0] * 21, 0, "long"),
+        "broken": ScoreRequest(1, [0, 5, 6], 0, "broken"),
+        "also good": ScoreRequest(2, [0, 7], 0, "also good"),
+    }
 
     async def answers() -> list[list[object]]:
         answering = Answering(RemoteScorer(ensemble, 20))
