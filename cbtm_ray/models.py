@@ -50,10 +50,8 @@ def load_model(uri_or_name: str) -> PreTrainedModel:
         UserError: there is none.
     """
     try:
-        if files.exists(uri_or_name):
-            with files.local_folder(uri_or_name) as folder:
-                return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return AutoModelForCausalLM.from_pretrained(uri_or_name, dtype=torch.float32)
+        with files.folder_or_name(uri_or_name) as found:
+            return AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"no causal language model can be loaded from {uri_or_name!r}: {first}") from error

@@ -175,23 +175,21 @@ class SentenceEncoder:
 
     @classmethod
     def open(cls, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-        """The encoder of `embed.encoder`, a folder or a name. UserError if it cannot be loaded."""
+        """The encoder of `embed.encoder`, a folder, URI or name. UserError if it cannot be loaded."""
         assert config.encoder is not None
         try:
-            return cls._from(config.encoder, config, tokenizer)
-        except OSError as error:
+            return cls.load(config.encoder, config, tokenizer)
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(f"embed.encoder={config.encoder!r} cannot be loaded: {first}") from error
 
     @classmethod
-    def load(cls, folder_uri: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-        with files.local_folder(folder_uri) as folder:
-            return cls._from(folder, config, tokenizer)
-
-    @classmethod
-    def _from(cls, folder_or_name: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-        model = AutoModel.from_pretrained(folder_or_name)
-        return cls(model, AutoTokenizer.from_pretrained(folder_or_name), config, tokenizer)
+    def load(cls, uri_or_name: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
+        with files.folder_or_name(uri_or_name) as found:
+            model, own_tokenizer = AutoModel.from_pretrained(found), AutoTokenizer.from_pretrained(found)
+        return cls(model, own_tokenizer, config, tokenizer)
 
     def save(self, folder_uri: str) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -51,11 +51,8 @@ def load_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
         UserError: there is none, or it has no end-of-text token to put between documents.
     """
     try:
-        if files.exists(folder_or_name):
-            with files.local_folder(folder_or_name) as folder:
-                tokenizer = _open_tokenizer(folder)
-        else:
-            tokenizer = _open_tokenizer(folder_or_name)
+        with files.folder_or_name(folder_or_name) as found:
+            tokenizer = _open_tokenizer(found)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"tokens.tokenizer={folder_or_name!r} cannot be loaded: {first}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -175,6 +176,16 @@ def test_an_encoder_comes_back_from_its_folder(
     documents = encode(tokenizer, texts(3))
     loaded = load_embedder(str(tmp_path), tokenizer)
     np.testing.assert_allclose(loaded.transform(documents), encoder.transform(documents), atol=1e-6)
+
+
+def test_an_encoder_is_opened_from_a_uri(
+    encoder: SentenceEncoder, encoder_config: EmbedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    there = dataclasses.replace(encoder_config, encoder=f"file://{encoder_config.encoder}")
+    documents = encode(tokenizer, texts(2))
+    np.testing.assert_array_equal(
+        SentenceEncoder.open(there, tokenizer).transform(documents), encoder.transform(documents)
+    )
 
 
 def test_an_encoder_that_is_not_there_or_too_short_is_refused(
