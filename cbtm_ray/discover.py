@@ -175,4 +175,5 @@ def _embed_shard(task: dict[str, Any], config: Config) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _load_once(config: Config) -> Embedder:
     run = Run(config)
-    return load_embedder(run.uri("clusterer", "embedder"), load_tokenizer(run.uri("tokenizer")))
+    tokenizer = load_tokenizer(run.uri("tokenizer"))
+    return load_embedder(run.uri("clusterer", "embedder"), tokenizer, config.embed.batch_documents)

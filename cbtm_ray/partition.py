@@ -176,7 +176,7 @@ def tools(config: Config) -> tuple[PreTrainedTokenizerBase, Embedder, torch.Tens
     """Tokenizer, embedder and centres, loaded once a worker process."""
     run = Run(config)
     tokenizer = load_tokenizer(run.uri("tokenizer"))
-    return tokenizer, *load_clusterer(run.uri("clusterer"), tokenizer)
+    return tokenizer, *load_clusterer(run.uri("clusterer"), tokenizer, config.embed.batch_documents)
 
 
 def _check(row: dict[str, Any], split: str, documents: int) -> None:

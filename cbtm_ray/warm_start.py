@@ -5,7 +5,10 @@ They are paired by the number of the cluster, which means the same in both runs 
 
 from __future__ import annotations
 
+from typing import Any
+
 from cbtm_ray import files
+from cbtm_ray.embed import saved_settings
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import load_tokenizer
@@ -44,12 +47,23 @@ def _different(run: Run, other: str) -> str | None:
     ours, theirs = (load_tokenizer(uri) for uri in (run.uri("tokenizer"), files.join(other, "tokenizer")))
     if ours.get_vocab() != theirs.get_vocab():
         return "tokenizer"
-    for part in ("centers.npy", *(f"embedder/{name}" for name in _names(run.uri("clusterer", "embedder")))):
-        ours_uri, theirs_uri = run.uri("clusterer", part), files.join(other, "clusterer", part)
-        if not files.exists(theirs_uri) or files.read_bytes(ours_uri) != files.read_bytes(theirs_uri):
-            return f"clusterer/{part}"
+    own, their = run.uri("clusterer"), files.join(other, "clusterer")
+    names = [uri.removeprefix(f"{own}/") for uri in files.list_files(files.join(own, "embedder"))]
+    for name in ("centers.npy", *names):
+        ours_uri, theirs_uri = files.join(own, name), files.join(their, name)
+        if not files.exists(theirs_uri) or _decisive(ours_uri) != _decisive(theirs_uri):
+            return f"clusterer/{name}"
     return None
 
 
-def _names(folder: str) -> list[str]:
-    return [uri.removeprefix(folder + "/") for uri in files.list_files(folder)]
+def _decisive(uri: str) -> Any:
+    """What a file of a clusterer says of the embeddings; neither how fast they came nor where an encoder was found."""
+    folder, _, name = uri.rpartition("/")
+    if name == "embedder.json":
+        return {**saved_settings(folder), "encoder": None}
+    if name in (
+        "config.json",
+        "tokenizer_config.json",
+    ):  # of an encoder: transformers' version and where it was loaded from
+        return None
+    return files.read_bytes(uri)

@@ -15,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
+from cbtm_ray import files
 from cbtm_ray.config import EmbedConfig
 from cbtm_ray.embed import Embedder, fit_embedder, load_embedder, save_embedder
 from cbtm_ray.errors import UserError
@@ -173,8 +174,9 @@ def test_an_encoder_comes_back_from_its_folder(
 ) -> None:
     save_embedder(encoder, encoder_config, str(tmp_path))
     assert not list(tmp_path.glob("*.bin"))
+    assert {"batch_documents", "gpus"}.isdisjoint(files.read_json(str(tmp_path / "embedder.json")))
     documents = encode(tokenizer, texts(3))
-    loaded = load_embedder(str(tmp_path), tokenizer)
+    loaded = load_embedder(str(tmp_path), tokenizer, batch_documents=2)
     np.testing.assert_allclose(loaded.transform(documents), encoder.transform(documents), atol=1e-6)
 
 
