@@ -86,7 +86,7 @@ def _train_branch(run: Run, branch: Branch, board: Any, post: Post) -> dict[str,
     sequences, valid = read_sequences(run, branch, tokenizer.eos_token_id)
     trackers = config.train.trackers if parallel.rank() == 0 else ()
     with (
-        closing(Checkpoints(run.uri("checkpoints", spec.name))) as checkpoints,
+        closing(Checkpoints(run.checkpoints(spec.name))) as checkpoints,
         tracking(trackers, config.run.dir, spec.name) as tell,
     ):
 
@@ -112,13 +112,14 @@ def _train_branch(run: Run, branch: Branch, board: Any, post: Post) -> dict[str,
         return None
     _write_events(run, spec.name, curve)
     files.delete_unfinished(run.uri(spec.name))
-    save_model(whole, tokenizer, run.uri(spec.name))
+    content = save_model(whole, tokenizer, run.uri(spec.name))
     per_token = flops.model_flops_per_token(whole, spec.sequence_length)
     train_tokens = spec.steps * spec.tokens_per_step
     last = curve[-1] if curve else {}
     return {
         "cluster": branch.cluster,
         "init": branch.init,
+        "content": content,
         "experts": getattr(whole.config, "num_local_experts", 1),
         "steps": spec.steps,
         "train_tokens": train_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 from dataclasses import asdict, replace
@@ -14,7 +15,7 @@ import ray
 
 from cbtm_ray import files, progress
 from cbtm_ray.config import CorpusConfig
-from cbtm_ray.documents import Document, Shard, is_held_out, list_shards, read_shard, unit_hash
+from cbtm_ray.documents import Document, Shard, hashed, is_held_out, list_shards, read_shard, unit_hash
 from cbtm_ray.errors import UserError
 from cbtm_ray.installed_docs import package_documents
 from cbtm_ray.run import Run
@@ -53,7 +54,8 @@ def build_corpus(run: Run) -> dict[str, Any]:
     with files.writing(run.uri("corpus", "sample.parquet")) as stream:
         pq.write_table(pa.Table.from_pylist([asdict(document) for document in kept], SAMPLE_SCHEMA), stream)
     totals = {key: sum(row[key] for row in ordered) for key in COUNTS}
-    return {**totals, "sample_documents": len(kept), "shards": ordered}
+    content = files.fingerprint([row["content"] for row in ordered])
+    return {**totals, "sample_documents": len(kept), "content": content, "shards": ordered}
 
 
 def corpus_shards(run: Run) -> tuple[CorpusConfig, dict[str, list[Shard]]]:
@@ -101,7 +103,8 @@ def _package_texts(row: dict[str, Any], max_bytes: int) -> dict[str, Any]:
 def _scan(row: dict[str, Any], corpus: CorpusConfig, seed: int) -> dict[str, Any]:
     counts = dict.fromkeys(COUNTS, 0)
     sample = Sample(corpus, seed)
-    for document in read_shard(Shard(tuple(row["uris"]), tuple(row["names"])), corpus):
+    digest = hashlib.blake2b(digest_size=16)
+    for document in hashed(read_shard(Shard(tuple(row["uris"]), tuple(row["names"])), corpus), digest):
         if not document.text.strip():
             counts["empty_documents"] += 1
             continue
@@ -110,7 +113,12 @@ def _scan(row: dict[str, Any], corpus: CorpusConfig, seed: int) -> dict[str, Any
         counts[f"{split}_bytes"] += len(document.text.encode())
         if split == "train":
             sample.offer(document)
-    return {**row, **counts, "sample": [asdict(document) for document in sample.documents()]}
+    return {
+        **row,
+        **counts,
+        "content": digest.hexdigest(),
+        "sample": [asdict(document) for document in sample.documents()],
+    }
 
 
 class Sample:

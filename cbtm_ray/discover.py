@@ -42,6 +42,7 @@ def fit_clusters(run: Run) -> dict[str, Any]:
         "n_iter": clusterer.n_iter_,
         "inertia": clusterer.inertia_,
         "gap": clusterer.gap_,
+        "content": files.fingerprint(clusterer.cluster_centers_.tolist()),
         **describe_clusters(clusterer, np.concatenate([files.read_array(uri) for uri in shard_uris]), sample),
     }
     forget_fit(run, "clusterer")

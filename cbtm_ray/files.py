@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import io
 import json
 import os
@@ -186,6 +187,11 @@ def read_json(uri: str) -> Any:
 
 def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value, the same for equal ones."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_array(uri: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from pathlib import Path
 
@@ -77,9 +78,14 @@ def load_model_config(uri_or_name: str, *, local_files_only: bool = False) -> Pr
         return AutoConfig.from_pretrained(folder)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, uri: str) -> None:
-    """Write model and tokenizer as one Hugging Face folder, safetensors."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, uri: str) -> str:
+    """Write model and tokenizer as one Hugging Face folder, safetensors. The SHA-256 of the weights."""
+    digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for part in sorted(Path(folder).glob("*.safetensors")):
+            with part.open("rb") as weights:
+                hashlib.file_digest(weights, lambda: digest)
         files.publish_folder(folder, uri)
+    return digest.hexdigest()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from cbtm_ray import files, progress
 from cbtm_ray.config import Config, CorpusConfig
 from cbtm_ray.corpus import corpus_shards
 from cbtm_ray.distances import squared_distances
-from cbtm_ray.documents import Document, Shard, is_held_out, read_shard
+from cbtm_ray.documents import Document, Shard, hashed, is_held_out, read_shard
 from cbtm_ray.embed import Embedder, load_clusterer
 from cbtm_ray.embed_workers import map_embedding
 from cbtm_ray.errors import UserError
@@ -50,7 +51,7 @@ def partition_corpus(run: Run) -> dict[str, Any]:
     """Stage `shards/{train,valid}/`: documents and tokens of every cluster.
 
     Raises:
-        UserError: a stage before is not finished; an input shard changed since the corpus was built, by name and counts.
+        UserError: a stage before is not finished; an input shard changed since the corpus was built, by name.
     """
     counted = run.need("corpus", "build_corpus")["shards"]
     run.need("clusterer", "fit_clusters")
@@ -108,19 +109,22 @@ def _partition_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) 
                 split: _Output(stack.enter_context(files.writing(uri)), config.cluster.n_clusters)
                 for split, uri in uris.items()
             }
-            for split, document in _assign_shard(row, config, corpus):
+            digest = hashlib.blake2b(digest_size=16)
+            for split, document in _assign_shard(row, config, corpus, digest):
                 outputs[split].add(document)
-            for split, output in outputs.items():
+            for output in outputs.values():
                 output.close()
-                _check(row, split, sum(output.documents_K))
+            _check(row, {split: sum(output.documents_K) for split, output in outputs.items()}, digest.hexdigest())
     return {"index": row["index"], **{split: _read_counts(uri) for split, uri in uris.items()}}
 
 
-def _assign_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The documents of one input shard as rows of the output, each with its split."""
+def _assign_shard(
+    row: dict[str, Any], config: Config, corpus: CorpusConfig, digest: hashlib.blake2b
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The documents of one input shard as rows of the output, each with its split; `digest` takes them in."""
     tokenizer, embedder, centers_KD = tools(config)
     shard = Shard(tuple(row["uris"]), tuple(row["names"]))
-    documents = (document for document in read_shard(shard, corpus) if document.text.strip())
+    documents = (document for document in hashed(read_shard(shard, corpus), digest) if document.text.strip())
     for chunk in iter(lambda: list(itertools.islice(documents, CHUNK_DOCUMENTS)), []):
         tokens = encode(tokenizer, [document.text for document in chunk])
         distances_NK = squared_distances(torch.from_numpy(embedder.transform(tokens)), centers_KD)
@@ -179,12 +183,13 @@ def tools(config: Config) -> tuple[PreTrainedTokenizerBase, Embedder, torch.Tens
     return tokenizer, *load_clusterer(run.uri("clusterer"), tokenizer, config.embed.batch_documents)
 
 
-def _check(row: dict[str, Any], split: str, documents: int) -> None:
-    expected = row[f"{split}_documents"]
-    if documents != expected:
+def _check(row: dict[str, Any], documents: dict[str, int], content: str) -> None:
+    """UserError unless a shard gave the documents, and as many to each split, that it did when the corpus was built."""
+    same_counts = all(row[f"{split}_documents"] == found for split, found in documents.items())
+    if not same_counts or row.get("content", content) != content:
         raise UserError(
-            f"corpus.paths: {row['names'][0]} gave {documents} documents for {split}, {expected} when the corpus was "
-            "built: the file changed. Restore it, or start again in another run.dir."
+            f"corpus.paths: {row['names'][0]} holds other documents than when the corpus was built: the file changed. "
+            "Restore it, or start again in another run.dir."
         )
 
 

@@ -26,8 +26,7 @@ def make_tokenizer(run: Run) -> dict[str, Any]:
         tokenizer = train_tokenizer(texts, wanted.vocab_size)
     else:
         tokenizer = load_tokenizer(wanted.tokenizer)
-    save_tokenizer(tokenizer, run.uri("tokenizer"))
-    return {"vocabulary": len(tokenizer)}
+    return {"vocabulary": len(tokenizer), "content": save_tokenizer(tokenizer, run.uri("tokenizer"))}
 
 
 JOBS: dict[str, list[Stage]] = {

@@ -73,10 +73,12 @@ def _open_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder_or_name)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, uri: str) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, uri: str) -> str:
+    """Write a tokenizer's folder; a hash of its vocabulary."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files.publish_folder(folder, uri)
+    return files.fingerprint(tokenizer.get_vocab())
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:

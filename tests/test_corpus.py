@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from cbtm_ray import files
 from cbtm_ray.config import Config, CorpusConfig
-from cbtm_ray.corpus import build_corpus, read_sample
+from cbtm_ray.corpus import _scan, build_corpus, read_sample
 from cbtm_ray.documents import is_held_out, unit_hash
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
+from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import Run
 from tests.tiny import tiny_tree, write_corpus
 
@@ -28,6 +31,37 @@ def test_counts_split_and_sample_are_those_of_the_documents(finished_run: Run) -
     assert manifest["valid_documents"] == 240 - len(train)
     expected = sorted(train, key=lambda i: unit_hash(0, i))[:150]
     assert read_sample(finished_run)["id"].to_pylist() == expected
+
+
+def test_the_content_of_a_corpus_is_all_that_its_documents_say(tmp_path: Path, ray_cluster: str) -> None:
+    contents = set()
+    for name, old, new in (
+        ("a", "", ""),
+        ("b", "", ""),
+        ("c", "the", "eht"),
+        ("d", '"sea"', '"law"'),
+        ("e", "d00", "e00"),
+    ):
+        folder = write_corpus(tmp_path / name, documents=12, shards=1)
+        (folder / "part-0.jsonl").write_text((folder / "part-0.jsonl").read_text().replace(old, new))
+        corpus = corpus_of(folder)
+        row = {"uris": [str(folder / "part-0.jsonl")], "names": ["part-0.jsonl"], "split": "train"}
+        contents.add(_scan(row, corpus, 0)["content"])
+    assert len(contents) == 4, "the first two are alike"
+
+
+def test_a_corpus_that_changed_is_another_to_the_tokenizer_made_from_it(tmp_path: Path, ray_cluster: str) -> None:
+    folder = write_corpus(tmp_path / "corpus")
+    run = Run(build_config(tiny_tree(tmp_path / "run", folder)))
+    run_job(run, "build_corpus")
+    for text, refused in ((None, False), ((folder / "part-0.jsonl").read_text().replace("the", "eht"), True)):
+        files.delete(run.uri("corpus"))
+        if text is not None:
+            (folder / "part-0.jsonl").write_text(text)
+        with (
+            pytest.raises(UserError, match="tokenizer was made from another corpus than") if refused else nullcontext()
+        ):
+            run_job(run, "build_corpus")
 
 
 def test_documents_without_text_are_counted_and_left_out(tmp_path: Path, ray_cluster: str) -> None:
