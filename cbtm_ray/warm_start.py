@@ -29,16 +29,22 @@ def check_warm_start(run: Run, names: list[str]) -> None:
     other = run.config.train.warm_start
     if other is None:
         return
-    missing = [name for name in names if not files.exists(files.join(start_model(run, name), "manifest.json"))]
-    if missing:
-        raise UserError(
-            f"train.warm_start={other!r} must be the directory of a finished run; it has no finished {', '.join(missing)}."
-        )
+    check_models(run, names)
     if different := _different(run, files.absolute(other)):
         raise UserError(
             f"train.warm_start={other!r} must have this run's tokenizer and clusterer, but {different} is not the same: its "
             f"experts are of other clusters. Copy {files.join(other, '{tokenizer,clusterer}')} into a new run.dir before its "
             "first job."
+        )
+
+
+def check_models(run: Run, names: list[str]) -> None:
+    """UserError unless the run of `train.warm_start` has all of these experts and controls finished."""
+    missing = [name for name in names if not files.exists(files.join(start_model(run, name), "manifest.json"))]
+    if missing:
+        raise UserError(
+            f"train.warm_start={run.config.train.warm_start!r} must be the directory of a finished run; it has no finished "
+            f"{', '.join(missing)}."
         )
 
 
