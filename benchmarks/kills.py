@@ -93,7 +93,7 @@ def kept(run_dir: Path) -> str:
     if stage in ("seed", "experts"):
         models = [path.parent.name for path in run_dir.glob("experts/cluster=*/manifest.json")]
         models += [path.parent.name for path in run_dir.glob("controls/*/manifest.json")]
-        steps = {path.parent.name: path.stem for path in sorted(run_dir.glob("checkpoints/**/step=*"))}
+        steps = {path.parent.parent.name: path.stem for path in sorted(run_dir.glob("checkpoints/**/step=*"))}
         models += [f"{name} {step}" for name, step in steps.items()]
         return ", ".join(sorted(models)) or "-"
     return "-"

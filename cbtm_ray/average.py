@@ -61,4 +61,4 @@ def _mean_weights(run: Run, measured: Measured) -> np.ndarray:
 def _write_average(config: Config, experts: list[str], name: str, weights_K: np.ndarray) -> None:
     run = Run(config)
     model = average_weights([run.uri(expert) for expert in experts], weights_K)
-    save_model(model, load_tokenizer(run.uri("tokenizer")), run.uri(name))
+    run.finish(name, {"content": save_model(model, load_tokenizer(run.uri("tokenizer")), run.uri(name))})

@@ -328,6 +328,7 @@ def train_seed(run: Run) -> dict[str, Any]:
 def train_experts(run: Run) -> dict[str, Any]:
     """Stage `experts/`: K experts, and the dense control of the same total tokens in `controls/dense/`."""
     run.need("seed", "train_seed")
+    run.start(DENSE_FOLDER)
     branches = expert_branches(run)
     asked = run.config.train.clusters
     chosen = None if asked is None else {expert_folder(cluster) for cluster in asked}
@@ -345,6 +346,7 @@ def train_experts(run: Run) -> dict[str, Any]:
         "train_tokens": sum(m["train_tokens"] for m in manifests[1:]),
         "dense_train_tokens": manifests[0]["train_tokens"],
         "parameters": manifests[0]["parameters"],
+        "content": [m.get("content") for m in manifests[1:]],
     }
 
 
@@ -356,13 +358,16 @@ def train_control(run: Run, control: str) -> dict[str, Any]:
     run.need("seed", "train_seed")
     branches = [branch for each in run.config.train.controls for branch in control_branches(run, each)]
     for each in run.config.train.controls:
-        if run.manifest("controls", each) is None:
-            run.start(f"controls/{each}")
+        run.start(f"controls/{each}")
     _train_beside_each_other(run, sorted(branches, key=lambda branch: -branch.spec.steps), "train_controls")
     manifests = [run.need(branch.spec.name, "train_experts") for branch in control_branches(run, control)]
     if control == "moe":
         return manifests[0]
-    return {"experts": len(manifests), "train_tokens": sum(manifest["train_tokens"] for manifest in manifests)}
+    return {
+        "experts": len(manifests),
+        "train_tokens": sum(manifest["train_tokens"] for manifest in manifests),
+        "content": [manifest.get("content") for manifest in manifests],
+    }
 
 
 def _train_beside_each_other(run: Run, branches: list[Branch], title: str) -> None:

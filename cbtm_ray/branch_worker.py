@@ -85,9 +85,9 @@ def _train_branch(run: Run, branch: Branch, board: Any, post: Post) -> dict[str,
         return None
     _write_events(run, spec.name, trained["curve"])
     files.delete_unfinished(run.uri(spec.name))
-    save_model(whole, tokenizer, run.uri(spec.name))
+    content = save_model(whole, tokenizer, run.uri(spec.name))
     seconds = round(time.perf_counter() - started, 1)
-    return {**_manifest(branch, whole), **trained, "workers": parallel.workers(), "seconds": seconds}
+    return {**_manifest(branch, whole, content), **trained, "workers": parallel.workers(), "seconds": seconds}
 
 
 def _load(run: Run, branch: Branch) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -116,7 +116,7 @@ def _train(
     with ExitStack() as stack:
         with parallel.agreed():
             sequences, valid = read_sequences(run, branch, end_of_text)
-            checkpoints = stack.enter_context(closing(Checkpoints(run.uri("checkpoints", spec.name))))
+            checkpoints = stack.enter_context(closing(Checkpoints(run.checkpoints(spec.name))))
             state = checkpoints.last()
             tell = stack.enter_context(tracking(run.config.train.trackers if first else (), run.dir, spec.name))
         if first:
@@ -137,7 +137,7 @@ def _train(
     }
 
 
-def _manifest(branch: Branch, model: PreTrainedModel) -> dict[str, Any]:
+def _manifest(branch: Branch, model: PreTrainedModel, content: str) -> dict[str, Any]:
     """What the manifest says of the branch's model and of how much it was trained."""
     spec = branch.spec
     per_token = flops.model_flops_per_token(model, spec.sequence_length)
@@ -145,6 +145,7 @@ def _manifest(branch: Branch, model: PreTrainedModel) -> dict[str, Any]:
     return {
         "cluster": branch.cluster,
         "init": branch.init,
+        "content": content,
         "experts": getattr(model.config, "num_local_experts", 1),
         "steps": spec.steps,
         "train_tokens": train_tokens,

@@ -1,6 +1,6 @@
 """Checkpoints of one training run on any filesystem: written beside the training, whole or not at all, the last two kept.
 
-    checkpoints/experts/cluster=0003/step=0000001200.pt
+    checkpoints/experts/cluster=0003/SETTINGS-AND-INPUTS/step=0000001200.pt
 
 Ray Train can keep checkpoints too, but (2.60) it leaves those of killed workers behind, writes its list of them in
 place, and takes a full disk for a fault that a restart may cure.

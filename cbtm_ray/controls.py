@@ -87,7 +87,7 @@ def _domains(run: Run) -> list[str]:
 def _fit_unbalanced(run: Run, folder: str) -> None:
     """The centers of k-means without balance, on the sample that the balanced ones were fitted on."""
     tokenizer = load_tokenizer(run.uri("tokenizer"))
-    embedder = load_embedder(run.uri("clusterer", "embedder"), tokenizer)
+    embedder = load_embedder(run.uri("clusterer", "embedder"), tokenizer, run.config.embed.batch_documents)
     documents = encode(tokenizer, read_sample(run)["text"].to_pylist())
     fit_centers(run, embed_sample(run, embedder, documents, folder), folder, balanced=False)
     forget_fit(run, folder)

@@ -41,6 +41,7 @@ def fit_clusters(run: Run) -> dict[str, Any]:
         "n_iter": clusterer.n_iter_,
         "inertia": clusterer.inertia_,
         "gap": clusterer.gap_,
+        "content": files.fingerprint(clusterer.cluster_centers_.tolist()),
         **describe_clusters(clusterer, np.concatenate([files.read_array(uri) for uri in shard_uris]), sample),
     }
     forget_fit(run, "clusterer")
@@ -174,4 +175,5 @@ def _embed_shard(task: dict[str, Any], config: Config) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _load_once(config: Config) -> Embedder:
     run = Run(config)
-    return load_embedder(run.uri("clusterer", "embedder"), load_tokenizer(run.uri("tokenizer")))
+    tokenizer = load_tokenizer(run.uri("tokenizer"))
+    return load_embedder(run.uri("clusterer", "embedder"), tokenizer, config.embed.batch_documents)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from scipy.sparse import csr_matrix
 from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import files
-from cbtm_ray.config import EmbedConfig
+from cbtm_ray.config import EXECUTION_FIELDS, EmbedConfig
 from cbtm_ray.errors import UserError
 
 
@@ -195,11 +195,23 @@ def fit_embedder(
 def save_embedder(embedder: Embedder, config: EmbedConfig, folder_uri: str) -> None:
     """Arrays, JSON and safetensors, and last the settings that `load_embedder` goes by."""
     embedder.save(folder_uri)
-    files.write_json(files.join(folder_uri, "embedder.json"), dataclasses.asdict(config))
+    files.write_json(files.join(folder_uri, "embedder.json"), _without_execution(dataclasses.asdict(config)))
 
 
-def load_embedder(folder_uri: str, tokenizer: PreTrainedTokenizerBase) -> Embedder:
-    config = EmbedConfig(**files.read_json(files.join(folder_uri, "embedder.json")))
+def saved_settings(folder_uri: str) -> dict[str, Any]:
+    """The settings that an embedder was saved with; older folders have execution fields among them, which are left out."""
+    return _without_execution(files.read_json(files.join(folder_uri, "embedder.json")))
+
+
+def _without_execution(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if f"embed.{name}" not in EXECUTION_FIELDS}
+
+
+def load_embedder(
+    folder_uri: str, tokenizer: PreTrainedTokenizerBase, batch_documents: int = EmbedConfig.batch_documents
+) -> Embedder:
+    """The embedder that `save_embedder` left in a folder; an encoder reads `batch_documents` at once."""
+    config = EmbedConfig(**saved_settings(folder_uri), batch_documents=batch_documents)
     if config.embedder == "token_tfidf":
         return TokenTfidf.load(folder_uri)
     if config.embedder == "sentence":
@@ -211,9 +223,11 @@ def load_embedder(folder_uri: str, tokenizer: PreTrainedTokenizerBase) -> Embedd
     return WordTfidf.load(folder_uri, tokenizer)
 
 
-def load_clusterer(folder_uri: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Embedder, torch.Tensor]:
-    """The embedder and the cluster centres, float32 (K, D), of a finished `clusterer/`."""
-    return load_embedder(files.join(folder_uri, "embedder"), tokenizer), load_centers(folder_uri)
+def load_clusterer(
+    folder_uri: str, tokenizer: PreTrainedTokenizerBase, batch_documents: int = EmbedConfig.batch_documents
+) -> tuple[Embedder, torch.Tensor]:
+    """The embedder and the cluster centers, float32 (K, D), of a finished `clusterer/`."""
+    return load_embedder(files.join(folder_uri, "embedder"), tokenizer, batch_documents), load_centers(folder_uri)
 
 
 def load_centers(folder_uri: str) -> torch.Tensor:

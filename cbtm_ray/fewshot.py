@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,8 +107,11 @@ def read_task(uri: str) -> Task:
     """
     if not files.exists(uri):
         raise UserError(f"evaluate.fewshot={uri!r} is not a file. Give a JSONL file of examples.")
-    data = files.read_bytes(uri)
-    lines = (gzip.decompress(data) if uri.endswith(".gz") else data).splitlines()
+    try:
+        data = files.read_bytes(uri)
+        lines = (gzip.decompress(data) if uri.endswith(".gz") else data).splitlines()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"evaluate.fewshot={uri!r} cannot be read: {error}. Give a JSONL file of examples.") from error
     rows = [_example(uri, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     labels = sorted({label for _, label, _ in rows})
     if len(labels) < 2:
@@ -130,6 +134,16 @@ def _example(uri: str, number: int, line: bytes) -> tuple[str, str, str]:
     return found[0], found[1], found[2]
 
 
+def check_shots(task: Task, shots: int) -> None:
+    """UserError if the task has fewer examples than a prompt shows, or none to answer."""
+    train, test = (task.examples[split] for split in SPLITS)
+    if len(train) < shots or not test:
+        raise UserError(
+            f"evaluate.fewshot: {task.name} has {len(train)} examples of 'train' and {len(test)} of 'test'; "
+            f"evaluate.fewshot_shots={shots} and one are needed. Add examples or lower the shots."
+        )
+
+
 def make_prompts(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
@@ -150,12 +164,8 @@ def make_prompts(
     Raises:
         UserError: too few examples, or the sequence is too short for the labels.
     """
+    check_shots(task, shots)
     train, test = (task.examples[split] for split in SPLITS)
-    if len(train) < shots or not test:
-        raise UserError(
-            f"evaluate.fewshot: {task.name} has {len(train)} examples of 'train' and {len(test)} of 'test'; "
-            f"evaluate.fewshot_shots={shots} and one are needed. Add examples or lower the shots."
-        )
     asked = [test[i] for i in np.random.default_rng(random_state).permutation(len(test))[:examples]]
     labels, [new_line, empty_line] = encode(tokenizer, task.labels), encode(tokenizer, ["\n", "\n\n"])
     longest = max(len(label) for label in labels)

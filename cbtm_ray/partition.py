@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -108,15 +109,18 @@ def _partition_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) 
                 split: _Output(stack.enter_context(_writing(uri)), config.cluster.n_clusters)
                 for split, uri in uris.items()
             }
-            for split, document in _assign_shard(row, config, corpus):
+            digest = hashlib.blake2b(digest_size=16)
+            for split, document in _assign_shard(row, config, corpus, digest):
                 outputs[split].add(document)
             for output in outputs.values():
                 output.close()
     return {"index": row["index"], **{split: _read_counts(uri) for split, uri in uris.items()}}
 
 
-def _assign_shard(row: dict[str, Any], config: Config, corpus: CorpusConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The documents of one input shard as rows of the output, each with its split."""
+def _assign_shard(
+    row: dict[str, Any], config: Config, corpus: CorpusConfig, digest: hashlib.blake2b
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The documents of one input shard as rows of the output, each with its split; `digest` takes them in."""
     tokenizer, embedder, centers_KD = tools(config)
     documents = read_again(row, corpus)
     for chunk in iter(lambda: list(itertools.islice(documents, CHUNK_DOCUMENTS)), []):
@@ -178,7 +182,7 @@ def tools(config: Config) -> tuple[PreTrainedTokenizerBase, Embedder, torch.Tens
     """Tokenizer, embedder and centers, loaded once a worker process."""
     run = Run(config)
     tokenizer = load_tokenizer(run.uri("tokenizer"))
-    return tokenizer, *load_clusterer(run.uri("clusterer"), tokenizer)
+    return tokenizer, *load_clusterer(run.uri("clusterer"), tokenizer, config.embed.batch_documents)
 
 
 def _read_counts(uri: str) -> dict[str, list[int]]:

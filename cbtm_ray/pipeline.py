@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import average, branch, controls, corpus, discover, domain_task, findings, partition, progress, results
 from cbtm_ray.config import CONTROLS, SPLIT_CONTROLS, Control
+from cbtm_ray.ray_session import check_installed
 from cbtm_ray.run import Run
 from cbtm_ray.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 
@@ -26,8 +27,7 @@ def make_tokenizer(run: Run) -> dict[str, Any]:
         tokenizer = train_tokenizer(texts, wanted.vocab_size)
     else:
         tokenizer = load_tokenizer(wanted.tokenizer)
-    save_tokenizer(tokenizer, run.uri("tokenizer"))
-    return {"vocabulary": len(tokenizer)}
+    return {"vocabulary": len(tokenizer), "content": save_tokenizer(tokenizer, run.uri("tokenizer"))}
 
 
 JOBS: dict[str, list[Stage]] = {
@@ -113,5 +113,7 @@ def summaries(run: Run) -> dict[str, str]:
 
 
 def run_all(run: Run) -> None:
+    if run.manifest("experts") is None:
+        check_installed("train.trackers", run.config.train.trackers)  # else it would be missed only after hours
     for job in JOBS:
         run_job(run, job)

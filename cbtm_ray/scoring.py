@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -116,11 +117,21 @@ def fewshot_prompts(run: Run, task: str) -> Prompts:
     )
 
 
+def logprobs_uri(run: Run, name: str, task: str | None = None) -> str:
+    """Where a model's log-probabilities are kept: under another name for other weights, documents or prompts."""
+    config, manifest = run.config, run.manifest(name) or {}
+    scored: list[Any] = [run.identity("shards"), config.evaluate.max_documents, config.run.seed]
+    if task:
+        scored = [tokens.tolist() for tokens in fewshot_prompts(run, task).tokens]
+    made_of = files.fingerprint([manifest.get("content", manifest), scored, config.tokens.sequence_length])
+    folder = ("evaluation", "logprobs", *([f"fewshot-{task_name(task)}"] if task else []))
+    return run.uri(*folder, f"{name.replace('/', '-')}-{made_of[:16]}.npy")
+
+
 @ray.remote
 def _score(config: Config, name: str, task: str | None) -> str:
     run = Run(config)
-    folder = ("evaluation", "logprobs", *([f"fewshot-{task_name(task)}"] if task else []))
-    uri = run.uri(*folder, f"{name.replace('/', '-')}.npy")
+    uri = logprobs_uri(run, name, task)
     if not files.exists(uri):
         model = load_model(run.uri(name))
         if config.train.gpus_per_expert:

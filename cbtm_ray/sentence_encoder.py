@@ -42,19 +42,17 @@ class SentenceEncoder:
         """The encoder of `embed.encoder`, a folder, URI or name. UserError if it cannot be loaded."""
         assert config.encoder is not None
         try:
-            if files.exists(config.encoder):
-                return cls.load(config.encoder, config, tokenizer)
-            return cls(SentenceTransformer(config.encoder), config, tokenizer)
+            return cls.load(config.encoder, config, tokenizer)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
             first = str(error).strip().splitlines()[0]
             raise UserError(f"embed.encoder={config.encoder!r} cannot be loaded: {first}") from error
 
     @classmethod
-    def load(cls, folder_uri: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-        with files.local_folder(folder_uri) as folder:
-            return cls(SentenceTransformer(folder), config, tokenizer)
+    def load(cls, uri_or_name: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
+        with files.folder_or_name(uri_or_name) as found:
+            return cls(SentenceTransformer(found), config, tokenizer)
 
     def save(self, folder_uri: str) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -25,6 +25,7 @@ from cbtm_ray import files, pipeline, plots, progress
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config, config_tree
+from cbtm_ray.ray_session import check_installed
 from cbtm_ray.report import page_template
 from cbtm_ray.result_rows import Evaluation, ResultRow, row_name
 from cbtm_ray.run import DENSE_FOLDER, Run
@@ -48,6 +49,7 @@ def sweep_clusters(sweep: Run) -> None:
     shared, folders = sweep.uri("shared"), {k: sweep.uri(f"clusters={k:04d}") for k in clusters}
     for (k, tokens), point in points.items():
         _point_run(point, folders[k], shared, tokens).check()
+    check_installed("train.trackers", config.train.trackers)
     _do(_run(first, shared), "build_corpus")
     for k, folder in folders.items():
         _do(_run(points[k, budgets[0]], folder, shared), "fit_clusters", "partition_corpus")

@@ -75,7 +75,9 @@ def measure(
 
 def system_distances(run: Run, systems: list[System], documents: list[np.ndarray]) -> list[np.ndarray]:
     """Squared distances of every token's context to the centers of each system, (T, K); (T, 0) without centers."""
-    embedder = load_embedder(run.uri("clusterer", "embedder"), load_tokenizer(run.uri("tokenizer")))
+    embedder = load_embedder(
+        run.uri("clusterer", "embedder"), load_tokenizer(run.uri("tokenizer")), run.config.embed.batch_documents
+    )
     centers = {system.name: system.centers_KD for system in systems if system.centers_KD is not None}
     distances = context_distances(embedder, documents, centers)
     without = np.zeros((sum(len(document) for document in documents), 0), np.float32)

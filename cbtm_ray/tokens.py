@@ -43,11 +43,8 @@ def load_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
         OSError: its store cannot be reached.
     """
     try:
-        if files.exists(folder_or_name):
-            with files.local_folder(folder_or_name) as folder:
-                tokenizer = _open_tokenizer(folder)
-        else:
-            tokenizer = _open_tokenizer(folder_or_name)
+        with files.folder_or_name(folder_or_name) as found:
+            tokenizer = _open_tokenizer(found)
     except (OSError, ValueError) as error:
         if files.refusal(error):  # the store's, whose trouble may pass
             raise
@@ -70,10 +67,12 @@ def _open_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder_or_name)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, uri: str) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, uri: str) -> str:
+    """Write a tokenizer's folder; a hash of its vocabulary."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files.publish_folder(folder, uri)
+    return files.fingerprint(tokenizer.get_vocab())
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:

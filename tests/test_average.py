@@ -11,7 +11,7 @@ from cbtm_ray import files
 from cbtm_ray.errors import UserError
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import DENSE_FOLDER, Run, expert_folder
-from cbtm_ray.scoring import held_out_documents
+from cbtm_ray.scoring import held_out_documents, logprobs_uri
 
 pytestmark = pytest.mark.ray
 
@@ -41,8 +41,7 @@ def test_routing_weights_are_the_mean_over_the_tuning_documents(averaged: Run) -
     from cbtm_ray.systems import ensemble_system, measure
 
     documents, ensemble = held_out_documents(averaged), ensemble_system(averaged)
-    uris = {name: averaged.uri("evaluation", "logprobs", f"{name.replace('/', '-')}.npy") for name in ensemble.experts}
-    logprobs = {name: files.read_array(uri) for name, uri in uris.items()}
+    logprobs = {name: files.read_array(logprobs_uri(averaged, name)) for name in ensemble.experts}
     [measured] = measure(averaged, documents, logprobs, [ensemble])
     rows = files.read_json(averaged.uri("evaluation", "results.json"))["rows"]
     chosen = next(row for row in rows if row.get("chosen"))

@@ -25,6 +25,7 @@ from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_all, run_job
 from cbtm_ray.results import held_out_documents
 from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, expert_folder, partition_folder
+from cbtm_ray.scoring import logprobs_uri
 from cbtm_ray.tokens import load_tokenizer
 from cbtm_ray.train import train_model
 from cbtm_ray.training_data import PackedSequences, read_documents
@@ -213,8 +214,8 @@ def test_results_have_the_controls_after_the_ensemble(controls_run: Run) -> None
 def test_uniform_routing_of_the_random_experts_by_hand(controls_run: Run) -> None:
     documents = held_out_documents(controls_run)
     reported_T = np.repeat(~documents.for_tuning, [len(tokens) for tokens in documents.tokens])
-    names = [f"controls-random-cluster={k:04d}.npy" for k in range(2)]
-    logprobs = [files.read_array(controls_run.uri("evaluation", "logprobs", name))[reported_T] for name in names]
+    names = [f"controls/random/cluster={k:04d}" for k in range(2)]
+    logprobs = [files.read_array(logprobs_uri(controls_run, name))[reported_T] for name in names]
     rows = files.read_json(controls_run.uri("evaluation", "results.json"))["rows"]
     row = next(row for row in rows if (row["system"], row["routing"]) == ("random", "uniform"))
     assert row["loss_nats"] == pytest.approx(-np.log(np.exp(logprobs).mean(axis=0)).mean(), rel=1e-5)

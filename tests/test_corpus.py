@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cbtm_ray.corpus import build_corpus, read_again, read_sample
 from cbtm_ray.documents import is_held_out, unit_hash
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
+from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import Run
 from tests.tiny import tiny_tree, write_corpus
 
@@ -85,6 +87,20 @@ def test_another_text_id_or_domain_of_equal_length_is_noticed(
         list(read_again(row, corpus_of(folder)))
     with pytest.raises(UserError, match=r"part\.jsonl changed"):
         corpus._pick({**row, "ids": []}, corpus_of(folder))
+
+
+def test_a_corpus_that_changed_is_another_to_the_tokenizer_made_from_it(tmp_path: Path, ray_cluster: str) -> None:
+    folder = write_corpus(tmp_path / "corpus")
+    run = Run(build_config(tiny_tree(tmp_path / "run", folder)))
+    run_job(run, "build_corpus")
+    for text, refused in ((None, False), ((folder / "part-0.jsonl").read_text().replace("the", "eht"), True)):
+        files.delete(run.uri("corpus"))
+        if text is not None:
+            (folder / "part-0.jsonl").write_text(text)
+        with (
+            pytest.raises(UserError, match="tokenizer was made from another corpus than") if refused else nullcontext()
+        ):
+            run_job(run, "build_corpus")
 
 
 def test_documents_without_text_are_counted_and_left_out(tmp_path: Path, ray_cluster: str) -> None:

@@ -19,10 +19,9 @@ from ray import serve
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from benchmarks.served_run import replicas
-from cbtm_ray.branch import DENSE
 from cbtm_ray.engine import generate
 from cbtm_ray.ensemble import Ensemble, load_ensemble
-from cbtm_ray.run import Run
+from cbtm_ray.run import DENSE_FOLDER, Run
 from cbtm_ray.sampling import Sampling
 from cbtm_ray.sequence import Request, Step
 from cbtm_ray.tokens import encode, load_tokenizer
@@ -49,7 +48,7 @@ def served_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> s
     tokenizer.save_pretrained(folder / "tokenizer")
     config = MiniMaxConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
                            num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_local_experts=2)  # fmt: skip
-    MiniMaxForCausalLM(config).save_pretrained(folder / DENSE)
+    MiniMaxForCausalLM(config).save_pretrained(folder / DENSE_FOLDER)
     (folder / "admins").write_text(ADMIN)
     return str(folder)
 

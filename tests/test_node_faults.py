@@ -73,7 +73,7 @@ def trainers(raylet: psutil.Process) -> list[psutil.Process]:
 def checkpoints(run: Run) -> dict[str, int]:
     """Step of the newest checkpoint of every expert that has one."""
     folder = Path(run.uri("checkpoints", "experts"))
-    return {path.parent.name: int(path.stem[5:]) for path in sorted(folder.glob("*/step=*.pt"))}
+    return {path.parent.parent.name: int(path.stem[5:]) for path in sorted(folder.glob("*/*/step=*.pt"))}
 
 
 @contextlib.contextmanager

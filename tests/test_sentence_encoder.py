@@ -98,7 +98,8 @@ def test_an_encoder_comes_back_from_its_folder(
     save_embedder(encoder, encoder_config, str(tmp_path))
     assert not list(tmp_path.glob("*.bin"))
     documents = encode(tokenizer, texts(3))
-    loaded = load_embedder(str(tmp_path), tokenizer)
+    assert {"batch_documents", "gpus"}.isdisjoint(json.loads((tmp_path / "embedder.json").read_text()))
+    loaded = load_embedder(str(tmp_path), tokenizer, batch_documents=2)
     np.testing.assert_allclose(loaded.transform(documents), encoder.transform(documents), atol=1e-6)
 
 

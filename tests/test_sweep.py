@@ -125,7 +125,9 @@ def test_points_share_what_they_can_and_a_second_call_only_adds(
     assert "report.html" in printed
     assert "Next, serve it" not in printed  # a point cannot be served as it is
     found = sorted(str(path.parent.relative_to(swept.dir)) for path in Path(swept.dir).rglob("settings.json"))
-    points = [f"clusters={k:04d}/tokens=2048/{stage}" for k in (2, 4) for stage in ("evaluation", "experts")]
+    points = [
+        f"clusters={k:04d}/tokens=2048/{stage}" for k in (2, 4) for stage in ("controls/dense", "evaluation", "experts")
+    ]
     parts = [f"clusters={k:04d}/{stage}" for k in (2, 4) for stage in ("clusterer", "shards")]
     assert found == sorted([*points, *parts, "shared/corpus", "shared/seed", "shared/tokenizer"])
     result = json.loads(Path(swept.uri("sweep.json")).read_text())

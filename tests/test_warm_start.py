@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cbtm_ray import files
 from cbtm_ray.branch import expert_branches
-from cbtm_ray.config import Config
+from cbtm_ray.config import Config, EmbedConfig
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import DENSE_FOLDER, Run, expert_folder
 from cbtm_ray.tokens import save_tokenizer, train_tokenizer
@@ -67,6 +68,32 @@ def test_a_run_of_other_clusters_is_refused(tiny_config: Config, other: Run, tmp
     files.write_array(other.uri("clusterer", part), np.zeros((2, 8), np.float32))
     run = make(tiny_config, tmp_path / "run", tmp_path / "other")
     with pytest.raises(UserError, match=rf"but clusterer/{part} is not the same: its experts are of other clusters"):
+        check_warm_start(run, NAMES)
+
+
+def save_sentence_embedder(run: Run, version: str, **embed: Any) -> None:
+    """As `save_embedder` leaves it, with the file that transformers writes; and any field, as earlier versions did."""
+    fields = dataclasses.asdict(EmbedConfig(embedder="sentence", encoder="someone/encoder"))
+    folder = run.uri("clusterer", "embedder")
+    files.write_json(files.join(folder, "embedder.json"), fields | embed)
+    files.write_json(files.join(folder, "config.json"), {"transformers_version": version})
+    files.write_bytes(files.join(folder, "model.safetensors"), b"weights")
+
+
+def test_execution_fields_and_the_place_of_an_encoder_may_differ(
+    tiny_config: Config, other: Run, tmp_path: Path
+) -> None:
+    run = make(tiny_config, tmp_path / "run", tmp_path / "other")
+    save_sentence_embedder(run, "5.0", batch_documents=8, gpus=1.0, encoder="/models/encoder")
+    save_sentence_embedder(other, "5.1")
+    check_warm_start(run, NAMES)
+
+
+def test_an_embedder_of_other_settings_is_refused(tiny_config: Config, other: Run, tmp_path: Path) -> None:
+    run = make(tiny_config, tmp_path / "run", tmp_path / "other")
+    save_sentence_embedder(run, "5.0", encoder_tokens=64)
+    save_sentence_embedder(other, "5.0")
+    with pytest.raises(UserError, match=r"but clusterer/embedder/embedder\.json is not the same"):
         check_warm_start(run, NAMES)
 
 

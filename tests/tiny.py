@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from cbtm_ray.load_config import build_config
+from cbtm_ray.run import Run
+
 DOMAINS = {
     "sea": "the ship sailed over the waves and the captain watched the harbour lights beyond the reef",
     "kitchen": "stir the butter into the flour then bake the cake with sugar and eggs in a warm oven",
@@ -54,3 +57,20 @@ def tiny_tree(folder: Path, corpus: Path) -> dict[str, Any]:
         },
         "evaluate": {"top_k": [1], "temperatures": [0.1, 1.0], "gammas": [0.9], "betas": [1.0], "prefix_tokens": 8},
     }  # fmt: skip
+
+
+def run_with(folder: Path, **overrides: Any) -> Run:
+    """A run in `folder`; overrides as section__key=value."""
+    tree: dict[str, Any] = {
+        "run": {"dir": str(folder)},
+        "corpus": {"paths": ["documents"]},
+        "seed_model": {"train_tokens": 1000},
+    }
+    for name, value in overrides.items():
+        section, _, key = name.partition("__")
+        tree.setdefault(section, {})[key] = value
+    return Run(build_config(tree))
+
+
+def never() -> dict[str, Any]:
+    raise AssertionError("a finished stage must not run again")
