@@ -15,9 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from cbtm_ray.config import EvaluateConfig
+from cbtm_ray.loss import TokenLoss
 from cbtm_ray.merge import mix_logprobs
 from cbtm_ray.route import embedding_scores, evidence, hold_after_prefix, nearest, posterior_scores, sparse_weights
-from cbtm_ray.train import loss_function
 
 BOOTSTRAP = 1000
 PREFIX_ROUTINGS = ("prefix", "nearest_prefix")
@@ -89,7 +89,7 @@ def score_documents(
     windows.sort(key=lambda window: len(window[1]))
     logprobs = np.zeros(int(starts[-1]), np.float32)
     model.eval()
-    token_loss = loss_function(model, torch.full((1, 3), end_of_text, device=model.device))
+    token_loss = TokenLoss(model, torch.full((1, 3), end_of_text, device=model.device))
     for batch in _batches(windows, batch_tokens):
         width = len(batch[-1][1])
         padded = np.full((len(batch), width), end_of_text, np.int64)
