@@ -14,11 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from cbtm_ray.config import EvaluateConfig
+from cbtm_ray.loss import TokenLoss
 from cbtm_ray.merge import mix_logprobs
 from cbtm_ray.result_rows import Summary
 from cbtm_ray.route import HeldOut
 from cbtm_ray.router import ROUTERS, Route
-from cbtm_ray.train import loss_function
 
 BOOTSTRAP = 1000
 
@@ -46,7 +46,7 @@ def score_documents(
     windows.sort(key=lambda window: len(window[1]))
     logprobs = np.zeros(int(starts[-1]), np.float32)
     model.eval()
-    token_loss = loss_function(model, torch.full((1, 3), end_of_text, device=model.device))
+    token_loss = TokenLoss(model, torch.full((1, 3), end_of_text, device=model.device))
     for batch in _batches(windows, batch_tokens):
         width = len(batch[-1][1])
         padded = np.full((len(batch), width), end_of_text, np.int64)

@@ -5,7 +5,6 @@ B sequences, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,29 +25,50 @@ _LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 """What configurations call a change of the logits after the projection (Cohere, Granite, Gemma), 1 and None being none."""
 
 
-def loss_function(
-    model: PreTrainedModel, example: torch.Tensor, *, border: int | None = None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function of a batch (B, T + 1) to the loss of each target in nats, (B * T,).
+class TokenLoss(torch.nn.Module):
+    """The loss of each target of a batch (B, T + 1) in nats: (B * T,). A module, so that DDP and FSDP can do their part.
 
     Chunked over the vocabulary projection where that is cheaper and gives the model's own logits on the example; models that
     scale or cap their logits get the plain path. Mixtral's load-balancing loss, weighted by its configuration's
     `router_aux_loss_coef`, adds its gradient and not its value: losses are those of tokens whatever the model.
 
     Args:
+        example: a batch of one sequence or more, to compare the two paths on.
         border: token that begins a document; tokens then attend within their own only. None: to all before them.
 
     Raises:
         UserError: the model does not keep documents apart.
     """
 
-    def plain(batch: torch.Tensor) -> torch.Tensor:
-        logits_BTV = model(**model_inputs(model, batch[:, :-1], border)).logits
+    def __init__(self, model: PreTrainedModel, example: torch.Tensor, *, border: int | None = None) -> None:
+        super().__init__()
+        self.model, self.border = model, border
+        self.balanced = model.config.model_type == "mixtral" and model.config.router_aux_loss_coef > 0
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            if border is not None:
+                _check_documents_stay_apart(model, example, border)
+            self.chunkable = not _changes_logits(model.config) and torch.allclose(
+                self.plain(example), self.chunked(example), atol=1e-3, rtol=1e-3
+            )
+        model.train(was_training)
+        assert self.chunkable or not self.balanced, "Mixtral neither scales nor caps its logits"
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        cheaper = self.chunkable and _chunks_are_cheaper(batch, self.model.config.vocab_size)
+        return self.chunked(batch) if self.balanced or cheaper else self.plain(batch)
+
+    def plain(self, batch: torch.Tensor) -> torch.Tensor:
+        """From all logits at once."""
+        logits_BTV = self.model(**model_inputs(self.model, batch[:, :-1], self.border)).logits
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
 
-    def chunked(batch: torch.Tensor) -> torch.Tensor:
-        outputs = model.base_model(**model_inputs(model, batch[:, :-1], border), **routers)
-        head = model.get_output_embeddings()
+    def chunked(self, batch: torch.Tensor) -> torch.Tensor:
+        """From the hidden states, a chunk of logits after the other; with Mixtral's balance."""
+        routers = {"output_router_logits": True} if self.balanced else {}
+        outputs = self.model.base_model(**model_inputs(self.model, batch[:, :-1], self.border), **routers)
+        head = self.model.get_output_embeddings()
         losses = F.linear_cross_entropy(
             outputs.last_hidden_state.flatten(0, 1),
             head.weight,
@@ -57,29 +77,11 @@ def loss_function(
             reduction="none",
             options=_LOSS_CHUNK,
         )
-        return losses + _balance(model, outputs.router_logits) if routers else losses
+        return losses + _balance(self.model, outputs.router_logits) if self.balanced else losses
 
-    balanced = model.config.model_type == "mixtral" and model.config.router_aux_loss_coef > 0
-    routers = {"output_router_logits": True} if balanced else {}
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        if border is not None:
-            _check_documents_stay_apart(model, example, border)
-        same = not any(
-            getattr(model.config, name, None) not in (None, 1) for name in _LOGIT_CHANGES
-        ) and torch.allclose(plain(example), chunked(example), atol=1e-3, rtol=1e-3)
-    model.train(was_training)
-    assert same or not balanced, "Mixtral neither scales nor caps its logits"
-    if not same:
-        return plain
-    if balanced:
-        return chunked
 
-    def cheaper(batch: torch.Tensor) -> torch.Tensor:
-        return (chunked if _chunks_are_cheaper(batch, model.config.vocab_size) else plain)(batch)
-
-    return cheaper
+def _changes_logits(config: Any) -> bool:
+    return any(getattr(config, name, None) not in (None, 1) for name in _LOGIT_CHANGES)
 
 
 def _chunks_are_cheaper(batch: torch.Tensor, vocab_size: int) -> bool:

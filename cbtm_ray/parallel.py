@@ -15,6 +15,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from cbtm_ray.errors import UserError
+from cbtm_ray.loss import TokenLoss
 
 if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what it takes seconds to import
     from transformers import PreTrainedModel
@@ -30,20 +31,7 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-class TokenLoss(torch.nn.Module):
-    """The loss of a model's tokens as the forward pass of a module, which is where DDP and FSDP do their part."""
-
-    def __init__(self, model: PreTrainedModel, loss: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        return self.loss(batch)
-
-
-def shared_loss(
-    model: PreTrainedModel, loss: Callable[[torch.Tensor], torch.Tensor], parallel: str
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def shared_loss(token_loss: TokenLoss, parallel: str) -> torch.nn.Module:
     """The same loss for several workers: its gradients become means over all of them.
 
     Args:
@@ -51,19 +39,20 @@ def shared_loss(
             gradients and moments. The model's parameters are then others than before.
     """
     if parallel == "ddp":
-        return DistributedDataParallel(TokenLoss(model, loss), forward_sync_buffers=False)
+        return DistributedDataParallel(token_loss, forward_sync_buffers=False)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    model = token_loss.model
     mesh = init_device_mesh(model.device.type, (workers(),))
     for module in model.modules():
         if type(module).__name__ in (model._no_split_modules or ()):
             fully_shard(module, mesh=mesh)
-    sharded: Any = fully_shard(TokenLoss(model, loss), mesh=mesh)
+    sharded: Any = fully_shard(token_loss, mesh=mesh)
     return sharded
 
 
-def reducing(loss: Callable[[torch.Tensor], torch.Tensor], last: bool) -> contextlib.AbstractContextManager[None]:
+def reducing(loss: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
     """Where the gradients of one part of a batch are computed: DDP sends them once, with those of the last part."""
     return loss.no_sync() if isinstance(loss, DistributedDataParallel) and not last else contextlib.nullcontext()
 

@@ -21,7 +21,7 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from cbtm_ray import files
-from cbtm_ray.config import CONTROLS, EXECUTION_FIELDS, SPLIT_CONTROLS, Config
+from cbtm_ray.config import CONTROLS, EXECUTION_FIELDS, EXPERTS_ONLY_FIELDS, SPLIT_CONTROLS, Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import config_tree, dump_config
 
@@ -32,8 +32,7 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("tokens.tokenizer", "tokens.vocab_size"),
     "clusterer": ("embed", "cluster"),
     "shards": (),
-    "seed": ("seed_model", "tokens.sequence_length", "train.batch_size", "train.betas", "train.weight_decay",
-             "train.clip_norm", "train.precision", "train.schedule", "train.warmup_steps", "train.cross_documents"),
+    "seed": ("seed_model", "train", *(f"-{name}" for name in sorted(EXPERTS_ONLY_FIELDS)), "tokens.sequence_length"),
     "experts": _TRAINING,
     "controls/dense": _TRAINING,
     **{f"shards/controls/{split}": () for split in SPLIT_CONTROLS},

@@ -18,7 +18,7 @@ import torch
 
 from cbtm_ray import flops, parallel
 from cbtm_ray.errors import UserError
-from cbtm_ray.loss import loss_function
+from cbtm_ray.loss import TokenLoss
 from cbtm_ray.training_data import PackedSequences
 
 if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what it takes seconds to import
@@ -103,11 +103,11 @@ class Trainer:
         with parallel.agreed():
             self._check()
             border = None if spec.cross_documents else sequences.end_of_text
-            self.token_loss = loss_function(model, self._batch(sequences, 0, 1), border=border)
+            token_loss = TokenLoss(model, self._batch(sequences, 0, 1), border=border)
             if spec.activation_checkpointing:
                 checkpoint_activations(model)
-        if parallel.workers() > 1:
-            self.token_loss = parallel.shared_loss(model, self.token_loss, spec.parallel)
+        alone = parallel.workers() == 1
+        self.token_loss = token_loss if alone else parallel.shared_loss(token_loss, spec.parallel)
         self.optimizer = make_optimizer(model, spec)
         self.train_loss = torch.compile(self.token_loss) if spec.compile else self.token_loss
         self.step = 0

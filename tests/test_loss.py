@@ -18,7 +18,7 @@ from transformers import (
 
 from cbtm_ray import loss
 from cbtm_ray.errors import UserError
-from cbtm_ray.loss import loss_function, positions_in_document
+from cbtm_ray.loss import TokenLoss, positions_in_document
 from tests.tiny_models import MODELS, SIZES, make_model, make_sequences
 
 
@@ -28,9 +28,9 @@ def test_loss_is_that_of_hugging_face(name: str) -> None:
     batch = torch.from_numpy(make_sequences().batch(0, 4))
     with torch.no_grad():
         expected = model(input_ids=batch, labels=batch).loss
-    token_loss = loss_function(model, batch[:1])
+    token_loss = TokenLoss(model, batch[:1])
     assert token_loss(batch).mean().item() == pytest.approx(expected.item(), rel=1e-5)
-    assert token_loss.__name__ == ("plain" if name.startswith("cohere") else "cheaper")
+    assert token_loss.chunkable != name.startswith("cohere")
 
 
 def test_chunks_are_for_many_logits_and_what_has_no_gradient() -> None:
@@ -47,7 +47,7 @@ def test_gradients_are_those_of_hugging_face(most_bytes: int, monkeypatch: pytes
     monkeypatch.setattr(loss, "_MOST_LOGITS_BYTES", most_bytes)
     model = make_model().eval()
     batch = torch.from_numpy(make_sequences().batch(0, 4))
-    loss_function(model, batch[:1])(batch).mean().backward()
+    TokenLoss(model, batch[:1])(batch).mean().backward()
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     model(input_ids=batch, labels=batch).loss.backward()
@@ -65,7 +65,7 @@ def make_capped() -> Gemma2ForCausalLM:
 def test_a_model_that_caps_its_logits_keeps_its_own_loss_as_they_grow(growth: float) -> None:
     """A new model's logits are far below the cap, where capping changes nothing yet."""
     model, batch = make_capped(), torch.from_numpy(make_sequences().batch(0, 4))
-    token_loss = loss_function(model, batch[:1])
+    token_loss = TokenLoss(model, batch[:1])
     with torch.no_grad():
         model.get_input_embeddings().weight *= growth
         expected = model(input_ids=batch, labels=batch).loss
@@ -97,14 +97,14 @@ def test_documents_kept_apart_are_documents_trained_alone(name: str, attention: 
     model = make_model(name).eval()
     model.set_attn_implementation(attention)
     gradients = []
-    losses = [losses_alone(model), loss_function(model, BORDERS[:1], border=0)(BORDERS)]
+    losses = [losses_alone(model), TokenLoss(model, BORDERS[:1], border=0)(BORDERS)]
     for losses_N in losses:
         model.zero_grad()
         losses_N.mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
-    crossing = loss_function(model, BORDERS[:1])(BORDERS)
+    crossing = TokenLoss(model, BORDERS[:1])(BORDERS)
     assert (crossing - losses[0]).abs().max() > 1e-4
 
 
@@ -120,4 +120,4 @@ def test_documents_kept_apart_are_documents_trained_alone(name: str, attention: 
 )
 def test_a_model_that_cannot_keep_documents_apart_is_refused(model: Any) -> None:
     with pytest.raises(UserError, match=r"train\.cross_documents=False does not work with (Bloom|Mistral)ForCausalLM"):
-        loss_function(model(), BORDERS[:1], border=0)
+        TokenLoss(model(), BORDERS[:1], border=0)

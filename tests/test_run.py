@@ -232,6 +232,19 @@ def test_where_and_how_fast_it_runs_may_change(tmp_path: Path) -> None:
     run_with(tmp_path, **changed).check()
 
 
+def test_a_training_option_is_also_the_seed_s_unless_it_is_marked_otherwise(tmp_path: Path) -> None:
+    """The names in the settings.json of runs that there are, which must be accepted."""
+    run = run_with(tmp_path)
+    shared = {"train.batch_size", "train.schedule", "train.warmup_steps", "train.betas", "train.weight_decay",
+              "train.clip_norm", "train.precision", "train.cross_documents"}  # fmt: skip
+    own = {"train.total_tokens", "train.budget", "train.warm_start", "train.learning_rate", "train.final_lr_fraction"}
+    length = {"tokens.sequence_length"}
+    seeds = {f"seed_model.{name}" for name in config_tree(run.config)["seed_model"]} - {"seed_model.cpus"}
+    assert run.settings("seed").keys() == shared | length | seeds
+    assert run.settings("experts").keys() == run.settings("controls/moe").keys() == shared | length | own
+    assert run.settings("evaluation").keys() >= {"train.controls"}
+
+
 def test_finished_stages_of_a_shared_run_are_taken_and_all_else_is_its_own(tmp_path: Path) -> None:
     finish(tmp_path / "base", "corpus")
     finish(tmp_path / "base", "experts")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cbtm_ray.errors import UserError
-from cbtm_ray.loss import loss_function
+from cbtm_ray.loss import TokenLoss
 from cbtm_ray.train import Trainer
 from cbtm_ray.training_data import PackedSequences
 from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
@@ -139,7 +139,7 @@ def test_the_held_out_loss_is_that_of_the_first_sequences_at_the_weights_of_its_
     assert [point["step"] for point in curve] == [3, 6, 8, 9, 12, 15, 16, 18, 20]
     batch = torch.from_numpy(valid.batch(0, 5))
     with torch.no_grad():
-        expected = loss_function(model.eval(), batch[:1])(batch).mean().item()
+        expected = TokenLoss(model.eval(), batch[:1])(batch).mean().item()
     assert curve[-1]["valid_loss_nats"] == pytest.approx(expected, rel=1e-6)
 
 

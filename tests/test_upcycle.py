@@ -14,7 +14,7 @@ from cbtm_ray import flops
 from cbtm_ray.branch import train_seed
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
-from cbtm_ray.loss import loss_function
+from cbtm_ray.loss import TokenLoss
 from cbtm_ray.run import Run
 from cbtm_ray.upcycle import check_upcyclable, upcycle
 from tests.tiny import tiny_tree
@@ -56,7 +56,7 @@ def test_it_is_a_hugging_face_folder(tmp_path: Path) -> None:
 def test_the_gradient_is_that_of_hugging_face_with_its_balance_and_the_value_that_of_the_tokens() -> None:
     model = upcycle(make_model(), 4, 0)
     model.config.router_aux_loss_coef = model.router_aux_loss_coef = 0.5
-    losses = loss_function(model, BATCH)(BATCH)
+    losses = TokenLoss(model, BATCH)(BATCH)
     losses.mean().backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_hugging_face_with_its_balance_and_the_value_tha
     assert losses.mean().item() == pytest.approx(outputs.loss.item() - 0.5 * outputs.aux_loss.item(), rel=1e-5)
     model.config.router_aux_loss_coef = 0.0
     model.zero_grad()
-    loss_function(model, BATCH)(BATCH).mean().backward()
+    TokenLoss(model, BATCH)(BATCH).mean().backward()
     router = model.model.layers[0].mlp.gate.weight
     assert not torch.allclose(router.grad, ours["model.layers.0.mlp.gate.weight"], rtol=0.1)
 
