@@ -26,9 +26,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tests.artefacts import artefacts
-from tests.hosts import Host, Network, network, start_head, start_worker
-from tests.tiny import tiny_tree, write_corpus
+from tests.support.artefacts import artefacts
+from tests.support.hosts import Host, Network, network, start_head, start_worker
+from tests.support.tiny import tiny_tree, write_corpus
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("corpus", "tokenizer", "clusterer", "shards", "seed", "experts", "evaluation")

@@ -11,12 +11,12 @@ import psutil
 
 from benchmarks.decoding import SIZES, make_experts
 from cbtm_ray import files
+from cbtm_ray.cluster.embed import TokenTfidf, save_embedder, silent_tokens
 from cbtm_ray.config import EmbedConfig
-from cbtm_ray.embed import TokenTfidf, save_embedder, silent_tokens
-from cbtm_ray.installed_docs import package_documents
+from cbtm_ray.corpus.installed_docs import package_documents
+from cbtm_ray.corpus.tokenizer import encode, save_tokenizer, train_tokenizer
 from cbtm_ray.models import save_model
 from cbtm_ray.run import DENSE_FOLDER, expert_folder
-from cbtm_ray.tokens import encode, save_tokenizer, train_tokenizer
 
 PACKAGE, PACKAGE_BYTES = "numpy", 1_500_000
 DIMENSIONS = 100

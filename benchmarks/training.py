@@ -5,7 +5,8 @@
 Two tables. Loops: the same model, data, batch, optimiser and threads in our loop, in Hugging Face's Trainer and in a
 minimal loop, alternating, so that a busy machine slows all three. Each turn has a process of its own; ours has the
 environment that the job's training processes have, and without it a row of its own. Ray Train: one expert through
-cbtm_ray.branch, and the same without it, in a process of the same environment. The last line of the output is one JSON object.
+cbtm_ray.branch.launch, and the same without it, in a process of the same environment. The last line of the output is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cbtm_ray import files
 from cbtm_ray.config import Config
+from cbtm_ray.corpus.tokenizer import save_tokenizer, train_tokenizer
 from cbtm_ray.load_config import build_config
 from cbtm_ray.ray_session import TRAINING_ENV
 from cbtm_ray.run import Run
-from cbtm_ray.tokens import save_tokenizer, train_tokenizer
-from cbtm_ray.train import Trainer, TrainSpec, learning_rate, make_optimizer, train_model
-from cbtm_ray.training_data import PackedSequences
+from cbtm_ray.train.packed_sequences import PackedSequences
+from cbtm_ray.train.trainer import Trainer, TrainSpec, learning_rate, make_optimizer, train_model
 
 SIZES: dict[str, dict[str, Any]] = {
     "1M": {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -235,10 +236,10 @@ Timed = tuple[float, list[dict[str, Any]]]
 
 def train_here(config: Config, threads: int) -> Timed:
     """All that a Ray Train worker does for the only expert, in this process."""
-    from cbtm_ray.branch import expert_branches
-    from cbtm_ray.branch_worker import read_sequences  # these bring Ray, as the worker's do
+    from cbtm_ray.branch.launch import expert_branches
+    from cbtm_ray.branch.worker import read_sequences  # these bring Ray, as the worker's do
+    from cbtm_ray.corpus.tokenizer import load_tokenizer
     from cbtm_ray.models import load_model, save_model
-    from cbtm_ray.tokens import load_tokenizer
 
     torch.set_num_threads(threads)
     started, run = time.perf_counter(), Run(config)
@@ -255,7 +256,7 @@ def train_here(config: Config, threads: int) -> Timed:
 
 
 def train_through_ray(config: Config, threads: int) -> Timed:
-    from cbtm_ray.branch import expert_branches, train_branches  # Ray takes seconds to import
+    from cbtm_ray.branch.launch import expert_branches, train_branches  # Ray takes seconds to import
 
     started, run = time.perf_counter(), Run(config)
     branch = expert_branches(run)[1]

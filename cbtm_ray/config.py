@@ -276,7 +276,7 @@ class EvaluateConfig:
         "prefix",
         "nearest_prefix",
     )
-    """Routers of the ensemble to tune and report (see `router.py`), and so those it can be served with. Controls have
+    """Routers of the ensemble to tune and report (see `routers.py`), and so those it can be served with. Controls have
     their own. nearest_prefix is left out where `prefix_experts` is None."""
     max_documents: Count = 2000
     """At most this many held-out documents, those with the smallest hash."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cbtm_ray import files
-from cbtm_ray.documents import list_shards
+from cbtm_ray.corpus.documents import list_shards
+from cbtm_ray.corpus.installed_docs import package_folder
 from cbtm_ray.errors import UserError
-from cbtm_ray.installed_docs import package_folder
 from cbtm_ray.run import SHAREABLE, Run
 
 MODELS = ("embed.encoder", "seed_model.name_or_path")
@@ -70,7 +70,7 @@ def _check_warm_start(run: Run) -> None:
     config, train = run.config, run.config.train
     if train.warm_start is None or run.manifest("experts") is not None:
         return
-    from cbtm_ray.warm_start import check_models  # brings torch and transformers
+    from cbtm_ray.branch.warm_start import check_models  # brings torch and transformers
 
     clusters = train.clusters or range(min((config.cluster.n_clusters, *config.sweep.clusters)))
     # The experts of metadata are as many as the documents have domains, which is not known yet.
@@ -83,7 +83,7 @@ def _check_fewshot(run: Run) -> None:
     wanted = run.config.evaluate
     if not wanted.fewshot or run.manifest("evaluation") is not None:
         return
-    from cbtm_ray.fewshot import check_shots, read_task  # brings torch and transformers
+    from cbtm_ray.evaluate.fewshot import check_shots, read_task  # brings torch and transformers
 
     for task in map(files.absolute, wanted.fewshot):
         to_be_made = task.startswith(run.uri("fewshot")) and not files.exists(task)  # by jobs.make_fewshot_task

@@ -18,8 +18,8 @@ from transformers import (
 
 from cbtm_ray import files
 from cbtm_ray.config import SeedModelConfig
+from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
-from cbtm_ray.tokens import load_tokenizer
 
 
 def new_model(

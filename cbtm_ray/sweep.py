@@ -21,13 +21,14 @@ from matplotlib.axes import Axes
 from rich.box import SIMPLE
 from rich.table import Table
 
-from cbtm_ray import files, pipeline, plots, progress
+from cbtm_ray import files, pipeline, progress
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
+from cbtm_ray.evaluate.result_rows import Evaluation, ResultRow, row_name
 from cbtm_ray.load_config import build_config, config_tree
 from cbtm_ray.ray_session import check_installed
-from cbtm_ray.report import page_template
-from cbtm_ray.result_rows import Evaluation, ResultRow, row_name
+from cbtm_ray.report import plots
+from cbtm_ray.report.page import page_template
 from cbtm_ray.run import DENSE_FOLDER, Run
 
 Row = dict[str, Any]

@@ -12,7 +12,7 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.inputs import check_inputs
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
-from tests.tiny import tiny_tree, write_corpus
+from tests.support.tiny import tiny_tree, write_corpus
 
 
 def run_with(tmp_path: Path, **sections: dict[str, Any]) -> Run:

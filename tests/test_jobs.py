@@ -18,11 +18,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbtm_ray import files, pipeline
-from cbtm_ray.findings import curves
 from cbtm_ray.load_config import build_config, config_tree
+from cbtm_ray.report.terminal import curves
 from cbtm_ray.run import DENSE_FOLDER, MADE_FROM, Run, expert_folder
-from tests.artefacts import artefacts
-from tests.tiny import tiny_tree, write_corpus
+from tests.support.artefacts import artefacts
+from tests.support.tiny import tiny_tree, write_corpus
 
 pytestmark = pytest.mark.ray
 
@@ -70,7 +70,7 @@ def test_results_have_the_settings_of_every_router_for_every_top_k(finished_run:
 
 
 def test_dense_row_is_what_hugging_face_gives(finished_run: Run) -> None:
-    from cbtm_ray.results import held_out_documents
+    from cbtm_ray.evaluate.results import held_out_documents
 
     model = AutoModelForCausalLM.from_pretrained(finished_run.uri(DENSE_FOLDER)).eval()
     tokenizer = AutoTokenizer.from_pretrained(finished_run.uri(DENSE_FOLDER))

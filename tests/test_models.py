@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from cbtm_ray import flops
 from cbtm_ray.config import SeedModelConfig
+from cbtm_ray.corpus.tokenizer import train_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.models import check_tokenizer, load_model, new_model, save_model
-from cbtm_ray.tokens import train_tokenizer
+from cbtm_ray.train import flops
 
 SIZES = SeedModelConfig(hidden_size=16, n_layers=2, n_heads=2, intermediate_size=32, train_tokens=1)
 

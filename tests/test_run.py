@@ -13,7 +13,7 @@ from cbtm_ray.config import EXECUTION_FIELDS
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import config_tree, load_config
 from cbtm_ray.run import STAGE_SETTINGS
-from tests.tiny import never, run_with
+from tests.support.tiny import never, run_with
 
 
 def finish(folder: Path, stage: str, **overrides: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 from cbtm_ray import files
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import MADE_FROM, STAGE_SETTINGS, Run, _before
-from tests.tiny import never, run_with
+from tests.support.tiny import never, run_with
 
 
 def make(run: Run, *stages: str, content: str = "first") -> None:

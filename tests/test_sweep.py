@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import Page, result
 
 from cbtm_ray import files
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
 from cbtm_ray.sweep import _dense_row, best_by_top_k, point_config, render_sweep, sweep_clusters, sweep_rows
-from tests.tiny import tiny_tree, write_corpus
+from tests.report.test_page import Page, result
+from tests.support.tiny import tiny_tree, write_corpus
 
 
 def point(n_clusters: int, tokens: int, ppl: float) -> dict[str, Any]:
