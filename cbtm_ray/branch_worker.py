@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Post = Callable[[str, dict[str, Any]], Any]
 """Adds news of a branch to the board."""
 
-UNTRAINED = {"epochs": 0.0, "valid_loss_nats": None, "valid_tokens": 0, "mfu": None, "curve": []}
+UNTRAINED: dict[str, Any] = {"epochs": 0.0, "valid_loss_nats": None, "valid_tokens": 0, "mfu": None, "curve": []}
 """What the manifest says of training where a seed is taken as it is, for which no document is read."""
 
 
@@ -129,7 +129,7 @@ def _train(
         save = partial(_save, run, spec.name, checkpoints)
         curve = train_model(model, sequences, spec, valid=valid, state=state, save=save, log=log, leaving=_leaving)
     return {
-        "epochs": spec.steps * spec.batch_size / sequences.per_epoch,
+        "epochs": spec.steps * spec.train.batch_size / sequences.per_epoch,
         "valid_loss_nats": curve[-1]["valid_loss_nats"],
         "valid_tokens": 0 if valid is None else spec.valid_sequences(valid) * valid.sequence_length,
         "mfu": curve[-1]["mfu"],

@@ -34,7 +34,7 @@ from cbtm_ray.training_data import PackedSequences
 from tests.local_head import free_ports
 from tests.seeded_run import check_as_undisturbed, seeded_run, write_shards
 from tests.test_object_store import CREDENTIALS
-from tests.tiny_models import SPEC, make_model, make_sequences, train, without_speed
+from tests.tiny_models import SPEC, changed, make_model, make_sequences, train, without_speed
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def test_a_bucket_that_is_away_is_an_error_that_may_pass_and_no_mistake(store: S
 def named(run: Run, name: str, **changes: Any) -> Branch:
     """The first expert under another name; its `spec` may be changed too."""
     branch = expert_branches(run)[1]
-    spec = dataclasses.replace(branch.spec, name=name, **changes.pop("spec", {}))
+    spec = changed(branch.spec, name=name, **changes.pop("spec", {}))
     return dataclasses.replace(branch, spec=spec, **changes)
 
 
