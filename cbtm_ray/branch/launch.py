@@ -53,12 +53,11 @@ def seed_branch(run: Run) -> Branch:
     return Branch(
         cluster=None,
         init=files.absolute(name) if name and files.exists(name) else name,
-        spec=_spec(
-            run.config,
+        spec=TrainSpec(
             name="seed",
             steps=-(-seed.train_tokens // tokens_per_step),
-            learning_rate=seed.learning_rate,
-            final_lr_fraction=seed.final_lr_fraction,
+            sequence_length=run.config.tokens.sequence_length,
+            train=replace(run.config.train, learning_rate=seed.learning_rate, final_lr_fraction=seed.final_lr_fraction),
         ),
     )
 
@@ -121,14 +120,8 @@ def _steps_each(config: Config, n_experts: int) -> int:
 
 
 def _branch(run: Run, name: str, cluster: int | None, steps: int, partition: str | None = None) -> Branch:
-    train = run.config.train
-    spec = _spec(
-        run.config,
-        name=name,
-        steps=steps,
-        learning_rate=train.learning_rate,
-        final_lr_fraction=train.final_lr_fraction,
-    )
+    config = run.config
+    spec = TrainSpec(name=name, steps=steps, sequence_length=config.tokens.sequence_length, train=config.train)
     return Branch(cluster=cluster, partition=partition, init=start_model(run, name), spec=spec)
 
 
@@ -244,15 +237,6 @@ def _untrained(run: Run, branches: list[Branch]) -> list[Branch]:
 def _run_name(group: list[Branch]) -> str:
     name = group[0].spec.name.replace("/", "-")
     return name if len(group) == 1 else f"{name}-and-{len(group) - 1}-more"
-
-
-def _spec(config: Config, **own: Any) -> TrainSpec:
-    shared = ("batch_size", "micro_batch_size", "schedule", "warmup_steps", "betas", "weight_decay", "clip_norm",
-              "precision", "cross_documents", "activation_checkpointing", "compile", "parallel", "log_every",
-              "checkpoint_every", "notice_every", "evaluate_every", "evaluate_sequences")  # fmt: skip
-    return TrainSpec(
-        sequence_length=config.tokens.sequence_length, **{name: getattr(config.train, name) for name in shared}, **own
-    )
 
 
 def _slots(cpus: float, gpus: float) -> int:

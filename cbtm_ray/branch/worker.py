@@ -130,7 +130,7 @@ def _train(
         save = partial(_save, run, spec.name, checkpoints)
         curve = train_model(model, sequences, spec, valid=valid, state=state, save=save, log=log, leaving=_leaving)
     return {
-        "epochs": spec.steps * spec.batch_size / sequences.per_epoch,
+        "epochs": spec.steps * spec.train.batch_size / sequences.per_epoch,
         "valid_loss_nats": curve[-1]["valid_loss_nats"],
         "valid_tokens": 0 if valid is None else spec.valid_sequences(valid) * valid.sequence_length,
         "mfu": curve[-1]["mfu"],

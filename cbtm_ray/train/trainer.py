@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cbtm_ray.config import TrainConfig
 from cbtm_ray.errors import UserError
 from cbtm_ray.train import flops, parallel
 from cbtm_ray.train.loss import TokenLoss
@@ -27,65 +28,34 @@ if TYPE_CHECKING:  # a run's controller imports this file, and has no use for wh
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """How long and how to train; one for each expert, the seed and every control."""
+    """One training run: the seed's, an expert's or a control's."""
 
     name: str
     """Folder in the run directory, and the name in logs."""
     steps: int
-    """Optimiser steps."""
-    batch_size: int
-    """Sequences a step, of all workers together."""
-    micro_batch_size: int | None
-    """Sequences that go through the model at once; None: all of the step's."""
+    """Optimizer steps."""
     sequence_length: int
-    """Tokens a sequence."""
-    learning_rate: float
-    """Peak learning rate."""
-    final_lr_fraction: float
-    """Learning rate after the last step, as a share of the peak."""
-    schedule: str
-    """'linear' or 'cosine' decay after the warm-up."""
-    warmup_steps: int
-    betas: tuple[float, float]
-    weight_decay: float
-    clip_norm: float
-    precision: str
-    """'fp32' or 'bf16' arithmetic; weights and optimiser are float32 either way."""
-    activation_checkpointing: bool
-    """Compute the layers' activations again in the backward pass, instead of keeping them."""
-    compile: bool
-    """torch.compile of the training loss."""
-    parallel: str
-    """'ddp' or 'fsdp', where several workers share the model's batches."""
-    cross_documents: bool
-    """Tokens attend to the documents before their own in a sequence."""
-    log_every: int
-    """Steps between points of the curve."""
-    checkpoint_every: int
-    """Steps between checkpoints."""
-    notice_every: int
-    """Steps between two looks for a notice that the machine will be taken away."""
-    evaluate_every: int | None
-    """Steps between losses on held-out documents, which the end always has; None: only there."""
-    evaluate_sequences: int
-    """Held-out sequences read at most."""
+    """Tokens in a sequence."""
+    train: TrainConfig
+    """How to train; the seed's has the learning rates of `seed_model`."""
 
     @property
     def tokens_per_step(self) -> int:
-        return self.batch_size * self.sequence_length
+        return self.train.batch_size * self.sequence_length
 
     def valid_sequences(self, valid: PackedSequences) -> int:
         """How many of the held-out sequences are read."""
-        return min(valid.per_epoch, self.evaluate_sequences)
+        return min(valid.per_epoch, self.train.evaluate_sequences)
 
 
 def learning_rate(spec: TrainSpec, step: int) -> float:
     """Learning rate of a step counted from 0: linear warm-up from above 0 to the peak, then decay to the final share."""
-    if step < spec.warmup_steps:
-        return spec.learning_rate * (step + 1) / spec.warmup_steps
-    progress = (step - spec.warmup_steps) / max(spec.steps - spec.warmup_steps, 1)
-    shape = 1 - progress if spec.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return spec.learning_rate * (spec.final_lr_fraction + (1 - spec.final_lr_fraction) * shape)
+    train = spec.train
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(spec.steps - train.warmup_steps, 1)
+    shape = 1 - progress if train.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return train.learning_rate * (train.final_lr_fraction + (1 - train.final_lr_fraction) * shape)
 
 
 class Leaving(Exception):
@@ -99,17 +69,17 @@ class Trainer:
         self, model: PreTrainedModel, sequences: PackedSequences, spec: TrainSpec, valid: PackedSequences | None = None
     ) -> None:
         self.model, self.sequences, self.valid, self.spec = model.train(), sequences, valid, spec
-        self.share = spec.batch_size // parallel.workers()
+        self.share = spec.train.batch_size // parallel.workers()
         with parallel.agreed():
             self._check()
-            border = None if spec.cross_documents else sequences.end_of_text
+            border = None if spec.train.cross_documents else sequences.end_of_text
             token_loss = TokenLoss(model, self._batch(sequences, 0, 1), border=border)
-            if spec.activation_checkpointing:
+            if spec.train.activation_checkpointing:
                 checkpoint_activations(model)
         alone = parallel.workers() == 1
-        self.token_loss = token_loss if alone else parallel.shared_loss(token_loss, spec.parallel)
-        self.optimizer = make_optimizer(model, spec)
-        self.train_loss = torch.compile(self.token_loss) if spec.compile else self.token_loss
+        self.token_loss = token_loss if alone else parallel.shared_loss(token_loss, spec.train.parallel)
+        self.optimizer = make_optimizer(model, spec.train)
+        self.train_loss = torch.compile(self.token_loss) if spec.train.compile else self.token_loss
         self.step = 0
         self._reader = ThreadPoolExecutor(1)
         self._ahead: Future[torch.Tensor] | None = None
@@ -125,11 +95,11 @@ class Trainer:
                     f"{self.spec.name}: token id {largest} is not below the model's vocabulary of {vocabulary}. "
                     "Use the seed model's own tokenizer: tokens.tokenizer."
                 )
-        if self.spec.batch_size % parallel.workers():
+        if self.spec.train.batch_size % parallel.workers():
             raise UserError(
-                f"train.batch_size={self.spec.batch_size} must be a multiple of the {parallel.workers()} workers."
+                f"train.batch_size={self.spec.train.batch_size} must be a multiple of the {parallel.workers()} workers."
             )
-        if self.spec.compile:
+        if self.spec.train.compile:
             check_compiler(self.model.device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,7 +133,7 @@ class Trainer:
                     loss = self.train_loss(part).mean() * (len(part) / self.share)
                 loss.backward()
             self.loss_sum += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.train.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -181,8 +151,15 @@ class Trainer:
         self.model.train()
         return parallel.mean(torch.cat(losses).mean()).item()
 
-    def add_point(self, tokens_per_s: float, *, evaluate: bool = False) -> dict[str, Any]:
-        """Close a stretch of the curve: the mean loss since the last point, and the loss on held-out documents if asked.
+    def evaluation_is_due(self) -> bool:
+        every = self.spec.train.evaluate_every
+        return self.step == self.spec.steps or (every is not None and self.step % every == 0)
+
+    def point_is_due(self) -> bool:
+        return self.evaluation_is_due() or self.step % self.spec.train.log_every == 0
+
+    def add_point(self, tokens_per_s: float) -> dict[str, Any]:
+        """Close a stretch of the curve: the mean loss since the last point, and the held-out loss if it is due.
 
         Raises:
             UserError: the loss is not a finite number.
@@ -195,9 +172,9 @@ class Trainer:
             "learning_rate": learning_rate(self.spec, self.step - 1),
             "tokens_per_s": round(tokens_per_s, 1),
             "mfu": flops.utilisation(
-                self.model, self.spec.sequence_length, self.spec.precision, tokens_per_s / parallel.workers()
+                self.model, self.spec.sequence_length, self.spec.train.precision, tokens_per_s / parallel.workers()
             ),
-            **({"valid_loss_nats": self.evaluate()} if evaluate else {}),
+            **({"valid_loss_nats": self.evaluate()} if self.evaluation_is_due() else {}),
         }
         for name, loss in (("loss", point["loss_nats"]), ("held-out loss", point.get("valid_loss_nats"))):
             if loss is not None and not math.isfinite(loss):
@@ -214,20 +191,20 @@ class Trainer:
     def _diverged(self, what: str) -> UserError:
         return UserError(
             f"{self.spec.name}: {what} at step {self.step}. Lower the learning rate "
-            f"(peak {self.spec.learning_rate:g}) or train.clip_norm; earlier checkpoints are intact."
+            f"(peak {self.spec.train.learning_rate:g}) or train.clip_norm; earlier checkpoints are intact."
         )
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.spec.precision == "bf16")
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.spec.train.precision == "bf16")
 
     @property
     def _part_size(self) -> int:
         """Sequences that go through the model at once."""
-        return self.spec.micro_batch_size or self.spec.batch_size
+        return self.spec.train.micro_batch_size or self.spec.train.batch_size
 
     def _read(self, step: int) -> Future[torch.Tensor]:
         """This worker's sequences of a step, read beside the training."""
-        first = step * self.spec.batch_size + parallel.rank() * self.share
+        first = step * self.spec.train.batch_size + parallel.rank() * self.share
         return self._reader.submit(self._batch, self.sequences, first, self.share)
 
     def _batch(self, sequences: PackedSequences, position: int, count: int) -> torch.Tensor:
@@ -249,13 +226,12 @@ def train_model(
 
     Args:
         model: float32 weights, on the device to train on; the same on all workers.
-        valid: held-out documents, for the loss on them at the end and every `evaluate_every` steps.
+        valid: held-out documents, for the loss on them.
         state: what `save` was given before, to go on from there to the weights of an uninterrupted run; or None.
-        save: called with the state every `checkpoint_every` steps, and when the machine is leaving. The state is of the
-            model's own tensors: what is to outlast the call must be copied in it.
-        log: called with every new point of the curve; this and `save` by worker 0.
-        leaving: asked every `notice_every` steps whether the machine will be taken away. All workers stop when it is so
-            for one of them.
+        save: called by worker 0 with the state every `checkpoint_every` steps, and when the machine is leaving. The state
+            is of the model's own tensors: what is to outlast the call must be copied in it.
+        log: called by worker 0 with every new point of the curve.
+        leaving: asked every `notice_every` steps whether the machine will be taken away; if one worker's will, all stop.
 
     Returns:
         Points {step, tokens, loss_nats (mean since the point before), learning_rate, tokens_per_s, mfu (None where the
@@ -271,35 +247,37 @@ def train_model(
     timed_step, timed_at = trainer.step, time.perf_counter()
     while trainer.step < spec.steps:
         trainer.train_step()
-        last = trainer.step == spec.steps
-        evaluate = last or (spec.evaluate_every is not None and trainer.step % spec.evaluate_every == 0)
-        if evaluate or trainer.step % spec.log_every == 0:
+        if trainer.point_is_due():
             speed = (trainer.step - timed_step) * spec.tokens_per_step / (time.perf_counter() - timed_at)
-            point = trainer.add_point(speed, evaluate=evaluate)
+            point = trainer.add_point(speed)
             if parallel.rank() == 0:
                 log(point)
             timed_step, timed_at = trainer.step, time.perf_counter()
-        if last:
-            break
-        left = trainer.step % spec.notice_every == 0 and parallel.any_of(leaving(), model.device)
-        if left or trainer.step % spec.checkpoint_every == 0:
-            trainer.check_weights()
-            state = trainer.state_dict()
-            if parallel.rank() == 0:
-                save(state)
-        if left:
-            raise Leaving
+        if trainer.step < spec.steps:
+            _save_if_due(trainer, save, leaving)
     return trainer.curve
 
 
-def make_optimizer(model: PreTrainedModel, spec: TrainSpec) -> torch.optim.AdamW:
+def _save_if_due(trainer: Trainer, save: Callable[[dict[str, Any]], None], leaving: Callable[[], bool]) -> None:
+    train = trainer.spec.train
+    left = trainer.step % train.notice_every == 0 and parallel.any_of(leaving(), trainer.model.device)
+    if left or trainer.step % train.checkpoint_every == 0:
+        trainer.check_weights()
+        state = trainer.state_dict()
+        if parallel.rank() == 0:
+            save(state)
+    if left:
+        raise Leaving
+
+
+def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.AdamW:
     """Fused AdamW; matrices decay, vectors (norms and biases) do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

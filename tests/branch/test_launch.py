@@ -50,6 +50,7 @@ from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import DENSE_FOLDER, Run, Unfinished, expert_folder, partition_folder
 from cbtm_ray.train.packed_sequences import read_documents
 from tests.support.seeded_run import seeded_run, train_here
+from tests.support.tiny_models import changed
 
 pytestmark = pytest.mark.ray
 
@@ -280,7 +281,7 @@ def kill_training_worker(manifest: Path, checkpoints: Path, killed: list[int]) -
 @pytest.mark.timeout(200)
 def test_a_killed_worker_resumes_to_the_weights_of_undisturbed_training(finished_run: Run) -> None:
     template = branch_of(finished_run, "extra/victim")
-    spec = dataclasses.replace(template.spec, steps=400, checkpoint_every=100)
+    spec = changed(template.spec, steps=400, checkpoint_every=100)
     branches = [
         dataclasses.replace(template, cluster=cluster, spec=dataclasses.replace(spec, name=f"extra/victim-{cluster}"))
         for cluster in (0, 1)

@@ -33,7 +33,7 @@ from cbtm_ray.train.packed_sequences import PackedSequences
 from cbtm_ray.train.trainer import Trainer, TrainSpec, train_model
 from tests.support.local_head import free_ports
 from tests.support.seeded_run import check_as_undisturbed, seeded_run, write_shards
-from tests.support.tiny_models import SPEC, make_model, make_sequences, train, without_speed
+from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, train, without_speed
 from tests.test_object_store import CREDENTIALS
 
 
@@ -152,7 +152,7 @@ def test_a_bucket_that_is_away_is_an_error_that_may_pass_and_no_mistake(store: S
 def named(run: Run, name: str, **changes: Any) -> Branch:
     """The first expert under another name; its `spec` may be changed too."""
     branch = expert_branches(run)[1]
-    spec = dataclasses.replace(branch.spec, name=name, **changes.pop("spec", {}))
+    spec = changed(branch.spec, name=name, **changes.pop("spec", {}))
     return dataclasses.replace(branch, spec=spec, **changes)
 
 

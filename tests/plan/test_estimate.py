@@ -308,7 +308,7 @@ def test_a_checkpoint_has_the_bytes_of_the_plan() -> None:
     wanted = config(seed_model={"hidden_size": 128, "n_heads": 2}, train={"gpus_per_expert": 0})
     model = new_model(wanted.seed_model, tokenizer, 1024, random_state=0)
     documents = [np.arange(200, dtype=np.int32) % len(tokenizer)] * 40
-    spec = dataclasses.replace(expert_branches(Run(wanted))[1].spec, steps=1, batch_size=2, sequence_length=8)
+    spec = changed(expert_branches(Run(wanted))[1].spec, steps=1, batch_size=2, sequence_length=8)
     trainer = Trainer(model, PackedSequences(documents, sequence_length=8, end_of_text=0, seed=0), spec)
     trainer.train_step()
     written = io.BytesIO()

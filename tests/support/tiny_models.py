@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from cbtm_ray.config import TrainConfig
 from cbtm_ray.train.packed_sequences import PackedSequences
 from cbtm_ray.train.trainer import TrainSpec, train_model
 
@@ -36,12 +38,20 @@ MODELS = {
     ),
 }
 SPEC = TrainSpec(
-    name="test", steps=20, batch_size=4, sequence_length=16, learning_rate=1e-2, final_lr_fraction=0.1,
-    schedule="linear", warmup_steps=4, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=1.0, precision="fp32",
-    log_every=3, checkpoint_every=5, notice_every=4, micro_batch_size=None, activation_checkpointing=False, compile=False,
-    parallel="ddp",
-    cross_documents=True, evaluate_every=None, evaluate_sequences=8,
+    name="test",
+    steps=20,
+    sequence_length=16,
+    train=TrainConfig(
+        batch_size=4, learning_rate=1e-2, final_lr_fraction=0.1, warmup_steps=4, weight_decay=0.1, log_every=3,
+        checkpoint_every=5, notice_every=4, evaluate_sequences=8,
+    ),
 )  # fmt: skip
+
+
+def changed(spec: TrainSpec, **changes: Any) -> TrainSpec:
+    """The spec with other values of its own fields or of its training options."""
+    own = {name: changes.pop(name) for name in ("name", "steps", "sequence_length") if name in changes}
+    return dataclasses.replace(spec, **own, train=dataclasses.replace(spec.train, **changes))
 
 
 def make_model(name: str = "llama") -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from cbtm_ray.errors import UserError
 from cbtm_ray.train.checkpoints import Checkpoints
 from cbtm_ray.train.trainer import Leaving, train_model
-from tests.support.tiny_models import SPEC, make_model, make_sequences, train, without_speed
+from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, train, without_speed
 
 
 def state(step: int) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def test_a_notice_brings_a_checkpoint_at_once_and_ends_the_training_here() -> No
         asked.append(len(asked) * 4 + 4)
         return asked[-1] >= 7
 
-    spec = dataclasses.replace(SPEC, steps=16, checkpoint_every=10)
+    spec = changed(SPEC, steps=16, checkpoint_every=10)
     with pytest.raises(Leaving):
         train_model(
             make_model(), make_sequences(), spec, state=None, save=lambda state: saved.append(state["step"]),
@@ -95,7 +94,7 @@ def test_a_notice_brings_a_checkpoint_at_once_and_ends_the_training_here() -> No
 
 def test_the_last_step_is_not_left() -> None:
     """What remains is to write the model, which a notice leaves time for."""
-    spec = dataclasses.replace(SPEC, steps=4, notice_every=4)
+    spec = changed(SPEC, steps=4, notice_every=4)
     curve = train_model(
         make_model(), make_sequences(), spec, state=None, save=lambda state: pytest.fail("saved"),
         log=lambda point: None, leaving=lambda: True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import sys
@@ -16,16 +15,16 @@ from torch import distributed, multiprocessing
 from cbtm_ray.errors import UserError
 from cbtm_ray.train import parallel
 from cbtm_ray.train.trainer import Leaving, Trainer, train_model
-from tests.support.tiny_models import SPEC, make_model, make_sequences, train, without_speed
+from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, train, without_speed
 from tests.train.test_train_options import make_valid
 
-SHORT = dataclasses.replace(SPEC, steps=6, checkpoint_every=3, log_every=2, evaluate_every=3, evaluate_sequences=4)
+SHORT = changed(SPEC, steps=6, checkpoint_every=3, log_every=2, evaluate_every=3, evaluate_sequences=4)
 SPECS = {
-    "ddp, in parts": ("llama", dataclasses.replace(SHORT, micro_batch_size=1)),
-    "fsdp": ("llama", dataclasses.replace(SHORT, parallel="fsdp")),
+    "ddp, in parts": ("llama", changed(SHORT, micro_batch_size=1)),
+    "fsdp": ("llama", changed(SHORT, parallel="fsdp")),
     "fsdp, tied and in parts": (
         "cohere, which scales its logits",
-        dataclasses.replace(SHORT, micro_batch_size=1, parallel="fsdp"),
+        changed(SHORT, micro_batch_size=1, parallel="fsdp"),
     ),
 }
 """Architecture and spec by what is looked at; checkpoints are at step 3."""
@@ -49,7 +48,7 @@ def notice_of_one(rank: int) -> list[int]:
     saved: list[int] = []
     try:
         train_model(
-            make_model(), make_sequences(), dataclasses.replace(SHORT, notice_every=2), state=None,
+            make_model(), make_sequences(), changed(SHORT, notice_every=2), state=None,
             save=lambda state: saved.append(state["step"]), log=lambda point: None, leaving=lambda: rank == 1,
         )  # fmt: skip
     except Leaving:
@@ -61,7 +60,7 @@ def refused(rank: int, **changes: Any) -> str:
     """What a worker says where the second one alone has no compiler."""
     os.environ["CXX"] = "no-such-compiler" if rank else sys.executable
     with pytest.raises(UserError) as caught:
-        train(make_model(), dataclasses.replace(SHORT, **changes))
+        train(make_model(), changed(SHORT, **changes))
     return str(caught.value)
 
 

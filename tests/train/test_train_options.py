@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import shutil
 from typing import Any
@@ -15,7 +14,7 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.train.loss import TokenLoss
 from cbtm_ray.train.packed_sequences import PackedSequences
 from cbtm_ray.train.trainer import Trainer
-from tests.support.tiny_models import SPEC, make_model, make_sequences, train, without_speed
+from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, train, without_speed
 
 
 def weights(model: Any) -> torch.Tensor:
@@ -23,7 +22,7 @@ def weights(model: Any) -> torch.Tensor:
 
 
 def gradient_and_loss(spec_changes: dict[str, Any], name: str = "llama") -> tuple[torch.Tensor, float]:
-    trainer = Trainer(make_model(name), make_sequences(), dataclasses.replace(SPEC, clip_norm=1e9, **spec_changes))
+    trainer = Trainer(make_model(name), make_sequences(), changed(SPEC, clip_norm=1e9, **spec_changes))
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters())  # so that a step is the gradient
     before = weights(trainer.model)
     trainer.train_step()
@@ -40,7 +39,7 @@ def test_a_step_in_parts_has_the_gradient_and_loss_of_the_whole_batch(name: str,
 
 
 def test_no_more_sequences_go_through_the_model_at_once_than_allowed() -> None:
-    trainer = Trainer(make_model(), make_sequences(), dataclasses.replace(SPEC, micro_batch_size=3))
+    trainer = Trainer(make_model(), make_sequences(), changed(SPEC, micro_batch_size=3))
     seen: list[int] = []
     trainer.model.model.embed_tokens.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     trainer.train_step()
@@ -62,7 +61,7 @@ def kept_bytes(spec: Any, name: str) -> int:
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen2"])
 def test_activation_checkpointing_keeps_less_and_trains_the_same(name: str) -> None:
-    less = dataclasses.replace(SPEC, activation_checkpointing=True)
+    less = changed(SPEC, activation_checkpointing=True)
     assert kept_bytes(less, name) < 0.8 * kept_bytes(SPEC, name)
     usual, checkpointed = make_model(name), make_model(name)
     train(usual, SPEC)
@@ -74,13 +73,13 @@ def test_a_model_without_activation_checkpointing_is_refused() -> None:
     model = make_model()
     model.supports_gradient_checkpointing = False
     with pytest.raises(UserError, match=r"train\.activation_checkpointing=True does not work with LlamaForCausalLM"):
-        train(model, dataclasses.replace(SPEC, activation_checkpointing=True))
+        train(model, changed(SPEC, activation_checkpointing=True))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_compiled_training_is_the_same_up_to_rounding_and_resumes() -> None:
-    compiled = dataclasses.replace(SPEC, compile=True)
+    compiled = changed(SPEC, compile=True)
     trainer = Trainer(make_model(), make_sequences(), compiled)
     trainer.train_step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -99,11 +98,11 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(
         UserError, match=r"train\.compile=True needs a C\+\+ compiler, and there is no no-such-compiler"
     ):
-        train(make_model(), dataclasses.replace(SPEC, compile=True))
+        train(make_model(), changed(SPEC, compile=True))
 
 
 def test_documents_kept_apart_train_to_other_weights_and_resume_bit_for_bit() -> None:
-    apart = dataclasses.replace(SPEC, cross_documents=False)
+    apart = changed(SPEC, cross_documents=False)
     joined, whole, resumed = make_model(), make_model(), make_model()
     train(joined)
     curve, saved = train(whole, apart)
@@ -122,8 +121,8 @@ def make_valid(documents: int = 12, length: int = 16) -> PackedSequences:
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_evaluation_changes_neither_weights_nor_training_losses(name: str) -> None:
     without, with_it = make_model(name), make_model(name)
-    plain, _ = train(without, dataclasses.replace(SPEC, log_every=5))
-    spec = dataclasses.replace(SPEC, log_every=5, evaluate_every=5)
+    plain, _ = train(without, changed(SPEC, log_every=5))
+    spec = changed(SPEC, log_every=5, evaluate_every=5)
     curve, _ = train(with_it, spec, valid=make_valid())
     assert torch.equal(weights(with_it), weights(without))
     assert [point["loss_nats"] for point in curve] == [point["loss_nats"] for point in plain]
@@ -133,7 +132,7 @@ def test_evaluation_changes_neither_weights_nor_training_losses(name: str) -> No
 
 def test_the_held_out_loss_is_that_of_the_first_sequences_at_the_weights_of_its_step() -> None:
     model, valid = make_model("opt"), make_valid()
-    spec = dataclasses.replace(SPEC, evaluate_every=8, evaluate_sequences=5, micro_batch_size=2)
+    spec = changed(SPEC, evaluate_every=8, evaluate_sequences=5, micro_batch_size=2)
     curve, _ = train(model, spec, valid=valid)
     assert [point["step"] for point in curve if "valid_loss_nats" in point] == [8, 16, 20]
     assert [point["step"] for point in curve] == [3, 6, 8, 9, 12, 15, 16, 18, 20]

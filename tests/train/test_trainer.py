@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
 import itertools
 
@@ -15,13 +14,13 @@ from hypothesis import strategies as st
 
 from cbtm_ray.errors import UserError
 from cbtm_ray.train.trainer import Trainer, learning_rate, make_optimizer, train_model
-from tests.support.tiny_models import SPEC, make_model, make_sequences, train, without_speed
+from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, train, without_speed
 
 
 def test_learning_rate_by_hand() -> None:
     rates = [learning_rate(SPEC, step) for step in (0, 3, 4, 12, 20)]
     assert rates == pytest.approx([0.0025, 0.01, 0.01, 0.0055, 0.001])
-    cosine = dataclasses.replace(SPEC, schedule="cosine")
+    cosine = changed(SPEC, schedule="cosine")
     assert [learning_rate(cosine, step) for step in (4, 8, 12)] == pytest.approx(
         [0.01, 0.001 + 0.009 * (1 + np.sqrt(0.5)) / 2, 0.0055]
     )
@@ -29,7 +28,7 @@ def test_learning_rate_by_hand() -> None:
 
 @pytest.mark.parametrize(("name", "fall"), [("llama", 0.5), ("qwen2", 0.5), ("gpt2", 0.5), ("opt", 0.15)])
 def test_training_lowers_the_loss(name: str, fall: float) -> None:
-    curve, _ = train(make_model(name), dataclasses.replace(SPEC, steps=60))
+    curve, _ = train(make_model(name), changed(SPEC, steps=60))
     assert curve[-1]["loss_nats"] < curve[0]["loss_nats"] - fall
     assert [point["step"] for point in curve] == list(range(3, 61, 3))
     assert curve[-1]["tokens"] == 60 * 64
@@ -51,12 +50,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(checkpoint: int) -> 
 def test_no_steps_leave_the_model_alone() -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
-    assert train(model, dataclasses.replace(SPEC, steps=0)) == ([], [])
+    assert train(model, changed(SPEC, steps=0)) == ([], [])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_only_matrices_decay() -> None:
-    decayed, others = make_optimizer(make_model(), SPEC).param_groups
+    decayed, others = make_optimizer(make_model(), SPEC.train).param_groups
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in others["params"]} == {1}
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0)
@@ -81,7 +80,7 @@ def test_a_token_outside_the_vocabulary_is_refused(highest: int) -> None:
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_steps_read_one_sequence_after_the_other(micro_batch_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences, read = make_sequences(), []
-    trainer = Trainer(make_model(), sequences, dataclasses.replace(SPEC, micro_batch_size=micro_batch_size))
+    trainer = Trainer(make_model(), sequences, changed(SPEC, micro_batch_size=micro_batch_size))
     batch = sequences.batch
     monkeypatch.setattr(
         sequences, "batch", lambda first, count: read.extend(range(first, first + count)) or batch(first, count)
@@ -101,9 +100,7 @@ def test_steps_read_one_sequence_after_the_other(micro_batch_size: int | None, m
 def test_the_learning_rate_rises_to_its_peak_and_then_falls_to_its_share(
     step: int, warmup: int, share: float, schedule: str
 ) -> None:
-    spec = dataclasses.replace(
-        SPEC, steps=100, warmup_steps=warmup, final_lr_fraction=share, schedule=schedule, learning_rate=1.0
-    )
+    spec = changed(SPEC, steps=100, warmup_steps=warmup, final_lr_fraction=share, schedule=schedule, learning_rate=1.0)
     here, after = learning_rate(spec, step), learning_rate(spec, step + 1)
     assert 0 <= here <= 1
     if step + 1 < warmup:
@@ -117,10 +114,7 @@ def test_the_learning_rate_rises_to_its_peak_and_then_falls_to_its_share(
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_half_precision_gives_nearly_the_same_curve(name: str) -> None:
-    curves = [
-        train(make_model(name), dataclasses.replace(SPEC, steps=6, precision=precision))[0]
-        for precision in ("fp32", "bf16")
-    ]
+    curves = [train(make_model(name), changed(SPEC, steps=6, precision=precision))[0] for precision in ("fp32", "bf16")]
     losses = [[point["loss_nats"] for point in curve] for curve in curves]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert losses[0] != losses[1]
@@ -128,12 +122,12 @@ def test_half_precision_gives_nearly_the_same_curve(name: str) -> None:
 
 def test_weights_stay_float32_in_half_precision() -> None:
     model = make_model()
-    train(model, dataclasses.replace(SPEC, steps=2, precision="bf16"))
+    train(model, changed(SPEC, steps=2, precision="bf16"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_a_point_of_the_curve_is_the_mean_since_the_point_before() -> None:
-    every = [point["loss_nats"] for point in train(make_model(), dataclasses.replace(SPEC, log_every=1))[0]]
+    every = [point["loss_nats"] for point in train(make_model(), changed(SPEC, log_every=1))[0]]
     points = train(make_model())[0]
     steps = [point["step"] for point in points]
     assert steps == [3, 6, 9, 12, 15, 18, 20]
@@ -147,7 +141,7 @@ def test_the_first_loss_is_that_of_the_first_batch() -> None:
     with torch.no_grad():
         batch = torch.from_numpy(make_sequences().batch(0, 4))
         expected = model(input_ids=batch, labels=batch).loss.item()
-    curve, _ = train(model, dataclasses.replace(SPEC, steps=1))
+    curve, _ = train(model, changed(SPEC, steps=1))
     assert curve[0]["loss_nats"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -158,7 +152,7 @@ def test_states_are_saved_every_few_steps_but_not_at_the_end() -> None:
 
 
 def test_a_large_gradient_is_scaled_down_to_the_norm() -> None:
-    trainer = Trainer(make_model(), make_sequences(), dataclasses.replace(SPEC, clip_norm=1e-3))
+    trainer = Trainer(make_model(), make_sequences(), changed(SPEC, clip_norm=1e-3))
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters())  # so that a step is the gradient
     before = torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
     trainer.train_step()
@@ -180,7 +174,7 @@ def test_a_state_with_broken_weights_is_never_saved() -> None:
     model, saved = make_model(), []
     with torch.no_grad():
         model.get_input_embeddings().weight[:] = float("nan")
-    spec = dataclasses.replace(SPEC, log_every=10, checkpoint_every=5)
+    spec = changed(SPEC, log_every=10, checkpoint_every=5)
     with pytest.raises(UserError, match="earlier checkpoints are intact"):
         train_model(model, make_sequences(), spec, state=None, save=saved.append, log=lambda point: None)
     assert saved == []
