@@ -40,6 +40,7 @@ from cbtm_ray.run import Run, expert_folder
 from cbtm_ray.train import flops
 from cbtm_ray.train.packed_sequences import PackedSequences
 from cbtm_ray.train.trainer import Trainer
+from tests.support.tiny_models import changed
 
 
 def config(**sections: dict[str, Any]) -> Config:
