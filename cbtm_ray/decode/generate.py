@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.style import Style
 
 from cbtm_ray import files
-from cbtm_ray.cli import refuse
-from cbtm_ray.errors import UserError
+from cbtm_ray.errors import UserError, refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
-from cbtm_ray.cli import refuse
 from cbtm_ray.config import SPLIT_CONTROLS, Config
-from cbtm_ray.errors import UserError
+from cbtm_ray.errors import UserError, refuse
 from cbtm_ray.load_config import load_config
 from cbtm_ray.plan.estimate import PEAK_TFLOPS, SHARD_BYTES_PER_TOKEN, Devices, Plan, Training, make_plan
 
