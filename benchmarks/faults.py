@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.training import make_run
-from cbtm_ray.branch.launch import Branch, expert_branches, train_branches
+from cbtm_ray.branch.branches import Branch, expert_branches
+from cbtm_ray.branch.launch import train_branches
 from cbtm_ray.ray_session import ray_session
 from cbtm_ray.run import Run
 

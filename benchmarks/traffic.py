@@ -23,7 +23,8 @@ from rich.table import Table
 
 from benchmarks.faults import arguments, named, parser, training_workers
 from benchmarks.training import make_run
-from cbtm_ray.branch.launch import expert_branches, train_branches
+from cbtm_ray.branch.branches import expert_branches
+from cbtm_ray.branch.launch import train_branches
 from cbtm_ray.ray_session import ray_session
 from cbtm_ray.run import Run
 

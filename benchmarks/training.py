@@ -231,7 +231,7 @@ Timed = tuple[float, list[dict[str, Any]]]
 
 def train_here(config: Config, threads: int) -> Timed:
     """All that a Ray Train worker does for the only expert, in this process."""
-    from cbtm_ray.branch.launch import expert_branches
+    from cbtm_ray.branch.branches import expert_branches
     from cbtm_ray.branch.worker import read_sequences  # these bring Ray, as the worker's do
     from cbtm_ray.corpus.tokenizer import load_tokenizer
     from cbtm_ray.models import load_model, save_model
@@ -251,7 +251,8 @@ def train_here(config: Config, threads: int) -> Timed:
 
 
 def train_through_ray(config: Config, threads: int) -> Timed:
-    from cbtm_ray.branch.launch import expert_branches, train_branches  # Ray takes seconds to import
+    from cbtm_ray.branch.branches import expert_branches
+    from cbtm_ray.branch.launch import train_branches  # Ray takes seconds to import
 
     started, run = time.perf_counter(), Run(config)
     branch = expert_branches(run)[1]

@@ -14,6 +14,8 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from cbtm_ray.errors import UserError
+
 
 def _no_boolean(value: object) -> object:
     if isinstance(value, bool):
@@ -366,12 +368,22 @@ class Config:
                 f"evaluate.prefix_experts={readers} must be below cluster.n_clusters={self.cluster.n_clusters}; all experts "
                 "read the prefix in prefix routing"
             )
-        per_step = self.train.batch_size * self.tokens.sequence_length
-        if self.train.total_tokens < self.cluster.n_clusters * per_step:
-            raise ValueError(
-                f"train.total_tokens={self.train.total_tokens} must give each of the {self.cluster.n_clusters} experts "
-                f"at least one step of {per_step} tokens; raise it to {self.cluster.n_clusters * per_step}"
+        self.steps_each(self.cluster.n_clusters)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in an optimizer step."""
+        return self.train.batch_size * self.tokens.sequence_length
+
+    def steps_each(self, n_experts: int) -> int:
+        """Optimizer steps that `train.total_tokens` gives each of so many experts; UserError if it gives none."""
+        steps = self.train.total_tokens // n_experts // self.tokens_per_step
+        if steps == 0:
+            raise UserError(
+                f"train.total_tokens={self.train.total_tokens} must give each of the {n_experts} experts at least one step of "
+                f"{self.tokens_per_step} tokens; raise it to {n_experts * self.tokens_per_step}."
             )
+        return steps
 
 
 def _marked(mark: Any) -> frozenset[str]:

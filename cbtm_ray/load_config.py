@@ -111,7 +111,7 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"{name} is missing. Add it to the config file or give {name}=VALUE on the command line."
     if item["type"] == "value_error":
-        return f"{message.removeprefix('Value error, ')}."
+        return f"{message.removeprefix('Value error, ').rstrip('.')}."
     return f"{name}={value!r}: {message.replace('Input should be', 'must be')}."
 
 

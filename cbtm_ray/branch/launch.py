@@ -1,155 +1,34 @@
 """Branch the seed into K experts, and train each as a Ray Train run of its own. Nothing is shared between the runs.
 
 K may exceed what the cluster holds: a bounded number of runs is in flight, the others wait. Ray places and restarts them;
-this file decides only which runs there are and which of them are still to do.
+`branches.py` says what they train, and this file which of them are still to do.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from typing import Any, NoReturn
 
-import numpy as np
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cbtm_ray import files, progress
+from cbtm_ray.branch.branches import Branch, control_branches, expert_branches, seed_branch
 from cbtm_ray.branch.training_progress import Board
-from cbtm_ray.branch.warm_start import check_warm_start, start_model
+from cbtm_ray.branch.warm_start import check_warm_start
 from cbtm_ray.branch.worker import train_group
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.ray_session import TRAINING_ENV, capacity, check_fits
-from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, Unfinished, expert_folder, partition_folder
-from cbtm_ray.train.trainer import TrainSpec
+from cbtm_ray.run import DENSE_FOLDER, Run, Unfinished, expert_folder
 
 POLL_S = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Branch:
-    """One independent training run: what to start from, whose documents to read, how to train."""
-
-    cluster: int | None
-    """Cluster whose documents are read; None reads all."""
-    partition: str | None = None
-    """Folder of the run that says which cluster a document is of: a control's. None: the shards themselves say."""
-    init: str | None
-    """Model to start from, a folder URI or a Hugging Face name; None is a new model."""
-    upcycled_experts: int | None = None
-    """Experts that the model is upcycled to before training. None: it stays as it is."""
-    spec: TrainSpec
-
-
-def seed_branch(run: Run) -> Branch:
-    seed, name = run.config.seed_model, run.config.seed_model.name_or_path
-    tokens_per_step = run.config.train.batch_size * run.config.tokens.sequence_length
-    return Branch(
-        cluster=None,
-        init=files.absolute(name) if name and files.exists(name) else name,
-        spec=TrainSpec(
-            name="seed",
-            steps=-(-seed.train_tokens // tokens_per_step),
-            sequence_length=run.config.tokens.sequence_length,
-            train=replace(run.config.train, learning_rate=seed.learning_rate, final_lr_fraction=seed.final_lr_fraction),
-        ),
-    )
-
-
-def expert_branches(run: Run) -> list[Branch]:
-    """The dense control and the K experts, the longest first.
-
-    The control gets as many tokens as all experts together (the paper's compute-matched comparison), so that K = 1 and
-    the dense control are the same run.
-    """
-    steps_K = expert_steps(run)
-    return [
-        _branch(run, DENSE_FOLDER, None, sum(steps_K)),
-        *(
-            _branch(run, expert_folder(k), k, steps_K[k])
-            for k in sorted(range(len(steps_K)), key=lambda k: -steps_K[k])
-        ),
-    ]
-
-
-def control_branches(run: Run, control: str) -> list[Branch]:
-    """The experts of a control, one for each of its clusters: a budget of the same size, shared in the same way.
-
-    That of 'moe' is one model, which reads all documents.
-    """
-    if control == "moe":
-        return [_moe_branch(run)]
-    partition = partition_folder(control)
-    return [
-        _branch(run, expert_folder(cluster, control), cluster, steps, partition)
-        for cluster, steps in enumerate(expert_steps(run, control))
-    ]
-
-
-def _moe_branch(run: Run) -> Branch:
-    """The seed upcycled, with the steps of the dense control. UserError if it cannot be."""
-    branch = _branch(run, MOE_FOLDER, None, sum(expert_steps(run)))
-    if run.config.train.warm_start:  # from a mixture of experts
-        return branch
-    _check_upcyclable(run.uri("seed"))
-    return replace(branch, upcycled_experts=run.config.cluster.n_clusters)
-
-
-def _check_upcyclable(uri_or_name: str) -> None:
-    """Before anything is trained for it."""
-    from cbtm_ray.branch.upcycle import check_upcyclable  # seconds, which a run's controller has no use for
-
-    check_upcyclable(uri_or_name)
-
-
-def _steps_each(config: Config, n_experts: int) -> int:
-    """Optimiser steps that the budget gives each expert; UserError if it is not one."""
-    per_step = config.train.batch_size * config.tokens.sequence_length
-    if (steps := config.train.total_tokens // n_experts // per_step) == 0:
-        raise UserError(
-            f"train.total_tokens={config.train.total_tokens} must give each of {n_experts} experts at least one step of "
-            f"{per_step} tokens; raise it to {n_experts * per_step}."
-        )
-    return steps
-
-
-def _branch(run: Run, name: str, cluster: int | None, steps: int, partition: str | None = None) -> Branch:
-    config = run.config
-    spec = TrainSpec(name=name, steps=steps, sequence_length=config.tokens.sequence_length, train=config.train)
-    return Branch(cluster=cluster, partition=partition, init=start_model(run, name), spec=spec)
-
-
-def expert_steps(run: Run, control: str | None = None) -> list[int]:
-    """Optimiser steps (K,) of each expert, of the clusters or of a control's.
-
-    They get total/K tokens (the paper's rule), or tokens in proportion to their clusters' own; either way the sum is K times
-    total/K, rounded down to whole steps.
-    """
-    config, folder = run.config, partition_folder(control) if control else "shards"
-    n_clusters = run.need(folder, "partition_corpus")["n_clusters"] if control else config.cluster.n_clusters
-    equal = _steps_each(config, n_clusters)
-    if config.train.budget == "equal":
-        return [equal] * n_clusters
-    manifest = run.need(folder, "partition_corpus")
-    clusters = (manifest if control else manifest["train"])["clusters"]
-    return in_proportion(n_clusters * equal, [row["tokens"] for row in clusters])
-
-
-def in_proportion(steps: int, weights_K: list[int]) -> list[int]:
-    """Whole shares (K,) of at least 1 that sum to `steps` (at least K), each as near to its weight's part as that allows."""
-    exact_K = steps * np.asarray(weights_K) / sum(weights_K)
-    shares_K = np.maximum(np.floor(exact_K).astype(int), 1)
-    while (missing := steps - shares_K.sum()) > 0:
-        shares_K[np.argmax(exact_K - shares_K)] += 1
-    for _ in range(-missing):
-        shares_K[np.argmax(np.where(shares_K > 1, shares_K - exact_K, -np.inf))] -= 1
-    return shares_K.tolist()
 
 
 def train_branches(
@@ -163,39 +42,46 @@ def train_branches(
         UserError: a branch refused its input, as its message says.
         RuntimeError: a run failed for another reason, with the names of what it left untrained.
     """
-    unfinished = [(group, left) for group in _groups(branches, per_run) if (left := _untrained(run, group))]
-    groups, waiting = [group for group, _ in unfinished], [branch for _, left in unfinished for branch in left]
+    waiting, gpus = _untrained(run, branches), run.config.train.gpus_per_expert
     for branch in branches:
         if branch not in waiting:  # a worker may have been killed just before it did this
             files.delete(run.uri("checkpoints", branch.spec.name))
     if not waiting:
         return
-    config = run.config
-    check_fits("train.gpus_per_expert", "GPU", config.train.gpus_per_expert)
-    in_flight = slots or _slots(cpus, config.train.gpus_per_expert)
+    check_fits("train.gpus_per_expert", "GPU", gpus)
+    groups = [group for group in _groups(branches, per_run) if any(branch in waiting for branch in group)]
     # On the driver's own node: on another it would be lost with it, and the run with the board.
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+    with progress.experts(title, {branch.spec.name: branch.spec.steps for branch in waiting}) as show:
+        fit = partial(_fit, run, board=board, cpus=cpus, gpus=gpus)
+        failed = _fit_all(groups, fit, slots or _slots(cpus, gpus), board, show)
+    if failed:
+        _raise_failures(failed, [branch.spec.name for branch in _untrained(run, waiting)])
+    _say_epochs(run, waiting)
+
+
+def _fit_all(
+    groups: list[list[Branch]], fit: Callable[..., Any], in_flight: int, board: Any, show: Callable[[Any], None]
+) -> dict[str, BaseException]:
+    """Fit the groups, `in_flight` at once, and show the board meanwhile. What failed, by the name of the branch or run."""
     failed: dict[str, BaseException] = {}
     # A pool of daemon threads: fit() never returns once an interrupt has shut Ray down, and must not hold the exit up.
     with ThreadPool(min(in_flight, len(groups))) as pool:
         fits = [
             pool.apply_async(
-                _fit,
-                (run, group, board, cpus, config.train.gpus_per_expert),
+                fit,
+                (group,),
                 callback=failed.update,
                 error_callback=partial(failed.__setitem__, _run_name(group)),
             )
             for group in groups
         ]
-        with progress.experts(title, {branch.spec.name: branch.spec.steps for branch in waiting}) as show:
-            while not all(fit.ready() for fit in fits):
-                time.sleep(POLL_S)
-                rows: Any = ray.get(board.rows.remote())
-                show(_with_failed_runs(rows, [group for group in groups if _run_name(group) in failed]))
-    if failed:
-        _raise_failures(failed, [branch.spec.name for branch in _untrained(run, waiting)])
-    _say_epochs(run, waiting)
+        while not all(fit.ready() for fit in fits):
+            time.sleep(POLL_S)
+            rows: Any = ray.get(board.rows.remote())
+            show(_with_failed_runs(rows, [group for group in groups if _run_name(group) in failed]))
+    return failed
 
 
 def _with_failed_runs(rows: dict[str, dict[str, Any]], failed: list[list[Branch]]) -> dict[str, dict[str, Any]]:
@@ -301,8 +187,6 @@ def train_seed(run: Run) -> dict[str, Any]:
     """Stage `seed/`: the model that all experts start from."""
     run.need("shards", "partition_corpus")
     branch = seed_branch(run)
-    if branch.init and "moe" in run.config.train.controls:
-        _check_upcyclable(branch.init)
     cpus = seed_cpus(run.config, ray.nodes())
     check_fits("seed_model.cpus", "CPU", cpus)
     train_branches(run, [branch], title="train_seed", cpus=cpus, slots=1)

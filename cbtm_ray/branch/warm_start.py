@@ -8,16 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from cbtm_ray import files
+from cbtm_ray.branch.branches import start_model
 from cbtm_ray.cluster.embed import saved_settings
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
-
-
-def start_model(run: Run, name: str) -> str:
-    """Folder of the model that an expert or control begins with."""
-    other = run.config.train.warm_start
-    return run.uri("seed") if other is None else files.join(files.absolute(other), name)
 
 
 def check_warm_start(run: Run, names: list[str]) -> None:

@@ -18,6 +18,7 @@ import ray.train.torch
 import torch
 
 from cbtm_ray import files
+from cbtm_ray.branch.branches import Branch
 from cbtm_ray.branch.trackers import tracking
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run, no_space_left
@@ -28,8 +29,6 @@ from cbtm_ray.train.trainer import Leaving, train_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from cbtm_ray.branch.launch import Branch
 
 Post = Callable[[str, dict[str, Any]], Any]
 """Adds news of a branch to the board."""

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from cbtm_ray.branch.launch import expert_folder, partition_folder
 from cbtm_ray.cluster.controls import control_centers
 from cbtm_ray.cluster.embed import load_centers, load_embedder
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.evaluate.scoring import HeldOutDocuments, context_distances
 from cbtm_ray.merge.scores import HeldOut
-from cbtm_ray.run import Run
+from cbtm_ray.run import Run, expert_folder, partition_folder
 
 CONTROL_ROUTINGS = {
     "random": ("uniform", "bayes"),

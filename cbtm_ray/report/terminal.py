@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from cbtm_ray import files, progress
-from cbtm_ray.branch.launch import control_branches
+from cbtm_ray.branch.branches import control_branches
 from cbtm_ray.config import SPLIT_CONTROLS
 from cbtm_ray.evaluate.result_rows import CurvePoint, Evaluation, FewshotRow, Summary, system_name
 from cbtm_ray.load_config import dump_config

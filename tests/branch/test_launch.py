@@ -1,10 +1,9 @@
-"""Independent training runs: budgets, the dense control as K = 1, failures that stay apart, recovery from a kill."""
+"""Independent training runs: what they ask of the cluster, failures that stay apart, recovery from a kill."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import os
 import shutil
 import signal
@@ -22,24 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from cbtm_ray import files, progress
-from cbtm_ray.branch.launch import (
-    Branch,
-    _groups,
-    _run_name,
-    _say_epochs,
-    _with_failed_runs,
-    control_branches,
-    expert_branches,
-    in_proportion,
-    seed_branch,
-    seed_cpus,
-    train_branches,
-)
+from cbtm_ray.branch.branches import Branch, expert_branches, seed_branch
+from cbtm_ray.branch.launch import _groups, _run_name, _say_epochs, _with_failed_runs, seed_cpus, train_branches
 from cbtm_ray.branch.worker import _train_branch, read_sequences
 from cbtm_ray.config import Config
 from cbtm_ray.corpus.tokenizer import load_tokenizer
@@ -47,63 +33,13 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
-from cbtm_ray.run import DENSE_FOLDER, Run, Unfinished, expert_folder, partition_folder
+from cbtm_ray.run import DENSE_FOLDER, Run, Unfinished, expert_folder
 from cbtm_ray.train.packed_sequences import read_documents
 from tests.support.seeded_run import seeded_run, train_here
+from tests.support.tiny import one_cluster
 from tests.support.tiny_models import changed
 
 pytestmark = pytest.mark.ray
-
-
-def test_experts_share_the_budget_and_the_control_gets_all_of_it(tiny_config: Config) -> None:
-    config = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, total_tokens=128 * 21))
-    run = Run(config)
-    branches = {branch.spec.name: branch for branch in expert_branches(run)}
-    assert {name: branch.spec.steps for name, branch in branches.items()} == {
-        DENSE_FOLDER: 20, expert_folder(0): 10, expert_folder(1): 10,
-    }  # fmt: skip
-    assert [branch.cluster for branch in branches.values()] == [None, 0, 1]
-    assert {branch.init for branch in branches.values()} == {run.uri("seed")}
-    assert seed_branch(run).spec.steps == 12
-
-
-@given(weights=st.lists(st.integers(1, 10**9), min_size=1, max_size=20), extra=st.integers(0, 1000))
-def test_shares_are_whole_sum_up_and_are_within_one_of_their_part(weights: list[int], extra: int) -> None:
-    steps = len(weights) + extra
-    shares = in_proportion(steps, weights)
-    assert sum(shares) == steps
-    assert min(shares) >= 1
-    exact = [steps * weight / sum(weights) for weight in weights]
-    if min(exact) >= 1:
-        assert all(abs(share - part) < 1 for share, part in zip(shares, exact, strict=True))
-    order = sorted(range(len(weights)), key=lambda k: weights[k])
-    assert all(shares[a] <= shares[b] + 1 for a, b in itertools.pairwise(order))
-
-
-def test_shares_by_hand() -> None:
-    assert in_proportion(10, [1, 1, 8]) == [1, 1, 8]
-    assert in_proportion(10, [5, 3, 3]) == [4, 3, 3]
-    assert in_proportion(4, [1000, 1, 1]) == [2, 1, 1]
-    assert in_proportion(3, [1000, 1, 1]) == [1, 1, 1]
-
-
-def test_a_budget_by_size_follows_the_clusters_tokens_and_sums_to_the_same(tiny_config: Config, tmp_path: Path) -> None:
-    sized = dataclasses.replace(
-        tiny_config,
-        run=dataclasses.replace(tiny_config.run, dir=str(tmp_path)),
-        train=dataclasses.replace(tiny_config.train, budget="by_size"),
-    )
-    run = Run(sized)
-    clusters = [{"cluster": 0, "tokens": 1000}, {"cluster": 1, "tokens": 3000}]
-    run.finish("shards", {"train": {"clusters": clusters}})
-    branches = expert_branches(run)
-    assert [(branch.spec.name, branch.spec.steps) for branch in branches] == [
-        (DENSE_FOLDER, 16), (expert_folder(1), 12), (expert_folder(0), 4),
-    ]  # fmt: skip
-    assert [branch.cluster for branch in branches] == [None, 1, 0]
-    assert [len(group) for group in _groups(branches, 2)] == [1, 2]
-    run.finish(partition_folder("metadata"), {"n_clusters": 4, "clusters": [{"tokens": n} for n in (1, 2, 3, 10)]})
-    assert [branch.spec.steps for branch in control_branches(run, "metadata")] == [1, 2, 3, 10]
 
 
 def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
@@ -129,17 +65,6 @@ def test_the_seed_asks_for_what_a_node_has_and_never_for_nothing(
     assert seed_cpus(config, nodes) == cpus
     asked = dataclasses.replace(config, seed_model=dataclasses.replace(config.seed_model, cpus=5))
     assert seed_cpus(asked, nodes) == 5
-
-
-def one_cluster(config: Config, folder: Path) -> Run:
-    """A run whose documents are all in one cluster."""
-    run = dataclasses.replace(config.run, dir=str(folder))
-    return Run(dataclasses.replace(config, run=run, cluster=dataclasses.replace(config.cluster, n_clusters=1)))
-
-
-def test_one_expert_is_given_what_the_dense_control_is_given(tiny_config: Config, tmp_path: Path) -> None:
-    dense, expert = expert_branches(one_cluster(tiny_config, tmp_path))
-    assert expert == dataclasses.replace(dense, cluster=0, spec=dataclasses.replace(dense.spec, name=expert_folder(0)))
 
 
 @pytest.mark.slow

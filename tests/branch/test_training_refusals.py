@@ -22,7 +22,8 @@ from moto.server import ThreadedMotoServer
 from transformers import PreTrainedModel
 
 from cbtm_ray import files
-from cbtm_ray.branch.launch import Branch, _fit, expert_branches
+from cbtm_ray.branch.branches import Branch, expert_branches
+from cbtm_ray.branch.launch import _fit
 from cbtm_ray.branch.training_progress import Board
 from cbtm_ray.branch.worker import read_sequences, train_group
 from cbtm_ray.corpus.tokenizer import load_tokenizer, train_tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cbtm_ray import files
-from cbtm_ray.branch.launch import expert_branches
+from cbtm_ray.branch.branches import expert_branches
 from cbtm_ray.branch.warm_start import check_warm_start
 from cbtm_ray.config import Config, EmbedConfig
 from cbtm_ray.corpus.tokenizer import save_tokenizer, train_tokenizer

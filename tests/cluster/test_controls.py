@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cbtm_ray import files
-from cbtm_ray.branch.launch import control_branches
+from cbtm_ray.branch.branches import control_branches
 from cbtm_ray.branch.upcycle import upcycle
 from cbtm_ray.branch.worker import read_sequences
 from cbtm_ray.cluster.controls import control_centers, partition_control, random_clusters

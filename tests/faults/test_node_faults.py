@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cbtm_ray.branch.launch import expert_branches
+from cbtm_ray.branch.branches import expert_branches
 from cbtm_ray.run import Run
 from ops.preemption import Notice, drain
 from tests.support.local_head import LocalHead, local_head, wait_for

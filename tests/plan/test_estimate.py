@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
-from cbtm_ray.branch.launch import expert_branches, in_proportion, seed_branch
+from cbtm_ray.branch.branches import expert_branches, in_proportion, seed_branch
 from cbtm_ray.branch.upcycle import upcycle
 from cbtm_ray.cluster.kmeans import BalancedKMeans
 from cbtm_ray.cluster.shard_steps import SHARD_ROWS, LocalShards, Shard

@@ -13,7 +13,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from cbtm_ray import files
-from cbtm_ray.branch.launch import Branch
+from cbtm_ray.branch.branches import Branch
 from cbtm_ray.branch.worker import read_sequences
 from cbtm_ray.corpus.tokenizer import encode, load_tokenizer, save_tokenizer, train_tokenizer
 from cbtm_ray.load_config import build_config

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cbtm_ray.config import Config
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
 
@@ -74,3 +76,9 @@ def run_with(folder: Path, **overrides: Any) -> Run:
 
 def never() -> dict[str, Any]:
     raise AssertionError("a finished stage must not run again")
+
+
+def one_cluster(config: Config, folder: Path) -> Run:
+    """A run whose documents are all in one cluster."""
+    run = dataclasses.replace(config.run, dir=str(folder))
+    return Run(dataclasses.replace(config, run=run, cluster=dataclasses.replace(config.cluster, n_clusters=1)))
