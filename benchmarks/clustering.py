@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cbtm_ray.cluster import BalancedKMeans
-from cbtm_ray.prices import Assignment, assign_points
-from cbtm_ray.shard_steps import squared_distances
+from cbtm_ray.cluster.balanced_assignment import Assignment, assign_points
+from cbtm_ray.cluster.kmeans import BalancedKMeans
+from cbtm_ray.cluster.shard_steps import squared_distances
 
 MISSING = "not installed"
 

@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from cbtm_ray.embed import TokenTfidf
-from cbtm_ray.engine import Engine
-from cbtm_ray.ensemble import Ensemble
-from cbtm_ray.router import Route
-from cbtm_ray.sampling import Sampling
-from cbtm_ray.sequence import Request, Step
-from cbtm_ray.speculative import Speculative
-from cbtm_ray.strategies import STRATEGIES
+from cbtm_ray.cluster.embed import TokenTfidf
+from cbtm_ray.decode.engine import Engine
+from cbtm_ray.decode.sampling import Sampling
+from cbtm_ray.decode.sequence import Request, Step
+from cbtm_ray.decode.speculative import Speculative
+from cbtm_ray.decode.strategies import STRATEGIES
+from cbtm_ray.merge.ensemble import Ensemble
+from cbtm_ray.merge.routers import Route
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": {"vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.clustering import skewed_documents
-from cbtm_ray import distributed
+from cbtm_ray.cluster import kmeans_actors
 from cbtm_ray.ray_session import ray_session
 
 SHARD_ROWS = 8192
@@ -37,7 +37,7 @@ def write_shards(folder: Path, n: int, args: argparse.Namespace) -> list[str]:
     return uris
 
 
-class CountingShards(distributed.ActorShards):
+class CountingShards(kmeans_actors.ActorShards):
     """`ActorShards` that count the bytes of every message to an actor and back."""
 
     sent = 0
@@ -56,7 +56,7 @@ def measure(uris: list[str], n_actors: int, args: argparse.Namespace) -> tuple[f
         times.append(time.perf_counter())
         sent.append(CountingShards.sent)
 
-    model = distributed.fit_distributed(
+    model = kmeans_actors.fit_distributed(
         uris, n_clusters=args.k, max_iter=args.iterations, tol=0, random_state=args.seed, n_actors=n_actors,
         on_iteration=mark,
     )  # fmt: skip
@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     table = Table("N", "actors", "s an iteration", "kB an iteration", "bytes a document")
     result: dict[str, Any] = {}
-    distributed.ActorShards = CountingShards  # type: ignore[misc]
+    kmeans_actors.ActorShards = CountingShards  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder, ray_session(local_cpus=max(args.actors)):
         for n in args.n:
             uris, centers = write_shards(Path(folder), n, args), []

@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.clustering import clock
 from benchmarks.corpora import read_documents
 from benchmarks.routing import word_pipeline
-from cbtm_ray.cluster import BalancedKMeans
+from cbtm_ray.cluster.embed import Embedder, TokenTfidf, fit_embedder, silent_tokens
+from cbtm_ray.cluster.fit import agreement
+from cbtm_ray.cluster.kmeans import BalancedKMeans
+from cbtm_ray.cluster.shard_steps import squared_distances
+from cbtm_ray.cluster.word_tfidf import words_of
 from cbtm_ray.config import EmbedConfig
-from cbtm_ray.discover import agreement
-from cbtm_ray.embed import Embedder, TokenTfidf, fit_embedder, silent_tokens
-from cbtm_ray.shard_steps import squared_distances
-from cbtm_ray.tokens import encode, train_tokenizer
-from cbtm_ray.word_tfidf import words_of
+from cbtm_ray.corpus.tokenizer import encode, train_tokenizer
 
 CENTERS = 64
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.training import make_run
-from cbtm_ray.branch import Branch, expert_branches, train_branches
+from cbtm_ray.branch.launch import Branch, expert_branches, train_branches
 from cbtm_ray.ray_session import ray_session
 from cbtm_ray.run import Run
 
@@ -73,15 +73,15 @@ def train_all(run: Run, branches: list[Branch], args: argparse.Namespace, kills:
     }
 
 
-def named(branches: list[Branch], folder: str, **spec: Any) -> list[Branch]:
-    """The experts under names of their own, so that a run can train them twice; `spec` are changes of theirs."""
-    spec = {"checkpoint_every": 10, **spec}
-    return [
-        dataclasses.replace(
-            branch, spec=dataclasses.replace(branch.spec, name=f"{folder}/{branch.cluster:04d}", **spec)
-        )
-        for branch in branches
-    ]
+def named(branches: list[Branch], folder: str, **train: Any) -> list[Branch]:
+    """The experts under names of their own, so that a run can train them twice; `train` are changes of their options."""
+    train = {"checkpoint_every": 10, **train}
+    found = []
+    for branch in branches:
+        name, options = f"{folder}/{branch.cluster:04d}", dataclasses.replace(branch.spec.train, **train)
+        spec = dataclasses.replace(branch.spec, name=name, train=options)
+        found.append(dataclasses.replace(branch, spec=spec))
+    return found
 
 
 def parser(doc: str | None, *, experts: int, steps: int) -> argparse.ArgumentParser:

@@ -26,9 +26,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tests.artefacts import artefacts
-from tests.hosts import Host, Network, network, start_head, start_worker
-from tests.tiny import tiny_tree, write_corpus
+from tests.support.artefacts import artefacts
+from tests.support.hosts import Host, Network, network, start_head, start_worker
+from tests.support.tiny import tiny_tree, write_corpus
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("corpus", "tokenizer", "clusterer", "shards", "seed", "experts", "evaluation")
@@ -93,7 +93,7 @@ def kept(run_dir: Path) -> str:
     if stage in ("seed", "experts"):
         models = [path.parent.name for path in run_dir.glob("experts/cluster=*/manifest.json")]
         models += [path.parent.name for path in run_dir.glob("controls/*/manifest.json")]
-        steps = {path.parent.name: path.stem for path in sorted(run_dir.glob("checkpoints/**/step=*"))}
+        steps = {path.parent.parent.name: path.stem for path in sorted(run_dir.glob("checkpoints/**/step=*"))}
         models += [f"{name} {step}" for name, step in steps.items()]
         return ", ".join(sorted(models)) or "-"
     return "-"

@@ -22,9 +22,9 @@ from sklearn.preprocessing import Normalizer
 
 from benchmarks.clustering import clock
 from benchmarks.corpora import read_documents
-from cbtm_ray.embed import TokenTfidf, decode, silent_tokens
-from cbtm_ray.tokens import encode, train_tokenizer
-from cbtm_ray.word_tfidf import WordTfidf, words_of
+from cbtm_ray.cluster.embed import TokenTfidf, decode, silent_tokens
+from cbtm_ray.cluster.word_tfidf import WordTfidf, words_of
+from cbtm_ray.corpus.tokenizer import encode, train_tokenizer
 
 
 def best_time(work: Callable[[], np.ndarray], repeat: int) -> tuple[np.ndarray, float]:

@@ -40,9 +40,9 @@ from rich.table import Table
 
 from benchmarks.faults import arguments
 from benchmarks.training import SIZES, WARM_STEPS, make_documents, make_model, make_run, make_spec, our_loop
-from cbtm_ray.branch import expert_branches, train_branches
+from cbtm_ray.branch.launch import expert_branches, train_branches
 from cbtm_ray.ray_session import ray_session
-from cbtm_ray.tokens import PackedSequences
+from cbtm_ray.train.packed_sequences import PackedSequences
 
 HEAD = ("gcs_server", "raylet/raylet", "dashboard", "log_monitor", "monitor.py")
 SAMPLE_S = 5.0

@@ -11,12 +11,12 @@ import psutil
 
 from benchmarks.decoding import SIZES, make_experts
 from cbtm_ray import files
-from cbtm_ray.branch import DENSE, expert_folder
+from cbtm_ray.cluster.embed import TokenTfidf, save_embedder, silent_tokens
 from cbtm_ray.config import EmbedConfig
-from cbtm_ray.embed import TokenTfidf, save_embedder, silent_tokens
-from cbtm_ray.installed_docs import package_documents
+from cbtm_ray.corpus.installed_docs import package_documents
+from cbtm_ray.corpus.tokenizer import encode, save_tokenizer, train_tokenizer
 from cbtm_ray.models import save_model
-from cbtm_ray.tokens import encode, save_tokenizer, train_tokenizer
+from cbtm_ray.run import DENSE_FOLDER, expert_folder
 
 PACKAGE, PACKAGE_BYTES = "numpy", 1_500_000
 DIMENSIONS = 100
@@ -63,7 +63,7 @@ def make_run(folder: Path, size: str, seed: int) -> str:
     experts = make_experts(size, seed)
     for cluster, model in enumerate(experts):
         save_model(model, tokenizer, files.join(str(folder), expert_folder(cluster)))
-    save_model(experts[0], tokenizer, str(folder / DENSE))
+    save_model(experts[0], tokenizer, str(folder / DENSE_FOLDER))
     save_tokenizer(tokenizer, str(folder / "tokenizer"))
     embedder = TokenTfidf.fit(documents, silent_tokens(tokenizer), dimensions=DIMENSIONS, random_state=seed)
     save_embedder(embedder, EmbedConfig(dimensions=DIMENSIONS), str(folder / "clusterer" / "embedder"))

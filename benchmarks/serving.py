@@ -33,14 +33,14 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.served_run import make_run, parser, read_texts
 from benchmarks.streams import Load, measure
 from cbtm_ray import files
-from cbtm_ray.branch import DENSE
-from cbtm_ray.context_router import ContextRouter
-from cbtm_ray.engine import Engine
-from cbtm_ray.ensemble import load_ensemble
+from cbtm_ray.corpus.tokenizer import encode, load_tokenizer
+from cbtm_ray.decode.engine import Engine
+from cbtm_ray.decode.sampling import Sampling
+from cbtm_ray.decode.sequence import Request
+from cbtm_ray.merge.context_router import ContextRouter
+from cbtm_ray.merge.ensemble import load_ensemble
 from cbtm_ray.ray_session import ray_session
-from cbtm_ray.sampling import Sampling
-from cbtm_ray.sequence import Request
-from cbtm_ray.tokens import encode, load_tokenizer
+from cbtm_ray.run import DENSE_FOLDER
 from serve.app import build
 from serve.arguments import AppArguments
 
@@ -61,7 +61,7 @@ def our_server(run_dir: str, port: int, **arguments: Any) -> Iterator[str]:
 @contextlib.contextmanager
 def peer_server(run_dir: str, args: argparse.Namespace) -> Iterator[str]:
     port = args.port + 1
-    with files.local_folder(files.join(run_dir, DENSE)) as folder:
+    with files.local_folder(files.join(run_dir, DENSE_FOLDER)) as folder:
         command = [sys.executable, "-m", "benchmarks.hf_server", folder, "--port", str(port)]
         process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:

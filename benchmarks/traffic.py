@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.faults import arguments, named, parser, training_workers
 from benchmarks.training import make_run
-from cbtm_ray.branch import expert_branches, train_branches
+from cbtm_ray.branch.launch import expert_branches, train_branches
 from cbtm_ray.ray_session import ray_session
 from cbtm_ray.run import Run
 

@@ -5,7 +5,8 @@
 Two tables. Loops: the same model, data, batch, optimiser and threads in our loop, in Hugging Face's Trainer and in a
 minimal loop, alternating, so that a busy machine slows all three. Each turn has a process of its own; ours has the
 environment that the job's training processes have, and without it a row of its own. Ray Train: one expert through
-cbtm_ray.branch, and the same without it, in a process of the same environment. The last line of the output is one JSON object.
+cbtm_ray.branch.launch, and the same without it, in a process of the same environment. The last line of the output is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,13 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cbtm_ray import files
-from cbtm_ray.config import Config
+from cbtm_ray.config import Config, TrainConfig
+from cbtm_ray.corpus.tokenizer import save_tokenizer, train_tokenizer
 from cbtm_ray.load_config import build_config
 from cbtm_ray.ray_session import TRAINING_ENV
 from cbtm_ray.run import Run
-from cbtm_ray.tokens import PackedSequences, save_tokenizer, train_tokenizer
-from cbtm_ray.train import Trainer, TrainSpec, learning_rate, make_optimizer, train_model
+from cbtm_ray.train.packed_sequences import PackedSequences
+from cbtm_ray.train.trainer import Trainer, TrainSpec, learning_rate, make_optimizer, train_model
 
 SIZES: dict[str, dict[str, Any]] = {
     "1M": {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -66,14 +67,9 @@ def make_documents(n_tokens: int, vocab_size: int, seed: int) -> list[np.ndarray
     return np.array_split(tokens.astype(np.int32), max(n_tokens // 200, 1))
 
 
-def make_spec(steps: int, args: argparse.Namespace) -> TrainSpec:
-    return TrainSpec(
-        name="benchmark", steps=steps, batch_size=args.batch, micro_batch_size=None, sequence_length=args.length,
-        learning_rate=1e-3, final_lr_fraction=0.0, schedule="linear", warmup_steps=10, betas=(0.9, 0.95),
-        weight_decay=0.0, clip_norm=1.0, precision="fp32", activation_checkpointing=False, compile=False,
-        parallel="ddp", cross_documents=True, log_every=LOG_EVERY, checkpoint_every=200, notice_every=10,
-        evaluate_every=None, evaluate_sequences=1,
-    )  # fmt: skip
+def make_spec(steps: int, args: argparse.Namespace, **train: Any) -> TrainSpec:
+    options = TrainConfig(batch_size=args.batch, evaluate_sequences=1, log_every=LOG_EVERY, **train)
+    return TrainSpec(name="benchmark", steps=steps, sequence_length=args.length, train=options)
 
 
 Loop = Callable[[PreTrainedModel, PackedSequences, TrainSpec], float]
@@ -93,17 +89,18 @@ def our_loop(model: PreTrainedModel, sequences: PackedSequences, spec: TrainSpec
 
 def minimal_loop(model: PreTrainedModel, sequences: PackedSequences, spec: TrainSpec) -> float:
     """What one would write first: all logits, their cross-entropy, clipping, a fused AdamW."""
-    optimizer, started = make_optimizer(model.train(), spec), 0.0
-    forward: Any = torch.compile(model) if spec.compile else model
+    train, started = spec.train, 0.0
+    optimizer = make_optimizer(model.train(), train)
+    forward: Any = torch.compile(model) if train.compile else model
     for step in range(spec.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(spec, step)
-        batch = torch.from_numpy(sequences.batch(step * spec.batch_size, spec.batch_size))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec.precision == "bf16"):
+        batch = torch.from_numpy(sequences.batch(step * train.batch_size, train.batch_size))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=train.precision == "bf16"):
             logits = forward(input_ids=batch[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % LOG_EVERY == 0:
@@ -116,20 +113,20 @@ def minimal_loop(model: PreTrainedModel, sequences: PackedSequences, spec: Train
 def hugging_face_loop(model: PreTrainedModel, sequences: PackedSequences, spec: TrainSpec) -> float:
     import transformers  # the Trainer takes seconds more, and accelerate is optional
 
-    times: list[float] = []
+    times, train = list[float](), spec.train
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times.append(time.perf_counter())
 
-    rows = torch.from_numpy(sequences.batch(0, spec.steps * spec.batch_size))[:, :-1]
+    rows = torch.from_numpy(sequences.batch(0, spec.steps * train.batch_size))[:, :-1]
     with tempfile.TemporaryDirectory() as folder:
         options = transformers.TrainingArguments(
-            folder, max_steps=spec.steps, per_device_train_batch_size=spec.batch_size, optim="adamw_torch_fused",
-            learning_rate=spec.learning_rate, lr_scheduler_type="linear", warmup_steps=spec.warmup_steps,
-            adam_beta1=spec.betas[0], adam_beta2=spec.betas[1], weight_decay=0.0, max_grad_norm=spec.clip_norm,
+            folder, max_steps=spec.steps, per_device_train_batch_size=train.batch_size, optim="adamw_torch_fused",
+            learning_rate=train.learning_rate, lr_scheduler_type="linear", warmup_steps=train.warmup_steps,
+            adam_beta1=train.betas[0], adam_beta2=train.betas[1], weight_decay=0.0, max_grad_norm=train.clip_norm,
             logging_steps=LOG_EVERY, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-            dataloader_pin_memory=False, log_level="error", torch_compile=spec.compile, bf16=spec.precision == "bf16",
+            dataloader_pin_memory=False, log_level="error", torch_compile=train.compile, bf16=train.precision == "bf16",
         )  # fmt: skip
         data: Any = [{"input_ids": row, "labels": row} for row in rows]
         trainer = transformers.Trainer(model=model, args=options, train_dataset=data, callbacks=[Clock()])
@@ -162,7 +159,7 @@ def in_new_process(environment: dict[str, str], work: Callable[..., Any], *args:
 def take_turn(loop: Loop, size: str, args: argparse.Namespace) -> float:
     """Tokens a second of a loop."""
     torch.set_num_threads(args.threads)
-    spec = replace(make_spec(args.steps + WARM_STEPS, args), precision=args.precision, compile=args.compile)
+    spec = make_spec(args.steps + WARM_STEPS, args, precision=args.precision, compile=args.compile)
     documents = make_documents(2 * spec.steps * spec.tokens_per_step, SIZES[size]["vocab_size"], args.seed)
     sequences = PackedSequences(documents, sequence_length=args.length, end_of_text=0, seed=args.seed)
     seconds = loop(make_model(SIZES[size], args), sequences, spec)
@@ -234,10 +231,10 @@ Timed = tuple[float, list[dict[str, Any]]]
 
 def train_here(config: Config, threads: int) -> Timed:
     """All that a Ray Train worker does for the only expert, in this process."""
-    from cbtm_ray.branch import expert_branches
-    from cbtm_ray.branch_worker import read_sequences  # these bring Ray, as the worker's do
+    from cbtm_ray.branch.launch import expert_branches
+    from cbtm_ray.branch.worker import read_sequences  # these bring Ray, as the worker's do
+    from cbtm_ray.corpus.tokenizer import load_tokenizer
     from cbtm_ray.models import load_model, save_model
-    from cbtm_ray.tokens import load_tokenizer
 
     torch.set_num_threads(threads)
     started, run = time.perf_counter(), Run(config)
@@ -254,7 +251,7 @@ def train_here(config: Config, threads: int) -> Timed:
 
 
 def train_through_ray(config: Config, threads: int) -> Timed:
-    from cbtm_ray.branch import expert_branches, train_branches  # Ray takes seconds to import
+    from cbtm_ray.branch.launch import expert_branches, train_branches  # Ray takes seconds to import
 
     started, run = time.perf_counter(), Run(config)
     branch = expert_branches(run)[1]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import errno
-import sys
 
 from cbtm_ray import files, progress
-from cbtm_ray.errors import UserError
+from cbtm_ray.errors import UserError, refuse
 from cbtm_ray.inputs import check_inputs
 from cbtm_ray.load_config import dump_config, load_config
 from cbtm_ray.ray_session import ray_session
@@ -57,9 +56,3 @@ def _cause(error: BaseException) -> BaseException:
     while (cause := getattr(error, "cause", None)) is not None:
         error = cause
     return error
-
-
-def refuse(message: str) -> int:
-    """Say a user's mistake in one line; the exit code for it."""
-    print(f"error: {message.splitlines()[0]}", file=sys.stderr)
-    return 2

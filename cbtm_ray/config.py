@@ -1,14 +1,14 @@
 """The configuration of a run: a tree of frozen dataclasses, read from strict YAML.
 
 Every field says what it is and in which unit. Bounds are part of the types, so that a wrong value is refused where
-the configuration is built. Fields named in `EXECUTION_FIELDS` decide where and how fast things run, never what comes
-out; all others belong to the identity of what a stage makes.
+the configuration is built. A new field is part of what the stages of its section depend on (`run.STAGE_SETTINGS`), unless
+its type is marked `Execution`; and a new field of `train` also of what the seed does, unless it is marked `ExpertsOnly`.
 """
 
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -38,14 +38,12 @@ CONTROLS: tuple[Control, ...] = get_args(Control)
 
 _STRICT = ConfigDict(extra="forbid")
 
-EXECUTION_FIELDS = frozenset(
-    {"run.dir", "run.shared", "embed.batch_documents", "embed.gpus", "cluster.actors", "cluster.gpus_per_actor",
-     "seed_model.cpus", "train.slots", "train.experts_per_run", "train.cpus_per_expert", "train.gpus_per_expert",
-     "train.workers_per_expert", "train.parallel", "train.tensorboard", "train.trackers", "train.log_every",
-     "train.checkpoint_every", "train.notice_every", "train.max_failures", "train.micro_batch_size",
-     "train.activation_checkpointing", "train.compile", "train.clusters", "train.evaluate_every",
-     "train.evaluate_sequences", "evaluate.batch_tokens", "sweep.clusters", "sweep.total_tokens", "sweep.dense_runs"}
-)  # fmt: skip
+T = TypeVar("T")
+Execution = Annotated[T, "execution"]
+"""Marks a field that decides where and how fast things run, never what comes out. Every other field is part of the identity of
+what a stage makes."""
+ExpertsOnly = Annotated[T, "experts only"]
+"""Marks a field of `train` that the seed, trained before the experts and the controls, does not depend on."""
 
 
 def task_name(uri: str) -> str:
@@ -55,9 +53,9 @@ def task_name(uri: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
-    dir: Text
+    dir: Execution[Text]
     """Where everything goes: a local path or a URI (s3://, gs://)."""
-    shared: tuple[Text, ...] = ()
+    shared: Execution[tuple[Text, ...]] = ()
     """Run directories whose corpus, tokenizer, clusters, shards and seed this run takes where they are finished and its own
     are not, the first that has one, instead of making its own. They must be of the same settings."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
@@ -121,9 +119,9 @@ class EmbedConfig:
     """sentence: tokens that the encoder reads, the first of a document and the last of a context."""
     refresh_tokens: Count = 16
     """sentence: tokens between two readings of a growing context."""
-    batch_documents: Count = 32
+    batch_documents: Execution[Count] = 32
     """sentence: documents that the encoder reads at once."""
-    gpus: FromZero = 0
+    gpus: Execution[FromZero] = 0
     """sentence: GPUs of one worker that embeds documents, fractions allowed."""
 
     def __post_init__(self) -> None:
@@ -143,9 +141,9 @@ class ClusterConfig:
     """Most Lloyd iterations."""
     tol: FromZero = 1e-4
     """Stop when the centres move less than this: summed squared shift over the embeddings' variance."""
-    actors: Annotated[int, Field(ge=1, le=16, strict=True)] = 2
+    actors: Execution[Annotated[int, Field(ge=1, le=16, strict=True)]] = 2
     """Ray actors that hold the embeddings while fitting, at most 16."""
-    gpus_per_actor: FromZero = 0
+    gpus_per_actor: Execution[FromZero] = 0
     """GPUs of one such actor, fractions allowed."""
 
 
@@ -165,8 +163,9 @@ class SeedModelConfig:
     """Tokens that the seed is trained on before branching; 0 takes the model of `name_or_path` as it is."""
     learning_rate: Positive = 2e-3
     """Peak learning rate of the seed's own training."""
-    cpus: Count | None = None
-    """CPUs of the seed's training. None: all of the cluster's largest node."""
+    cpus: Execution[Count | None] = None
+    """CPUs of the seed's training. None: all of the largest node that has `train.gpus_per_expert` too, or as many as
+    `train.cpus_per_expert` where no such node is up yet."""
     final_lr_fraction: Fraction = 0.5
     """Learning rate at the end of the seed's training, as a share of its peak."""
 
@@ -179,26 +178,26 @@ class SeedModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
-    total_tokens: Count = 1_600_000
+    total_tokens: ExpertsOnly[Count] = 1_600_000
     """Training budget of the whole system, which the K experts share; the dense control gets all of it."""
-    budget: Literal["equal", "by_size"] = "equal"
+    budget: ExpertsOnly[Literal["equal", "by_size"]] = "equal"
     """How the experts share it: total/K each (the paper's rule), or in proportion to their clusters' training tokens."""
-    warm_start: Text | None = None
+    warm_start: ExpertsOnly[Text | None] = None
     """Directory of a finished run with the same tokenizer and clusterer: experts and controls go on from its own instead of
     from the seed, with new optimisers. `total_tokens` are the new tokens."""
-    clusters: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None
+    clusters: Execution[Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None] = None
     """Clusters whose experts to train now, the controls and the other experts later. None: all experts and the controls."""
-    controls: tuple[Control, ...] = ()
+    controls: ExpertsOnly[tuple[Control, ...]] = ()
     """What else to train on the same budget each: experts of documents split by chance, by k-means without balance, or by
     `corpus.domain_column`; and one mixture of experts, the seed upcycled to `cluster.n_clusters` experts of which two run.
     They may be added to a finished run, whose evaluation is then to be redone."""
     batch_size: Count = 16
     """Sequences in an optimiser step."""
-    micro_batch_size: Count | None = None
+    micro_batch_size: Execution[Count | None] = None
     """Sequences that go through a worker's model at once; the step adds up their gradients. None: its whole share."""
-    learning_rate: Positive = 1e-3
+    learning_rate: ExpertsOnly[Positive] = 1e-3
     """Peak learning rate of the experts and the controls."""
-    final_lr_fraction: Fraction = 0.0
+    final_lr_fraction: ExpertsOnly[Fraction] = 0.0
     """Learning rate at the end, as a share of the peak."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Shape of the decay after warm-up (the paper's code: linear to 0)."""
@@ -214,38 +213,38 @@ class TrainConfig:
     """Arithmetic of the forward pass; bf16 is faster on GPUs and on CPUs with AMX or AVX512-BF16, and slower elsewhere."""
     cross_documents: bool = True
     """Tokens attend to the documents before their own in a training sequence. False: to their own document alone."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Execution[bool] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
-    compile: bool = False
+    compile: Execution[bool] = False
     """torch.compile: a minute at the start for faster steps; on CPUs it needs a C++ compiler on every node."""
-    slots: Count | None = None
+    slots: Execution[Count | None] = None
     """Experts that train at once. None: as many as the cluster's CPUs and GPUs hold."""
-    experts_per_run: Count = 1
+    experts_per_run: Execution[Count] = 1
     """Experts that one Ray Train run trains one after the other. Starting a run costs 10 to 20 s of a CPU: a share that
     counts only where experts train for seconds. A run that fails for good leaves its later experts untrained too."""
-    cpus_per_expert: Positive = 1
+    cpus_per_expert: Execution[Positive] = 1
     """CPUs of one expert's training."""
-    gpus_per_expert: FromZero = 0
+    gpus_per_expert: Execution[FromZero] = 0
     """GPUs of one expert's training, fractions allowed."""
-    workers_per_expert: Count = 1
+    workers_per_expert: Execution[Count] = 1
     """Workers that share the batch, the CPUs and the GPUs of one expert (and of the seed and each control) equally."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Execution[Literal["ddp", "fsdp"]] = "ddp"
     """How they do it: every worker holds the whole model, or (FSDP2) its share of weights, gradients and moments."""
-    log_every: Count = 10
+    log_every: Execution[Count] = 10
     """Optimiser steps between two points of the training curve."""
-    tensorboard: bool = False
+    tensorboard: Execution[bool] = False
     """Write every curve to `run.dir`/tensorboard too, with each checkpoint and at the end."""
-    trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
+    trackers: Execution[tuple[Literal["mlflow", "wandb"], ...]] = ()
     """Who is told every point of every curve as it comes; to be installed and set up on the nodes, see `trackers.py`."""
-    checkpoint_every: Count = 200
+    checkpoint_every: Execution[Count] = 200
     """Optimiser steps between two checkpoints: what a killed worker loses at most."""
-    notice_every: Count = 10
+    notice_every: Execution[Count] = 10
     """Optimiser steps between two looks for a notice that the node will be taken away, on which a checkpoint is written."""
-    evaluate_every: Count | None = None
+    evaluate_every: Execution[Count | None] = None
     """Optimiser steps between two losses on the branch's own held-out documents. None: only at the end."""
-    evaluate_sequences: Count = 32
+    evaluate_sequences: Execution[Count] = 32
     """Held-out sequences that such a loss reads, at most."""
-    max_failures: NonNegative = 3
+    max_failures: Execution[NonNegative] = 3
     """Restarts of one expert after errors, and after nodes lost without a notice."""
 
     def __post_init__(self) -> None:
@@ -277,7 +276,7 @@ class EvaluateConfig:
         "prefix",
         "nearest_prefix",
     )
-    """Routers of the ensemble to tune and report (see `router.py`), and so those it can be served with. Controls have
+    """Routers of the ensemble to tune and report (see `routers.py`), and so those it can be served with. Controls have
     their own. nearest_prefix is left out where `prefix_experts` is None."""
     max_documents: Count = 2000
     """At most this many held-out documents, those with the smallest hash."""
@@ -301,7 +300,7 @@ class EvaluateConfig:
     """Seeds of the draws of these examples; accuracy is the mean over them."""
     fewshot_examples: Count = 200
     """Test examples of a task at most, the same for all seeds."""
-    batch_tokens: Count = 8192
+    batch_tokens: Execution[Count] = 8192
     """Tokens in a scoring batch."""
 
     def __post_init__(self) -> None:
@@ -315,11 +314,11 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SweepConfig:
-    clusters: tuple[Count, ...] = ()
+    clusters: Execution[tuple[Count, ...]] = ()
     """Numbers of clusters of `jobs.sweep_clusters`. Empty: that of cluster.n_clusters alone."""
-    total_tokens: tuple[Count, ...] = ()
+    total_tokens: Execution[tuple[Count, ...]] = ()
     """Training budgets. Empty: that of train.total_tokens alone."""
-    dense_runs: tuple[Text, ...] = ()
+    dense_runs: Execution[tuple[Text, ...]] = ()
     """Finished runs on the same corpus whose dense control, of a larger model say, stands in the sweep's table of costs."""
 
 
@@ -373,3 +372,16 @@ class Config:
                 f"train.total_tokens={self.train.total_tokens} must give each of the {self.cluster.n_clusters} experts "
                 f"at least one step of {per_step} tokens; raise it to {self.cluster.n_clusters * per_step}"
             )
+
+
+def _marked(mark: Any) -> frozenset[str]:
+    """The dotted names of the fields whose types have the mark."""
+    return frozenset(
+        f"{section}.{name}"
+        for section, owner in get_type_hints(Config).items()
+        for name, hint in get_type_hints(owner, include_extras=True).items()
+        if mark.__metadata__[0] in getattr(hint, "__metadata__", ())
+    )
+
+
+EXECUTION_FIELDS, EXPERTS_ONLY_FIELDS = _marked(Execution), _marked(ExpertsOnly)

@@ -1,8 +1,9 @@
-"""The one exception whose message is written for a person, and the words for a key that is not allowed."""
+"""The one exception whose message is written for a person, how it is printed, and the words for a key that is not allowed."""
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,3 +27,9 @@ def unknown_key(key: Any, allowed: Iterable[str], where: str, kind: str = "a key
         else f"Remove it. Allowed there: {', '.join(names.values())}."
     )
     return f"{prefix}{key} is not {kind}. {advice}"
+
+
+def refuse(message: str) -> int:
+    """Print a user's mistake in one line; the exit code for it."""
+    print(f"error: {message.splitlines()[0]}", file=sys.stderr)
+    return 2

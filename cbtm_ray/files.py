@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import io
 import json
 import os
@@ -43,15 +44,15 @@ _WHAT_TO_DO = {
 
 
 def absolute(uri: str) -> str:
-    """A local path made absolute, since workers run in other folders; a URI as it is."""
-    return uri if "://" in uri else os.path.abspath(uri)
+    """A local path made absolute, since workers run in other folders and may have another home; a URI as it is."""
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of a path or URI, and the path inside it; what follows a bucket's name is taken as it stands."""
     scheme, separator, path = uri.partition("://")
     if not separator:
-        return _LOCAL, os.path.abspath(uri)
+        return _LOCAL, absolute(uri)
     if scheme == "file":
         return _LOCAL, path
     if scheme in ("s3", "gs"):
@@ -188,6 +189,11 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value, the same for equal ones."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def read_array(uri: str) -> np.ndarray:
     return np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
 
@@ -226,3 +232,10 @@ def local_folder(uri: str) -> Iterator[str]:
             Path(copy, posixpath.relpath(info.path, path)).parent.mkdir(parents=True, exist_ok=True)
         fs.copy_files(path, copy, source_filesystem=filesystem, chunk_size=_COPY_CHUNK_BYTES)
         yield copy
+
+
+@contextlib.contextmanager
+def folder_or_name(uri_or_name: str) -> Iterator[str]:
+    """What `from_pretrained` takes: `local_folder` of what exists, and anything else as the name on the hub that it is."""
+    with local_folder(uri_or_name) if exists(uri_or_name) else contextlib.nullcontext(uri_or_name) as found:
+        yield found

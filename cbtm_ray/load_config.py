@@ -12,13 +12,20 @@ from pydantic import TypeAdapter, ValidationError
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError, unknown_key
 
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML without the surprise that a repeated key silently replaces the first one."""
 
 
 def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
+    """A mapping; keys of its own may replace those that `<<` merges into it, which are checked as mappings of their own."""
+    keys = []
+    for key, value in node.value:
+        if key.tag == _MERGE:
+            loader.construct_object(value, deep=True)
+        keys.append(key.value if key.tag == _MERGE else loader.construct_object(key))
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(
@@ -36,10 +43,11 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: one line that names the field, its value, what is allowed and the nearest valid key.
     """
-    if not Path(path).is_file():
+    file = Path(path).expanduser()
+    if not file.is_file():
         raise UserError(f"--config={path} is not a file. Give a YAML file such as configs/quickstart.yaml.")
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+        tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config={path} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:

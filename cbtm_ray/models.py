@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from transformers import (
 
 from cbtm_ray import files
 from cbtm_ray.config import SeedModelConfig
+from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
-from cbtm_ray.tokens import load_tokenizer
 
 
 def new_model(
@@ -48,13 +49,14 @@ def load_model(uri_or_name: str) -> PreTrainedModel:
 
     Raises:
         UserError: there is none.
+        OSError: its store cannot be reached.
     """
     try:
-        if files.exists(uri_or_name):
-            with files.local_folder(uri_or_name) as folder:
-                return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return AutoModelForCausalLM.from_pretrained(uri_or_name, dtype=torch.float32)
+        with files.folder_or_name(uri_or_name) as found:
+            return AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32)
     except (OSError, ValueError) as error:
+        if files.refusal(error):  # the store's, whose trouble may pass
+            raise
         first = str(error).strip().splitlines()[0]
         raise UserError(f"no causal language model can be loaded from {uri_or_name!r}: {first}") from error
 
@@ -79,9 +81,14 @@ def load_model_config(uri_or_name: str, *, local_files_only: bool = False) -> Pr
         return AutoConfig.from_pretrained(folder)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, uri: str) -> None:
-    """Write model and tokenizer as one Hugging Face folder, safetensors."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, uri: str) -> str:
+    """Write model and tokenizer as one Hugging Face folder, safetensors. The SHA-256 of the weights."""
+    digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for part in sorted(Path(folder).glob("*.safetensors")):
+            with part.open("rb") as weights:
+                hashlib.file_digest(weights, lambda: digest)
         files.publish_folder(folder, uri)
+    return digest.hexdigest()

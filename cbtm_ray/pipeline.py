@@ -8,10 +8,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cbtm_ray import average, branch, controls, corpus, discover, domain_task, findings, partition, progress, results
+from cbtm_ray import progress
+from cbtm_ray.branch import launch
+from cbtm_ray.cluster import controls, fit, partition
 from cbtm_ray.config import CONTROLS, SPLIT_CONTROLS, Control
+from cbtm_ray.corpus import build
+from cbtm_ray.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from cbtm_ray.evaluate import average, domain_task, results
+from cbtm_ray.ray_session import check_installed
+from cbtm_ray.report import terminal
 from cbtm_ray.run import Run
-from cbtm_ray.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 
 Work = Callable[[Run], dict[str, Any]]
 Stage = tuple[str, Work, str]
@@ -22,25 +28,24 @@ def make_tokenizer(run: Run) -> dict[str, Any]:
     wanted = run.config.tokens
     tokenizer: PreTrainedTokenizerBase
     if wanted.tokenizer == "train":
-        texts = corpus.read_sample(run)["text"].to_pylist()
+        texts = build.read_sample(run)["text"].to_pylist()
         tokenizer = train_tokenizer(texts, wanted.vocab_size)
     else:
         tokenizer = load_tokenizer(wanted.tokenizer)
-    save_tokenizer(tokenizer, run.uri("tokenizer"))
-    return {"vocabulary": len(tokenizer)}
+    return {"vocabulary": len(tokenizer), "content": save_tokenizer(tokenizer, run.uri("tokenizer"))}
 
 
 JOBS: dict[str, list[Stage]] = {
     "build_corpus": [
         (
             "corpus",
-            corpus.build_corpus,
+            build.build_corpus,
             "{train_documents:,} documents, {train_bytes:,} bytes; {valid_documents:,} held out; {empty_documents:,} empty",
         ),
         ("tokenizer", make_tokenizer, "{vocabulary:,} tokens"),
     ],
     "fit_clusters": [
-        ("clusterer", discover.fit_clusters, "{n_clusters} clusters in {n_iter} iterations, gap to the bound {gap:.3%}")
+        ("clusterer", fit.fit_clusters, "{n_clusters} clusters in {n_iter} iterations, gap to the bound {gap:.3%}")
     ],
     "partition_corpus": [
         (
@@ -49,9 +54,9 @@ JOBS: dict[str, list[Stage]] = {
             "{train[tokens]:,} tokens; largest cluster {train[size_skew]:.2f} x mean",
         )
     ],
-    "train_seed": [("seed", branch.train_seed, "{parameters:,} parameters, {train_tokens:,} tokens")],
+    "train_seed": [("seed", launch.train_seed, "{parameters:,} parameters, {train_tokens:,} tokens")],
     "train_experts": [
-        ("experts", branch.train_experts, "{experts} experts and the dense control, {train_tokens:,} tokens each side")
+        ("experts", launch.train_experts, "{experts} experts and the dense control, {train_tokens:,} tokens each side")
     ],
     "evaluate_mixture": [
         ("evaluation", results.evaluate_mixture, "{reported_tokens:,} tokens of {reported_on_documents:,} documents")
@@ -66,7 +71,7 @@ CONTROL_STAGES: dict[str, tuple[str, Callable[..., dict[str, Any]], str, tuple[C
         "{n_clusters} clusters; largest {size_skew:.2f} x mean",
         SPLIT_CONTROLS,
     ),
-    "train_experts": ("controls/{}", branch.train_control, "{experts} experts, {train_tokens:,} tokens", CONTROLS),
+    "train_experts": ("controls/{}", launch.train_control, "{experts} experts, {train_tokens:,} tokens", CONTROLS),
 }
 """Job -> what it does for each of `train.controls` that it has something to do for, after its stages."""
 
@@ -96,10 +101,10 @@ def run_job(run: Run, job: str) -> None:
         manifest, ran = run.stage(folder, partial(work, run))
         progress.summary(folder, manifest["seconds"] if ran else None, template.format(**manifest))
     if job == "evaluate_mixture":
-        findings.write_report(run, summaries(run))
-        findings.print_results(run)
+        terminal.write_report(run, summaries(run))
+        terminal.print_results(run)
     if job == "average_experts":
-        findings.print_average(run)
+        terminal.print_average(run)
 
 
 def summaries(run: Run) -> dict[str, str]:
@@ -113,5 +118,7 @@ def summaries(run: Run) -> dict[str, str]:
 
 
 def run_all(run: Run) -> None:
+    if run.manifest("experts") is None:
+        check_installed("train.trackers", run.config.train.trackers)  # else it would be missed only after hours
     for job in JOBS:
         run_job(run, job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -39,6 +40,18 @@ def check_fits(field: str, kind: str, wanted: float) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         raise UserError(f"{field}={wanted:g} must be at most the {kind}s of this machine, {most:g}. Lower it.")
     note(f"{field}={wanted:g} is more than the {kind}s that Ray knows of, {most:g}: waits for nodes, see `ray status`.")
+
+
+def check_installed(field: str, packages: tuple[str, ...]) -> None:
+    """UserError: a node, the first that has a CPU free, lacks one of the packages that a field names."""
+    import ray
+
+    lacking = ray.remote(lambda: [name for name in packages if importlib.util.find_spec(name) is None])
+    if packages and (missing := ray.get(lacking.remote())):
+        raise UserError(
+            f"{field} names {', '.join(missing)}, not installed on the node that was asked. Install it on every node (runtime "
+            "environment), or leave it out."
+        )
 
 
 @contextlib.contextmanager

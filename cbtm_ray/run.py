@@ -1,4 +1,4 @@
-"""The run directory: one folder a stage, finished when it holds a manifest, tied to the settings it was made with.
+"""The run directory: one folder a stage, finished when it holds a manifest, tied to the settings and inputs it was made with.
 
     <run.dir>/
       config.yaml  metrics.jsonl
@@ -7,18 +7,21 @@
       checkpoints/ evaluation/     average/{uniform,routing}/      fewshot/      report.html
 
 A stage writes `settings.json` when it starts and `manifest.json` when it ends. A folder with a manifest is skipped when
-the stage runs again; one without is continued. Either is refused when its settings are not those of the configuration.
+the stage runs again; one without is continued. Either is refused when its settings are not those of the configuration, or
+when one of the stages that it was made from is another now. (Folders of earlier versions do not say what they were made from,
+and are taken as they are.)
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from cbtm_ray import files
-from cbtm_ray.config import CONTROLS, EXECUTION_FIELDS, SPLIT_CONTROLS, Config
+from cbtm_ray.config import CONTROLS, EXECUTION_FIELDS, EXPERTS_ONLY_FIELDS, SPLIT_CONTROLS, Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import config_tree, dump_config
 
@@ -29,9 +32,9 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("tokens.tokenizer", "tokens.vocab_size"),
     "clusterer": ("embed", "cluster"),
     "shards": (),
-    "seed": ("seed_model", "tokens.sequence_length", "train.batch_size", "train.betas", "train.weight_decay",
-             "train.clip_norm", "train.precision", "train.schedule", "train.warmup_steps", "train.cross_documents"),
+    "seed": ("seed_model", "train", *(f"-{name}" for name in sorted(EXPERTS_ONLY_FIELDS)), "tokens.sequence_length"),
     "experts": _TRAINING,
+    "controls/dense": _TRAINING,
     **{f"shards/controls/{split}": () for split in SPLIT_CONTROLS},
     **{f"controls/{control}": _TRAINING for control in CONTROLS},
     "evaluation": ("evaluate", "tokens.sequence_length", "train.controls"),
@@ -42,14 +45,44 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
 
 Each control is a stage of its own, so that a finished run can be given another one."""
 
+_PARTITION, _MODELS = ("corpus", "tokenizer", "clusterer"), ("tokenizer", "shards", "seed")
+
+MADE_FROM: dict[str, tuple[str, ...]] = {
+    "corpus": (),
+    "tokenizer": ("corpus",),
+    "clusterer": ("corpus", "tokenizer"),
+    "shards": _PARTITION,
+    "seed": ("corpus", "tokenizer"),
+    "experts": _MODELS,
+    "controls/dense": _MODELS,
+    **{f"shards/controls/{split}": (*_PARTITION, "shards") for split in SPLIT_CONTROLS},
+    **{f"controls/{split}": (*_MODELS, f"shards/controls/{split}") for split in SPLIT_CONTROLS},
+    "controls/moe": _MODELS,
+    "evaluation": ("tokenizer", "clusterer", "shards", "seed", "experts", "controls/dense",
+                   *(f"shards/controls/{split}" for split in SPLIT_CONTROLS),
+                   *(f"controls/{control}" for control in CONTROLS)),
+    "average": ("tokenizer", "clusterer", "shards", "experts", "controls/dense", "evaluation"),
+    "fewshot": ("tokenizer", "shards"),
+}  # fmt: skip
+"""The stages that each stage reads. The seed reads all documents of the shards, whatever their clusters: the seed of a sweep
+serves every number of clusters."""
+
 
 SHAREABLE = ("corpus", "tokenizer", "clusterer", "shards", "seed")
 """Stages that a run may take from another; a control's partition is kept beside the shards that it is one of."""
 
 
+DENSE_FOLDER, MOE_FOLDER = "controls/dense", "controls/moe"
+
+
 def expert_folder(cluster: int, control: str | None = None) -> str:
     """Folder of an expert's model in the run directory."""
     return f"{f'controls/{control}' if control else 'experts'}/cluster={cluster:04d}"
+
+
+def partition_folder(control: str) -> str:
+    """Folder of the control's cluster of every document."""
+    return f"shards/controls/{control}"
 
 
 class Unfinished(Exception):
@@ -85,28 +118,70 @@ class Run:
             and (name in owners or (name.partition(".")[0] in owners and f"-{name}" not in owners))
         }
 
-    def check(self) -> None:
-        """Refuse a run directory that another configuration made.
+    def _all_settings(self, stage: str) -> dict[str, Any]:
+        """Those of the stage and of all stages that it comes after."""
+        return {name: value for each in (*_before(stage), stage) for name, value in self.settings(each).items()}
+
+    def identity(self, stage: str) -> str | None:
+        """A hash of the settings, the inputs and the content of a stage; None while it is unfinished."""
+        return _identity(self.uri(stage))
+
+    def _inputs(self, stage: str) -> dict[str, str]:
+        """The folders of the stages that a stage is made from; models of a warm start are made from the other run's."""
+        inputs, other = {name: self.uri(name) for name in MADE_FROM[stage]}, self.config.train.warm_start
+        if other and stage.startswith(("experts", "controls/")):
+            inputs["seed"] = files.join(files.absolute(other), stage)
+        return inputs
+
+    def check(self, *stages: str) -> None:
+        """Refuse folders that were made with another configuration or from other inputs: of these stages, or of all.
 
         Raises:
-            UserError: one line with every field that differs, and what to do.
+            UserError: one line with every field that differs, or every input, and which folders to delete.
         """
-        for stage in STAGE_SETTINGS:
-            settings_uri = self.uri(stage, "settings.json")
-            if not files.exists(settings_uri):
+        identity = functools.cache(_identity)
+        fields, inputs, stale = dict[str, str](), list[str](), set[str]()
+        for stage in stages or STAGE_SETTINGS:
+            if (made_with := self._made_with(stage)) is None:
                 continue
-            now = self.settings(stage)
-            made_with = {name: _default(self.config, name) for name in now} | files.read_json(settings_uri)
-            differing = [
-                f"{name}={now.get(name)!r} (the run has {made_with.get(name)!r})"
-                for name in sorted(made_with.keys() | now.keys())
-                if made_with.get(name) != now.get(name)
-            ]
-            if differing:
-                raise UserError(
-                    f"run.dir={self.dir} was made with another configuration: {', '.join(differing)}. "
-                    f"Give another run.dir, restore the field, or delete {self.uri(stage)} and the stages after it."
-                )
+            made_from, sources = made_with.pop("made_from", {}), self._inputs(stage)
+            differing = self._differing(stage, made_with)
+            changed = [name for name, known in made_from.items() if identity(sources[name]) not in (None, known)]
+            fields |= differing
+            inputs += [f"{self.uri(stage)} was made from another {name} than {sources[name]}" for name in changed]
+            stale |= {stage} if differing or changed else set()
+        if fields:
+            raise UserError(
+                f"run.dir={self.dir} was made with another configuration: {', '.join(fields.values())}. Give another "
+                f"run.dir, restore the field, or delete {self._with_later(stale)}."
+            )
+        if inputs:
+            raise UserError(f"{'; '.join(inputs)}. Delete {self._with_later(stale)}: the same command makes it again.")
+
+    def _is_begun(self, stage: str) -> bool:
+        return any(files.exists(self.uri(stage, name)) for name in ("settings.json", "manifest.json"))
+
+    def _made_with(self, stage: str) -> dict[str, Any] | None:
+        """What the stage's folder is tied to, or None if it is tied to nothing."""
+        uri = self.uri(stage, "settings.json")
+        return files.read_json(uri) if files.exists(uri) else None
+
+    def _differing(self, stage: str, made_with: dict[str, Any]) -> dict[str, str]:
+        """The fields that are not those that the stage was made with, as they are to be shown. Of the stages before it, only
+        those that it knows of."""
+        now, own = self._all_settings(stage), self.settings(stage)
+        made_with = {name: _default(self.config, name) for name in own} | made_with
+        return {
+            name: f"{name}={now.get(name)!r} (the run has {made_with.get(name)!r})"
+            for name in sorted(made_with)
+            if made_with.get(name) != now.get(name)
+        }
+
+    def _with_later(self, stages: set[str]) -> str:
+        """The folders of stages, and those that there are of the stages made from them."""
+        affected = [each for each in STAGE_SETTINGS if not stages.isdisjoint((*_before(each), each))]
+        there = [self.uri(each) for each in affected if self._is_begun(each)]
+        return ", ".join(uri for uri in there if not any(uri.startswith(f"{other}/") for other in there))
 
     def begin(self) -> None:
         """Check the directory, then keep the resolved configuration in it.
@@ -131,40 +206,69 @@ class Run:
         return manifest
 
     def start(self, stage: str) -> None:
-        """Tie the stage's folder to the present settings, before anything else is written there."""
-        files.write_json(self.uri(stage, "settings.json"), self.settings(stage))
+        """Tie the stage's folder to the present settings and inputs, before anything else is written there.
+
+        A folder that is begun or finished keeps what it is tied to. UserError if that is something else.
+        """
+        self.check(stage)
+        if not self._is_begun(stage):
+            found = {name: _identity(folder) for name, folder in self._inputs(stage).items()}
+            made_from = {name: identity for name, identity in found.items() if identity is not None}
+            files.write_json(self.uri(stage, "settings.json"), {**self._all_settings(stage), "made_from": made_from})
+
+    def checkpoints(self, folder: str) -> str:
+        """Where the training of a model of the run keeps its checkpoints: elsewhere for other settings, inputs or shards, so
+        that no training goes on from the checkpoint of another."""
+        made_with = self._made_with(folder.partition("/cluster=")[0])
+        if made_with is None or "made_from" not in made_with:  # of an earlier version
+            return self.uri("checkpoints", folder)
+        return self.uri("checkpoints", folder, files.fingerprint([made_with, self.identity("shards")])[:16])
 
     def finish(self, folder: str, manifest: dict[str, Any]) -> dict[str, Any]:
         """Write the manifest, which makes the folder finished."""
         files.write_json(self.uri(folder, "manifest.json"), manifest)
         return manifest
 
-    def _untie(self, stage: str) -> None:
-        """Forget the settings of a stage that refused its input before it made anything: the mended one is welcome there.
+    def _untie(self) -> None:
+        """Forget the settings of stages that made nothing before an input was refused: the mended one is welcome there.
 
-        Not those of the experts, whose dense control and checkpoints lie in other folders.
+        Log-probabilities are found again by what they were made of, and checkpoints by what their stage is tied to.
         """
-        if stage == "experts" or files.list_files(self.uri("checkpoints", stage)):
-            return
-        if files.list_files(self.uri(stage)) == [settings_uri := self.uri(stage, "settings.json")]:
-            files.delete(settings_uri)
+        for stage in STAGE_SETTINGS:
+            settings_uri, logprobs = self.uri(stage, "settings.json"), self.uri(stage, "logprobs")
+            made = [uri for uri in files.list_files(self.uri(stage)) if not uri.startswith(f"{logprobs}/")]
+            if made == [settings_uri]:
+                files.delete(settings_uri)
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """Run `work` unless the stage is finished; its manifest, and whether it ran now.
 
         The manifest gets `seconds`, the wall time of the call that finished the stage.
         """
-        done = self.manifest(name)
-        if done is not None:
-            return done, False
         started = time.perf_counter()
         self.start(name)
+        if (done := self.manifest(name)) is not None:
+            return done, False
         try:
             manifest = work()
         except UserError:
-            self._untie(name)
+            self._untie()
             raise
         return self.finish(name, {**manifest, "seconds": round(time.perf_counter() - started, 1)}), True
+
+
+def _before(stage: str) -> list[str]:
+    """All stages that a stage comes after, in their order."""
+    return list(dict.fromkeys(each for name in MADE_FROM[stage] for each in (*_before(name), name)))
+
+
+def _identity(folder: str) -> str | None:
+    """A hash of what a finished stage was made with and from, and of what its manifest says of its content."""
+    manifest_uri, settings_uri = files.join(folder, "manifest.json"), files.join(folder, "settings.json")
+    if not files.exists(manifest_uri):
+        return None
+    settings = files.read_json(settings_uri) if files.exists(settings_uri) else None
+    return files.fingerprint([settings, files.read_json(manifest_uri).get("content")])
 
 
 def no_space_left(run_dir: str) -> str:

@@ -21,14 +21,15 @@ from matplotlib.axes import Axes
 from rich.box import SIMPLE
 from rich.table import Table
 
-from cbtm_ray import files, pipeline, plots, progress
-from cbtm_ray.branch import DENSE
+from cbtm_ray import files, pipeline, progress
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
+from cbtm_ray.evaluate.result_rows import Evaluation, ResultRow, row_name
 from cbtm_ray.load_config import build_config, config_tree
-from cbtm_ray.report import page_template
-from cbtm_ray.result_rows import Evaluation, ResultRow, row_name
-from cbtm_ray.run import Run
+from cbtm_ray.ray_session import check_installed
+from cbtm_ray.report import plots
+from cbtm_ray.report.page import page_template
+from cbtm_ray.run import DENSE_FOLDER, Run
 
 Row = dict[str, Any]
 
@@ -49,6 +50,7 @@ def sweep_clusters(sweep: Run) -> None:
     shared, folders = sweep.uri("shared"), {k: sweep.uri(f"clusters={k:04d}") for k in clusters}
     for (k, tokens), point in points.items():
         _point_run(point, folders[k], shared, tokens).check()
+    check_installed("train.trackers", config.train.trackers)
     _do(_run(first, shared), "build_corpus")
     for k, folder in folders.items():
         _do(_run(points[k, budgets[0]], folder, shared), "fit_clusters", "partition_corpus")
@@ -105,7 +107,7 @@ def _dense_row(config: Config, uri: str) -> Row:
             f"sweep.dense_runs={uri!r} has {', '.join(differing)}: perplexities of other tokens do not compare. Leave it out."
         )
     rows = files.read_json(files.join(folder, "evaluation", "results.json"))["rows"]
-    manifest = files.read_json(files.join(folder, DENSE, "manifest.json"))
+    manifest = files.read_json(files.join(folder, DENSE_FOLDER, "manifest.json"))
     return {**next(row for row in rows if row["system"] == "dense"), "run": uri, "parameters": manifest["parameters"]}
 
 

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from cbtm_ray.generate import main
+from cbtm_ray.decode.generate import main
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any other tool

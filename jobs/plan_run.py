@@ -2,7 +2,7 @@
 
 import sys
 
-from cbtm_ray.plan_text import main
+from cbtm_ray.plan.table import main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__))

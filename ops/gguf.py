@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from cbtm_ray.cli import refuse
-from cbtm_ray.errors import UserError
+from cbtm_ray.errors import UserError, refuse
 from cbtm_ray.models import save_model
 
 

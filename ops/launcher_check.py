@@ -17,8 +17,7 @@ import jsonschema
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cbtm_ray.cli import refuse
-from cbtm_ray.errors import UserError, unknown_key
+from cbtm_ray.errors import UserError, refuse, unknown_key
 from ops.keys import NODE_CONFIG_NEEDS, PROVIDER, PROVIDER_NEEDS, RESOURCES, check_keys, check_node_config
 from ops.kuberay_check import check_manifest, check_version
 

@@ -14,15 +14,15 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from cbtm_ray.sampling import Sampling
-from cbtm_ray.sequence import Request, Step, remaining
-from cbtm_ray.strategies import strategy_for
-from cbtm_ray.text import TextAssembler
+from cbtm_ray.decode.sampling import Sampling
+from cbtm_ray.decode.sequence import Request, Step, remaining
+from cbtm_ray.decode.strategies import strategy_for
+from cbtm_ray.decode.text import TextAssembler
 
-from .far import MAX_ATTEMPTS, REPLICA_LOST
-from .groups import Groups
 from .limits import Refused, refusal
+from .placement import Groups
 from .protocol import ChatRequest, CompletionRequest, Piece, TokenPiece, choice_of
+from .remote_experts import MAX_ATTEMPTS, REPLICA_LOST
 
 logger = logging.getLogger("ray.serve")
 

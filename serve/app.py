@@ -6,14 +6,14 @@ from typing import Any
 from ray.serve import Application
 
 from cbtm_ray import files
-from cbtm_ray.ensemble import evaluate_again, tuned_routers, tuned_routes
 from cbtm_ray.errors import UserError
+from cbtm_ray.merge.ensemble import evaluate_again, tuned_routers, tuned_routes
 
 from .arguments import AppArguments
 from .gateway import Gateway
-from .group import ExpertGroup
-from .groups import spread
-from .roster import Roster
+from .placement import spread
+from .registry import Roster
+from .replica import ExpertGroup
 
 UNLIMITED = 10_000  # requests in an expert group: the gateways limit what they send
 ONE_LOOP = {

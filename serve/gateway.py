@@ -18,18 +18,19 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import metrics
 from starlette.exceptions import HTTPException
 
-from cbtm_ray import files, sequence
-from cbtm_ray.engine import check_room
-from cbtm_ray.ensemble import load_ensemble
+from cbtm_ray import files
+from cbtm_ray.corpus.tokenizer import encode
+from cbtm_ray.decode import sequence
+from cbtm_ray.decode.engine import check_room
 from cbtm_ray.errors import UserError
-from cbtm_ray.route import check_top_k
-from cbtm_ray.tokens import encode
+from cbtm_ray.merge.ensemble import load_ensemble
+from cbtm_ray.merge.scores import check_top_k
 
 from .answer import chat_prompt, choice_pieces, events, merged, sequence_request, total
 from .arguments import AppArguments
-from .groups import DENSE, ENSEMBLE, Groups, Layout
 from .limits import Refused, among, bearer_of, out_of_bounds, read_body, read_tokens, refusal
 from .openapi import describe
+from .placement import DENSE, ENSEMBLE, Groups, Layout
 from .protocol import ChatRequest, CompletionRequest, ExpertState, Piece, choice_of
 
 web = FastAPI(title="cbtm-ray", docs_url=None, redoc_url=None, openapi_url=None)

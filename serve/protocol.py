@@ -22,7 +22,7 @@ class RoutingOptions(Wire):
     top_k: int | None = Field(default=None, ge=1)
     """Experts mixed for a token; None: what the server was started with."""
     strategy: Literal["auto", "lockstep", "ancestral", "speculative"] = "auto"
-    """How tokens are drawn; auto: ancestral at temperature 1 without more, else lockstep (see cbtm_ray/strategies.py)."""
+    """How tokens are drawn; auto: ancestral at temperature 1 without more, else lockstep (cbtm_ray/decode/strategies.py)."""
     return_routing: bool = False
     """Whether the answer says, for every token, which experts it came from and with what weights."""
 

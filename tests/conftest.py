@@ -14,7 +14,7 @@ from filelock import FileLock
 from cbtm_ray.config import Config
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
-from tests.tiny import tiny_tree, write_corpus
+from tests.support.tiny import tiny_tree, write_corpus
 
 # The same examples every time, and no example fails for being slow on a busy machine.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -22,8 +22,8 @@ hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)  # toy tensors; more threads only wait for each other
 
 # One process begins with the finished run, the other with what takes long without it; files of seconds come last.
-LONGEST_FIRST = ("branch", "distributed", "object_store", "sweep", "partition", "parallel", "ray_session", "controls",
-                 "jobs", "serve", "handover", "embed_workers", "corpus", "generate", "fewshot", "average")  # fmt: skip
+LONGEST_FIRST = ("launch", "kmeans_actors", "object_store", "sweep", "partition", "parallel", "ray_session", "controls",
+                 "jobs", "endpoint", "handover", "embed_workers", "build", "generate", "fewshot", "average")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,7 +54,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 @pytest.fixture(scope="session")
 def tiny_config(shared_folder: Path) -> Config:
     with FileLock(shared_folder / "tiny.lock"):
-        return build_config(tiny_tree(shared_folder / "tiny" / "run", write_corpus(shared_folder / "tiny" / "corpus")))
+        return build_config(tiny_tree(shared_folder / "tiny" / "run", write_corpus(shared_folder / "tiny" / "build")))
 
 
 @pytest.fixture(scope="session")

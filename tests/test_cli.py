@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cbtm_ray.cli import main
-from tests.tiny import tiny_tree, write_corpus
+from tests.support.tiny import tiny_tree, write_corpus
 
 
 @pytest.fixture

@@ -323,6 +323,41 @@ def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
         load_config(write(tmp_path, text))
 
 
+MERGED = """
+run: {dir: runs/a}
+corpus: {paths: [documents]}
+seed_model: {train_tokens: 1000}
+train: {<<: MERGES, log_every: 3}
+"""
+
+
+@pytest.mark.parametrize("merges", ["{log_every: 7, slots: 5}", "[{slots: 5}, {log_every: 7}]"])
+def test_merged_keys_give_way_to_those_beside_them(tmp_path: Path, merges: str) -> None:
+    train = load_config(write(tmp_path, MERGED.replace("MERGES", merges))).train
+    assert (train.slots, train.log_every) == (5, 3)
+
+
+def test_an_anchor_is_merged(tmp_path: Path) -> None:
+    anchored = MERGED.replace("seed_model: {", "seed_model: &sizes {").replace("MERGES", "*sizes")
+    with pytest.raises(UserError, match=r"^train\.train_tokens is not a key"):
+        load_config(write(tmp_path, anchored))
+
+
+@pytest.mark.parametrize(
+    ("merges", "key"),
+    [("{slots: 5}, log_every: 1", "log_every"), ("{slots: 5, slots: 6}", "slots"), ("{}, <<: {}", "<<")],
+)
+def test_a_key_that_is_repeated_beside_or_inside_merged_ones_is_refused(tmp_path: Path, merges: str, key: str) -> None:
+    with pytest.raises(UserError, match=f"{key} stands twice.* Keep one"):
+        load_config(write(tmp_path, MERGED.replace("MERGES", merges)))
+
+
+def test_a_file_below_the_users_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, MINIMAL)
+    assert load_config("~/a.yaml").run.dir == "runs/a"
+
+
 def test_a_repeated_section_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run stands twice"):
         load_config(write(tmp_path, MINIMAL + "run:\n  seed: 1\n"))

@@ -164,3 +164,22 @@ def test_absolute_makes_paths_absolute_and_leaves_uris(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert files.absolute("runs/../a") == str(tmp_path / "a")
     assert files.absolute("s3://bucket/a/../b") == "s3://bucket/a/../b"
+
+
+def test_the_users_home_stands_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    files.write_bytes("~/runs/a.txt", b"x")
+    assert names(tmp_path) == ["home/runs/a.txt"]
+    assert files.absolute("~/runs") == str(tmp_path / "home" / "runs")
+    assert files.list_files("~/runs") == ["~/runs/a.txt"]
+    with files.local_folder("~/runs") as folder:
+        assert folder == str(tmp_path / "home" / "runs")
+
+
+def test_a_folder_that_exists_is_opened_and_a_name_is_left_alone(base: str, tmp_path: Path) -> None:
+    files.write_bytes(files.join(base, "model", "a.txt"), b"x")
+    with files.folder_or_name(files.join(base, "model")) as found:
+        assert os.path.samefile(found, tmp_path / "model")
+    with files.folder_or_name("someone/model") as found:
+        assert found == "someone/model"

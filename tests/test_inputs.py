@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.inputs import check_inputs
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
-from tests.tiny import tiny_tree, write_corpus
+from tests.support.tiny import tiny_tree, write_corpus
 
 
 def run_with(tmp_path: Path, **sections: dict[str, Any]) -> Run:
@@ -38,6 +39,18 @@ def test_what_is_there_passes(tmp_path: Path) -> None:
         ({"seed_model": {"name_or_path": "/no/model"}}, r"^seed_model\.name_or_path='/no/model' does not exist"),
         ({"embed": {"embedder": "sentence", "encoder": "/nowhere"}}, r"^embed\.encoder='/nowhere' does not exist"),
         ({"train": {"warm_start": "runs/nowhere"}}, r"^train\.warm_start='runs/nowhere' does not exist"),
+        ({"seed_model": {"name_or_path": "/tmp"}}, r"^seed_model\.name_or_path='/tmp' has no config\.json"),
+        ({"evaluate": {"fewshot": ["/no.jsonl"]}}, r"^evaluate\.fewshot='/no\.jsonl' is not a file"),
+        ({"evaluate": {"fewshot": ["/tmp"]}}, r"^evaluate\.fewshot='/tmp' cannot be read: "),
+        (
+            {"run": {"shared": ["/tmp"]}},
+            r"^run\.shared: /tmp has no finished corpus, tokenizer, clusterer, shards, seed to",
+        ),
+        ({"run": {"shared": ["/nowhere"]}}, r"^run\.shared: /nowhere has no finished corpus, tokenizer"),
+        (
+            {"train": {"warm_start": "/tmp"}},
+            r"^train\.warm_start='/tmp' must be .*; it has no finished experts/cluster=0000,",
+        ),
         ({"tokens": {"tokenizer": "foo://bar"}}, r"^tokens\.tokenizer=foo://bar cannot be reached: "),
     ],
 )
@@ -52,8 +65,42 @@ def test_a_name_that_the_hub_may_have_passes(tmp_path: Path) -> None:
     check_inputs(run_with(tmp_path, tokens={"tokenizer": "someone/tokenizer"}, seed_model={"name_or_path": "model"}))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("task.jsonl", b"{", "task.jsonl', line 1 is not JSON"),
+        ("task.jsonl", b"\xff", "task.jsonl', line 1 is not JSON"),
+        ("task.jsonl.gz", b"not compressed", "task.jsonl.gz' cannot be read: Not a gzipped file"),
+        ("task.jsonl.gz", gzip.compress(b"[1]")[:-9], "task.jsonl.gz' cannot be read: Compressed file ended"),
+        ("task.jsonl", b'{"text": "a", "label": "b", "split": "test"}', "has the labels"),
+        (
+            "task.jsonl",
+            b"\n".join(b'{"text": "a", "label": "%d", "split": "train"}' % n for n in range(9)),
+            "task has 9 examples of 'train' and 0 of 'test'; evaluate.fewshot_shots=8 and one are needed",
+        ),
+    ],
+)
+def test_a_fewshot_task_is_read_before_anything_is_trained_for_it(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"^evaluate.fewshot.*{message}"):
+        check_inputs(run_with(tmp_path, evaluate={"fewshot": [str(tmp_path / name)]}))
+
+
+def test_a_task_that_the_run_will_make_of_its_own_documents_need_not_be_there(tmp_path: Path) -> None:
+    check_inputs(run_with(tmp_path, evaluate={"fewshot": [str(tmp_path / "run" / "fewshot" / "domains.jsonl")]}))
+
+
 def test_what_a_finished_stage_was_made_of_may_be_gone(tmp_path: Path) -> None:
     run = run_with(tmp_path, corpus={"paths": ["/gone"]}, seed_model={"name_or_path": "/gone"})
     run.stage("corpus", dict)
     run.stage("seed", dict)
     check_inputs(run)
+
+
+def test_what_there_is_of_another_run_passes(tmp_path: Path) -> None:
+    other = run_with(tmp_path / "other")
+    for folder in ("corpus", "experts/cluster=0000", "experts/cluster=0001", "controls/dense"):
+        other.finish(folder, {})
+    check_inputs(run_with(tmp_path, run={"shared": [other.dir]}, train={"warm_start": other.dir}))

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.local_head import LocalHead, local_head
-from tests.tiny import tiny_tree, write_corpus
+from tests.support.local_head import LocalHead, local_head
+from tests.support.tiny import tiny_tree, write_corpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(7200)]
 

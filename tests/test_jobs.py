@@ -18,11 +18,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbtm_ray import files, pipeline
-from cbtm_ray.branch import DENSE, expert_folder
-from cbtm_ray.findings import curves
-from cbtm_ray.run import Run
-from tests.artefacts import artefacts
-from tests.tiny import tiny_tree, write_corpus
+from cbtm_ray.load_config import build_config, config_tree
+from cbtm_ray.report.terminal import curves
+from cbtm_ray.run import DENSE_FOLDER, MADE_FROM, Run, expert_folder
+from tests.support.artefacts import artefacts
+from tests.support.tiny import tiny_tree, write_corpus
 
 pytestmark = pytest.mark.ray
 
@@ -70,10 +70,10 @@ def test_results_have_the_settings_of_every_router_for_every_top_k(finished_run:
 
 
 def test_dense_row_is_what_hugging_face_gives(finished_run: Run) -> None:
-    from cbtm_ray.results import held_out_documents
+    from cbtm_ray.evaluate.results import held_out_documents
 
-    model = AutoModelForCausalLM.from_pretrained(finished_run.uri(DENSE)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(finished_run.uri(DENSE))
+    model = AutoModelForCausalLM.from_pretrained(finished_run.uri(DENSE_FOLDER)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished_run.uri(DENSE_FOLDER))
     documents = held_out_documents(finished_run)
     total, tokens = 0.0, 0
     for ids, tuning in zip(documents.tokens, documents.for_tuning, strict=True):
@@ -88,7 +88,7 @@ def test_dense_row_is_what_hugging_face_gives(finished_run: Run) -> None:
 
 
 def test_every_model_loads_as_a_hugging_face_folder(finished_run: Run) -> None:
-    for folder in ("seed", DENSE, *(expert_folder(cluster) for cluster in range(2))):
+    for folder in ("seed", DENSE_FOLDER, *(expert_folder(cluster) for cluster in range(2))):
         model = AutoModelForCausalLM.from_pretrained(finished_run.uri(folder))
         tokenizer = AutoTokenizer.from_pretrained(finished_run.uri(folder))
         generated = model.generate(**tokenizer("the ship", return_tensors="pt"), max_new_tokens=3, do_sample=False)
@@ -114,6 +114,28 @@ def test_a_second_run_does_nothing_but_show_the_results(finished_run: Run, capsy
     out = capsys.readouterr().out
     assert out.count("already done") == 7
     assert "dense control" in out
+
+
+def test_every_stage_says_what_it_was_made_from_and_what_it_holds(finished_run: Run) -> None:
+    for stage in ("corpus", "tokenizer", "clusterer", "shards", "seed", "experts", "controls/dense", "evaluation"):
+        made_from = files.read_json(finished_run.uri(stage, "settings.json"))["made_from"]
+        there = [name for name in MADE_FROM[stage] if finished_run.manifest(name) is not None]
+        assert made_from == {name: finished_run.identity(name) for name in there}
+        assert stage in ("shards", "evaluation") or finished_run.manifest(stage)["content"]
+
+
+@pytest.mark.slow
+def test_stages_deleted_and_made_again_are_the_same_to_the_stages_after_them(finished_run: Run, tmp_path: Path) -> None:
+    tree = config_tree(finished_run.config)
+    tree["run"]["dir"] = str(tmp_path / "run")
+    shutil.copytree(finished_run.dir, tmp_path / "run")
+    for stage in ("corpus", "tokenizer", "clusterer", "shards", "seed", "experts", "controls/dense"):
+        shutil.rmtree(tmp_path / "run" / stage)
+    tree["cluster"]["actors"], tree["train"]["log_every"] = 1, 3
+    run = Run(build_config(tree))
+    run.begin()
+    pipeline.run_all(run)
+    assert {stage: run.identity(stage) for stage in MADE_FROM} == {s: finished_run.identity(s) for s in MADE_FROM}
 
 
 def command(job: str, config: Path, *overrides: str) -> list[str]:
@@ -241,7 +263,7 @@ def test_a_run_killed_in_every_stage_continues_to_the_same_artefacts(tmp_path: P
         "tokenizer",
         "clusterer/_state.npz",
         "shards/train/part-*.parquet",
-        "checkpoints/seed/step=*",
+        "checkpoints/seed/*/step=*",
         "experts/cluster=*/manifest.json",
         "evaluation/logprobs/*.npy",
     ):

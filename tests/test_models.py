@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from cbtm_ray import flops
 from cbtm_ray.config import SeedModelConfig
+from cbtm_ray.corpus.tokenizer import train_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.models import check_tokenizer, load_model, new_model, save_model
-from cbtm_ray.tokens import train_tokenizer
+from cbtm_ray.train import flops
 
 SIZES = SeedModelConfig(hidden_size=16, n_layers=2, n_heads=2, intermediate_size=32, train_tokens=1)
 
@@ -36,7 +36,9 @@ def test_a_new_model_is_a_function_of_its_seed_alone(tokenizer: PreTrainedTokeni
 
 def test_a_saved_model_comes_back(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = new_model(SIZES, tokenizer, 64, 0)
-    save_model(model, tokenizer, str(tmp_path / "model"))
+    content = save_model(model, tokenizer, str(tmp_path / "model"))
+    assert content == save_model(model, tokenizer, str(tmp_path / "copy"))
+    assert content != save_model(new_model(SIZES, tokenizer, 64, 1), tokenizer, str(tmp_path / "other"))
     for loaded in (load_model(str(tmp_path / "model")), AutoModelForCausalLM.from_pretrained(tmp_path / "model")):
         state = loaded.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -29,13 +29,13 @@ from moto.server import ThreadedMotoServer
 from cbtm_ray import files
 from cbtm_ray.cli import main
 from cbtm_ray.config import CorpusConfig
-from cbtm_ray.documents import list_shards, read_shard
+from cbtm_ray.corpus.documents import list_shards, read_shard
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
-from tests.artefacts import artefacts
-from tests.local_head import free_ports, wait_for
-from tests.tiny import tiny_tree, write_corpus
+from tests.support.artefacts import artefacts
+from tests.support.local_head import free_ports, wait_for
+from tests.support.tiny import tiny_tree, write_corpus
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
 

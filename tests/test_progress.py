@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from cbtm_ray import progress
-from cbtm_ray.board import Board
+from cbtm_ray.branch.training_progress import Board
 
 STEPS = {"controls/dense": 800, "experts/cluster=0000": 1200, "experts/cluster=0001": 100, "experts/cluster=0002": 100}
 
@@ -94,6 +94,7 @@ def test_a_file_gets_neither(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_board_is_a_file_that_imports_nothing() -> None:
-    code = "import sys; before = set(sys.modules); import cbtm_ray.board; print(*sorted(set(sys.modules) - before))"
+    module = "cbtm_ray.branch.training_progress"
+    code = f"import sys; before = set(sys.modules); import {module}; print(*sorted(set(sys.modules) - before))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "__future__ cbtm_ray cbtm_ray.board"
+    assert found.stdout.strip() == f"__future__ cbtm_ray cbtm_ray.branch {module}"

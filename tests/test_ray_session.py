@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from cbtm_ray.ray_session import check_fits
+from cbtm_ray.errors import UserError
+from cbtm_ray.ray_session import check_fits, check_installed
 
 LISTENING = """
 import json, psutil
@@ -68,3 +69,11 @@ def test_what_a_cluster_does_not_have_yet_is_waited_for_with_a_word(
     check_fits("train.cpus_per_expert", "CPU", 3)
     said = "train.cpus_per_expert=3 is more than the CPUs that Ray knows of, 2: waits for nodes, see `ray status`.\n"
     assert capsys.readouterr().out == said
+
+
+@pytest.mark.ray
+def test_a_package_that_a_node_lacks_is_refused(ray_cluster: str) -> None:
+    check_installed("train.trackers", ())
+    check_installed("train.trackers", ("yaml",))
+    with pytest.raises(UserError, match=r"^train\.trackers names no_such, not installed on the node that was asked"):
+        check_installed("train.trackers", ("yaml", "no_such"))

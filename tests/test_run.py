@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +11,13 @@ import pytest
 
 from cbtm_ray.config import EXECUTION_FIELDS
 from cbtm_ray.errors import UserError
-from cbtm_ray.load_config import build_config, config_tree, load_config
-from cbtm_ray.run import STAGE_SETTINGS, Run
-
-
-def run_with(folder: Path, **overrides: Any) -> Run:
-    """A run in `folder`; overrides as section__key=value."""
-    tree: dict[str, Any] = {
-        "run": {"dir": str(folder)},
-        "corpus": {"paths": ["documents"]},
-        "seed_model": {"train_tokens": 1000},
-    }
-    for name, value in overrides.items():
-        section, _, key = name.partition("__")
-        tree.setdefault(section, {})[key] = value
-    return Run(build_config(tree))
+from cbtm_ray.load_config import config_tree, load_config
+from cbtm_ray.run import STAGE_SETTINGS
+from tests.support.tiny import never, run_with
 
 
 def finish(folder: Path, stage: str, **overrides: Any) -> None:
     run_with(folder, **overrides).stage(stage, dict)
-
-
-def never() -> dict[str, Any]:
-    raise AssertionError("a finished stage must not run again")
 
 
 def test_a_stage_runs_once(tmp_path: Path) -> None:
@@ -97,8 +82,7 @@ def test_another_configuration_is_refused_by_the_stage_that_depends_on_it(
     message = str(caught.value)
     assert f"run.dir={tmp_path} " in message
     assert f"{field.replace('__', '.')}={now!r} (the run has {before!r})" in message
-    assert f"delete {tmp_path / stage} and the stages after it" in message
-    assert "Give another run.dir, restore the field, or" in message
+    assert f"Give another run.dir, restore the field, or delete {tmp_path / stage}." in message
 
 
 def test_a_directory_older_than_a_field_was_made_with_its_default(tmp_path: Path) -> None:
@@ -134,21 +118,45 @@ def test_a_stage_that_refused_its_input_takes_the_mended_one(tmp_path: Path) -> 
     assert mended.stage("corpus", dict)[1]
 
 
-@pytest.mark.parametrize("there", ["seed/model.safetensors", "checkpoints/seed/step=0000000001.pt"])
-def test_a_stage_that_made_something_before_it_refused_its_input_keeps_its_settings(tmp_path: Path, there: str) -> None:
-    (tmp_path / there).parent.mkdir(parents=True)
-    (tmp_path / there).write_text("made with the first configuration")
+def test_a_stage_that_made_something_before_it_refused_its_input_keeps_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "model.safetensors").write_text("made with the first configuration")
     with pytest.raises(UserError, match="called otherwise"):
         run_with(tmp_path, seed_model__hidden_size=32).stage("seed", refuse_input)
     with pytest.raises(UserError, match=r"seed_model\.hidden_size=64 \(the run has 32\)"):
         run_with(tmp_path, seed_model__hidden_size=64).check()
 
 
-def test_experts_keep_their_settings_since_what_they_made_lies_elsewhere_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_dense_control_is_tied_like_the_experts_that_it_is_trained_with(tmp_path: Path, dense: bool) -> None:
+    first = run_with(tmp_path, train__learning_rate=0.1)
+
+    def refuse_later() -> dict[str, Any]:
+        first.start("controls/dense")
+        if dense:
+            first.finish("controls/dense", {})
+        return refuse_input()
+
     with pytest.raises(UserError, match="called otherwise"):
-        run_with(tmp_path, train__learning_rate=0.1).stage("experts", refuse_input)
-    with pytest.raises(UserError, match=r"train\.learning_rate=0\.2 \(the run has 0\.1\)"):
-        run_with(tmp_path, train__learning_rate=0.2).check()
+        first.stage("experts", refuse_later)
+    mended = run_with(tmp_path, train__learning_rate=0.2)
+    if dense:
+        with pytest.raises(UserError, match=rf"or delete {tmp_path}/controls/dense\.$"):
+            mended.check()
+    else:
+        mended.check()
+
+
+def test_an_evaluation_that_refused_its_input_keeps_log_probabilities_and_takes_the_mended_one(tmp_path: Path) -> None:
+    def score_then_refuse() -> dict[str, Any]:
+        (tmp_path / "evaluation" / "logprobs").mkdir()
+        (tmp_path / "evaluation" / "logprobs" / "seed-0123.npy").touch()
+        return refuse_input()
+
+    with pytest.raises(UserError, match="called otherwise"):
+        run_with(tmp_path, evaluate__fewshot=["gone.jsonl"]).stage("evaluation", score_then_refuse)
+    assert run_with(tmp_path, evaluate__fewshot=["there.jsonl"]).stage("evaluation", dict)[1]
+    assert (tmp_path / "evaluation" / "logprobs" / "seed-0123.npy").exists()
 
 
 def test_every_differing_field_is_named(tmp_path: Path) -> None:
@@ -177,11 +185,11 @@ def test_a_finished_run_can_be_given_a_control_once_its_evaluation_is_gone(tmp_p
         UserError, match=r"train\.controls=\['random', 'unbalanced'\] \(the run has \['random'\]\)"
     ) as caught:
         more.check()
-    assert f"delete {tmp_path / 'evaluation'} and the stages after it" in str(caught.value)
-    for name in ("settings.json", "manifest.json"):
-        (tmp_path / "evaluation" / name).unlink()
+    assert str(caught.value).endswith(f"or delete {tmp_path / 'evaluation'}, {tmp_path / 'average'}.")
+    for stage in ("evaluation", "average"):
+        shutil.rmtree(tmp_path / stage)
     more.check()
-    for stage in ("experts", "controls/random", "controls/unbalanced"):
+    for stage in ("experts", "controls/dense", "controls/random", "controls/unbalanced"):
         with pytest.raises(UserError, match=r"train\.learning_rate"):
             run_with(tmp_path, train__controls=["random"], train__learning_rate=0.5).check()
         (tmp_path / stage / "settings.json").unlink()
@@ -222,6 +230,19 @@ def test_where_and_how_fast_it_runs_may_change(tmp_path: Path) -> None:
     }
     assert {name.replace("__", ".") for name in changed} | {"run.dir"} == EXECUTION_FIELDS
     run_with(tmp_path, **changed).check()
+
+
+def test_a_training_option_is_also_the_seed_s_unless_it_is_marked_otherwise(tmp_path: Path) -> None:
+    """The names in the settings.json of runs that there are, which must be accepted."""
+    run = run_with(tmp_path)
+    shared = {"train.batch_size", "train.schedule", "train.warmup_steps", "train.betas", "train.weight_decay",
+              "train.clip_norm", "train.precision", "train.cross_documents"}  # fmt: skip
+    own = {"train.total_tokens", "train.budget", "train.warm_start", "train.learning_rate", "train.final_lr_fraction"}
+    length = {"tokens.sequence_length"}
+    seeds = {f"seed_model.{name}" for name in config_tree(run.config)["seed_model"]} - {"seed_model.cpus"}
+    assert run.settings("seed").keys() == shared | length | seeds
+    assert run.settings("experts").keys() == run.settings("controls/moe").keys() == shared | length | own
+    assert run.settings("evaluation").keys() >= {"train.controls"}
 
 
 def test_finished_stages_of_a_shared_run_are_taken_and_all_else_is_its_own(tmp_path: Path) -> None:

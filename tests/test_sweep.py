@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import Page, result
 
 from cbtm_ray import files
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
 from cbtm_ray.sweep import _dense_row, best_by_top_k, point_config, render_sweep, sweep_clusters, sweep_rows
-from tests.tiny import tiny_tree, write_corpus
+from tests.report.test_page import Page, result
+from tests.support.tiny import tiny_tree, write_corpus
 
 
 def point(n_clusters: int, tokens: int, ppl: float) -> dict[str, Any]:
@@ -125,7 +125,9 @@ def test_points_share_what_they_can_and_a_second_call_only_adds(
     assert "report.html" in printed
     assert "Next, serve it" not in printed  # a point cannot be served as it is
     found = sorted(str(path.parent.relative_to(swept.dir)) for path in Path(swept.dir).rglob("settings.json"))
-    points = [f"clusters={k:04d}/tokens=2048/{stage}" for k in (2, 4) for stage in ("evaluation", "experts")]
+    points = [
+        f"clusters={k:04d}/tokens=2048/{stage}" for k in (2, 4) for stage in ("controls/dense", "evaluation", "experts")
+    ]
     parts = [f"clusters={k:04d}/{stage}" for k in (2, 4) for stage in ("clusterer", "shards")]
     assert found == sorted([*points, *parts, "shared/corpus", "shared/seed", "shared/tokenizer"])
     result = json.loads(Path(swept.uri("sweep.json")).read_text())

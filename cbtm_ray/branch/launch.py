@@ -1,0 +1,363 @@
+"""Branch the seed into K experts, and train each as a Ray Train run of its own. Nothing is shared between the runs.
+
+K may exceed what the cluster holds: a bounded number of runs is in flight, the others wait. Ray places and restarts them;
+this file decides only which runs there are and which of them are still to do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from typing import Any, NoReturn
+
+import numpy as np
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cbtm_ray import files, progress
+from cbtm_ray.branch.training_progress import Board
+from cbtm_ray.branch.warm_start import check_warm_start, start_model
+from cbtm_ray.branch.worker import train_group
+from cbtm_ray.config import Config
+from cbtm_ray.errors import UserError
+from cbtm_ray.ray_session import TRAINING_ENV, capacity, check_fits
+from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, Unfinished, expert_folder, partition_folder
+from cbtm_ray.train.trainer import TrainSpec
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """One independent training run: what to start from, whose documents to read, how to train."""
+
+    cluster: int | None
+    """Cluster whose documents are read; None reads all."""
+    partition: str | None = None
+    """Folder of the run that says which cluster a document is of: a control's. None: the shards themselves say."""
+    init: str | None
+    """Model to start from, a folder URI or a Hugging Face name; None is a new model."""
+    upcycled_experts: int | None = None
+    """Experts that the model is upcycled to before training. None: it stays as it is."""
+    spec: TrainSpec
+
+
+def seed_branch(run: Run) -> Branch:
+    seed, name = run.config.seed_model, run.config.seed_model.name_or_path
+    tokens_per_step = run.config.train.batch_size * run.config.tokens.sequence_length
+    return Branch(
+        cluster=None,
+        init=files.absolute(name) if name and files.exists(name) else name,
+        spec=TrainSpec(
+            name="seed",
+            steps=-(-seed.train_tokens // tokens_per_step),
+            sequence_length=run.config.tokens.sequence_length,
+            train=replace(run.config.train, learning_rate=seed.learning_rate, final_lr_fraction=seed.final_lr_fraction),
+        ),
+    )
+
+
+def expert_branches(run: Run) -> list[Branch]:
+    """The dense control and the K experts, the longest first.
+
+    The control gets as many tokens as all experts together (the paper's compute-matched comparison), so that K = 1 and
+    the dense control are the same run.
+    """
+    steps_K = expert_steps(run)
+    return [
+        _branch(run, DENSE_FOLDER, None, sum(steps_K)),
+        *(
+            _branch(run, expert_folder(k), k, steps_K[k])
+            for k in sorted(range(len(steps_K)), key=lambda k: -steps_K[k])
+        ),
+    ]
+
+
+def control_branches(run: Run, control: str) -> list[Branch]:
+    """The experts of a control, one for each of its clusters: a budget of the same size, shared in the same way.
+
+    That of 'moe' is one model, which reads all documents.
+    """
+    if control == "moe":
+        return [_moe_branch(run)]
+    partition = partition_folder(control)
+    return [
+        _branch(run, expert_folder(cluster, control), cluster, steps, partition)
+        for cluster, steps in enumerate(expert_steps(run, control))
+    ]
+
+
+def _moe_branch(run: Run) -> Branch:
+    """The seed upcycled, with the steps of the dense control. UserError if it cannot be."""
+    branch = _branch(run, MOE_FOLDER, None, sum(expert_steps(run)))
+    if run.config.train.warm_start:  # from a mixture of experts
+        return branch
+    _check_upcyclable(run.uri("seed"))
+    return replace(branch, upcycled_experts=run.config.cluster.n_clusters)
+
+
+def _check_upcyclable(uri_or_name: str) -> None:
+    """Before anything is trained for it."""
+    from cbtm_ray.branch.upcycle import check_upcyclable  # seconds, which a run's controller has no use for
+
+    check_upcyclable(uri_or_name)
+
+
+def _steps_each(config: Config, n_experts: int) -> int:
+    """Optimiser steps that the budget gives each expert; UserError if it is not one."""
+    per_step = config.train.batch_size * config.tokens.sequence_length
+    if (steps := config.train.total_tokens // n_experts // per_step) == 0:
+        raise UserError(
+            f"train.total_tokens={config.train.total_tokens} must give each of {n_experts} experts at least one step of "
+            f"{per_step} tokens; raise it to {n_experts * per_step}."
+        )
+    return steps
+
+
+def _branch(run: Run, name: str, cluster: int | None, steps: int, partition: str | None = None) -> Branch:
+    config = run.config
+    spec = TrainSpec(name=name, steps=steps, sequence_length=config.tokens.sequence_length, train=config.train)
+    return Branch(cluster=cluster, partition=partition, init=start_model(run, name), spec=spec)
+
+
+def expert_steps(run: Run, control: str | None = None) -> list[int]:
+    """Optimiser steps (K,) of each expert, of the clusters or of a control's.
+
+    They get total/K tokens (the paper's rule), or tokens in proportion to their clusters' own; either way the sum is K times
+    total/K, rounded down to whole steps.
+    """
+    config, folder = run.config, partition_folder(control) if control else "shards"
+    n_clusters = run.need(folder, "partition_corpus")["n_clusters"] if control else config.cluster.n_clusters
+    equal = _steps_each(config, n_clusters)
+    if config.train.budget == "equal":
+        return [equal] * n_clusters
+    manifest = run.need(folder, "partition_corpus")
+    clusters = (manifest if control else manifest["train"])["clusters"]
+    return in_proportion(n_clusters * equal, [row["tokens"] for row in clusters])
+
+
+def in_proportion(steps: int, weights_K: list[int]) -> list[int]:
+    """Whole shares (K,) of at least 1 that sum to `steps` (at least K), each as near to its weight's part as that allows."""
+    exact_K = steps * np.asarray(weights_K) / sum(weights_K)
+    shares_K = np.maximum(np.floor(exact_K).astype(int), 1)
+    while (missing := steps - shares_K.sum()) > 0:
+        shares_K[np.argmax(exact_K - shares_K)] += 1
+    for _ in range(-missing):
+        shares_K[np.argmax(np.where(shares_K > 1, shares_K - exact_K, -np.inf))] -= 1
+    return shares_K.tolist()
+
+
+def train_branches(
+    run: Run, branches: list[Branch], *, title: str, cpus: float, slots: int | None, per_run: int = 1
+) -> None:
+    """Train every branch that has no manifest yet: `per_run` in a Ray Train run, one after the other, `slots` runs at once.
+
+    A failing run leaves the others alone; when all have ended, the failures are raised together.
+
+    Raises:
+        UserError: a branch refused its input, as its message says.
+        RuntimeError: a run failed for another reason, with the names of what it left untrained.
+    """
+    unfinished = [(group, left) for group in _groups(branches, per_run) if (left := _untrained(run, group))]
+    groups, waiting = [group for group, _ in unfinished], [branch for _, left in unfinished for branch in left]
+    for branch in branches:
+        if branch not in waiting:  # a worker may have been killed just before it did this
+            files.delete(run.uri("checkpoints", branch.spec.name))
+    if not waiting:
+        return
+    config = run.config
+    check_fits("train.gpus_per_expert", "GPU", config.train.gpus_per_expert)
+    in_flight = slots or _slots(cpus, config.train.gpus_per_expert)
+    # On the driver's own node: on another it would be lost with it, and the run with the board.
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+    failed: dict[str, BaseException] = {}
+    # A pool of daemon threads: fit() never returns once an interrupt has shut Ray down, and must not hold the exit up.
+    with ThreadPool(min(in_flight, len(groups))) as pool:
+        fits = [
+            pool.apply_async(
+                _fit,
+                (run, group, board, cpus, config.train.gpus_per_expert),
+                callback=failed.update,
+                error_callback=partial(failed.__setitem__, _run_name(group)),
+            )
+            for group in groups
+        ]
+        with progress.experts(title, {branch.spec.name: branch.spec.steps for branch in waiting}) as show:
+            while not all(fit.ready() for fit in fits):
+                time.sleep(POLL_S)
+                rows: Any = ray.get(board.rows.remote())
+                show(_with_failed_runs(rows, [group for group in groups if _run_name(group) in failed]))
+    if failed:
+        _raise_failures(failed, [branch.spec.name for branch in _untrained(run, waiting)])
+    _say_epochs(run, waiting)
+
+
+def _with_failed_runs(rows: dict[str, dict[str, Any]], failed: list[list[Branch]]) -> dict[str, dict[str, Any]]:
+    """The board's rows; what a run left untrained when it failed for good has failed too, though no worker could say so."""
+    names = [branch.spec.name for group in failed for branch in group]
+    lost = {
+        name: {**rows.get(name, {}), "state": "failed"} for name in names if rows.get(name, {}).get("state") != "done"
+    }
+    return {**rows, **lost}
+
+
+def _say_epochs(run: Run, branches: list[Branch]) -> None:
+    """One line if documents were read more than once: an expert's cluster may be smaller than its budget."""
+    epochs = {branch.spec.name: run.need(branch.spec.name, "train_experts")["epochs"] for branch in branches}
+    most, repeated = max(epochs, key=lambda name: epochs[name]), sum(count > 1 for count in epochs.values())
+    if repeated:
+        progress.note(
+            f"{repeated} of {len(epochs)} read their documents more than once: {most} {epochs[most]:.1f} times"
+        )
+
+
+def _groups(branches: list[Branch], per_run: int) -> list[list[Branch]]:
+    """What one run trains: at most `per_run` neighbours, experts with experts and never with the dense control.
+
+    The same whatever is finished, and so is its name.
+    """
+    return [
+        members[first : first + per_run]
+        for _, alike in itertools.groupby(branches, key=lambda branch: branch.cluster is None)
+        for members in [list(alike)]
+        for first in range(0, len(members), per_run)
+    ]
+
+
+def _untrained(run: Run, branches: list[Branch]) -> list[Branch]:
+    return [branch for branch in branches if run.manifest(branch.spec.name) is None]
+
+
+def _run_name(group: list[Branch]) -> str:
+    name = group[0].spec.name.replace("/", "-")
+    return name if len(group) == 1 else f"{name}-and-{len(group) - 1}-more"
+
+
+def _slots(cpus: float, gpus: float) -> int:
+    """How many runs of this size the cluster holds at once, at least 1."""
+    fits = capacity("CPU") / cpus
+    return max(1, int(min(fits, capacity("GPU") / gpus) if gpus else fits))
+
+
+def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) -> dict[str, UserError]:
+    """One Ray Train run, and another when it left a node that will be taken away; what refused its input, by name."""
+    storage, name = run.uri("checkpoints", "_ray"), _run_name(group)
+    filesystem, path = files.resolve(storage)  # of a URI Ray would make one that knows no other server for gs://
+    workers = run.config.train.workers_per_expert
+    resources = {"CPU": cpus / workers, **({"GPU": gpus / workers} if gpus else {})}
+    left = True
+    while left:
+        trainer: Any = TorchTrainer(
+            train_group,  # type: ignore[arg-type]  # its return value is Result.return_value
+            train_loop_config={"config": run.config, "group": group, "board": board},
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
+            run_config=RunConfig(  # type: ignore[call-arg]  # mypy takes it for the older class of this name
+                name=name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=run.config.train.max_failures),
+                worker_runtime_env={"env_vars": TRAINING_ENV},
+            ),
+        )
+        refused, left = trainer.fit().return_value
+    if not refused:
+        files.delete(files.join(storage, name))
+    return {name: UserError(message) for name, message in refused.items()}
+
+
+def _raise_failures(failed: dict[str, BaseException], untrained: list[str]) -> NoReturn:
+    for error in failed.values():
+        if isinstance(error, UserError):
+            raise error
+    name, error = next(iter(failed.items()))
+    raise RuntimeError(
+        f"{len(failed)} training runs failed and left untrained: {', '.join(untrained)}. The others are finished and "
+        f"kept; the same command trains what is missing. First failure, {name}: {error}"
+    ) from error
+
+
+def seed_cpus(config: Config, nodes: list[dict[str, Any]]) -> float:
+    """CPUs for the seed's training, which has the cluster to itself: all of the largest living node that has its GPUs too.
+
+    Without such a node, as on a cluster whose nodes come when work waits for them, as many as an expert's training.
+
+    Args:
+        nodes: as `ray.nodes()` gives them.
+    """
+    train = config.train
+    gpus_per_worker = train.gpus_per_expert / train.workers_per_expert
+    living = [node["Resources"] for node in nodes if node["Alive"]]
+    largest = max((each.get("CPU", 0) for each in living if each.get("GPU", 0) >= gpus_per_worker), default=0)
+    return config.seed_model.cpus or largest or train.cpus_per_expert
+
+
+def train_seed(run: Run) -> dict[str, Any]:
+    """Stage `seed/`: the model that all experts start from."""
+    run.need("shards", "partition_corpus")
+    branch = seed_branch(run)
+    if branch.init and "moe" in run.config.train.controls:
+        _check_upcyclable(branch.init)
+    cpus = seed_cpus(run.config, ray.nodes())
+    check_fits("seed_model.cpus", "CPU", cpus)
+    train_branches(run, [branch], title="train_seed", cpus=cpus, slots=1)
+    return run.need("seed", "train_seed")
+
+
+def train_experts(run: Run) -> dict[str, Any]:
+    """Stage `experts/`: K experts, and the dense control of the same total tokens in `controls/dense/`."""
+    run.need("seed", "train_seed")
+    run.start(DENSE_FOLDER)
+    branches = expert_branches(run)
+    asked = run.config.train.clusters
+    chosen = None if asked is None else {expert_folder(cluster) for cluster in asked}
+    _train_beside_each_other(
+        run, [branch for branch in branches if chosen is None or branch.spec.name in chosen], "train_experts"
+    )
+    if asked is not None and (missing := [branch.spec.name for branch in _untrained(run, branches)]):
+        raise Unfinished(
+            f"train.clusters={list(asked)} are trained. Still missing: {', '.join(missing)}; "
+            "the same command without train.clusters trains them."
+        )
+    manifests = [run.need(branch.spec.name, "train_experts") for branch in branches]
+    return {
+        "experts": len(manifests) - 1,
+        "train_tokens": sum(m["train_tokens"] for m in manifests[1:]),
+        "dense_train_tokens": manifests[0]["train_tokens"],
+        "parameters": manifests[0]["parameters"],
+        "content": [m.get("content") for m in manifests[1:]],
+    }
+
+
+def train_control(run: Run, control: str) -> dict[str, Any]:
+    """Stage `controls/CONTROL/`: the experts of a control, or the one model that is a mixture of experts.
+
+    The first one trains those of all controls, so that no slot is idle while one of them ends.
+    """
+    run.need("seed", "train_seed")
+    branches = [branch for each in run.config.train.controls for branch in control_branches(run, each)]
+    for each in run.config.train.controls:
+        run.start(f"controls/{each}")
+    _train_beside_each_other(run, sorted(branches, key=lambda branch: -branch.spec.steps), "train_controls")
+    manifests = [run.need(branch.spec.name, "train_experts") for branch in control_branches(run, control)]
+    if control == "moe":
+        return manifests[0]
+    return {
+        "experts": len(manifests),
+        "train_tokens": sum(manifest["train_tokens"] for manifest in manifests),
+        "content": [manifest.get("content") for manifest in manifests],
+    }
+
+
+def _train_beside_each_other(run: Run, branches: list[Branch], title: str) -> None:
+    check_warm_start(run, [branch.spec.name for branch in branches])
+    train = run.config.train
+    check_fits("train.cpus_per_expert", "CPU", train.cpus_per_expert)
+    train_branches(
+        run, branches, title=title, cpus=train.cpus_per_expert, slots=train.slots, per_run=train.experts_per_run
+    )

@@ -1,0 +1,90 @@
+"""An embedding by a sentence encoder, which reads text: token ids are decoded for it.
+
+N documents, T tokens, D embedding dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from functools import partial
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedTokenizerBase
+
+from cbtm_ray import files
+from cbtm_ray.cluster.embed import TextContext, decode, is_read_at
+from cbtm_ray.config import EmbedConfig
+from cbtm_ray.errors import UserError
+
+
+class SentenceEncoder:
+    """A sentence-transformers model, or a Hugging Face encoder whose states are then averaged; rows are L2-normalized.
+
+    The model's own folder says how it pools, which prompt it wants and how it normalizes. Of a document it reads the first
+    `encoder_tokens` of its own tokens, of a context the last ones.
+    """
+
+    def __init__(self, model: SentenceTransformer, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`tokenizer` made the token ids that are embedded; the model has its own."""
+        limit = model.max_seq_length or math.inf
+        if config.encoder_tokens > limit:
+            raise UserError(
+                f"embed.encoder_tokens={config.encoder_tokens} must be at most {limit}, the most that "
+                f"embed.encoder={config.encoder!r} reads. Lower it."
+            )
+        model.max_seq_length = config.encoder_tokens
+        self._model, self._config, self._tokenizer = model, config, tokenizer
+
+    @classmethod
+    def open(cls, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
+        """The encoder of `embed.encoder`, a folder, URI or name. UserError if it cannot be loaded."""
+        assert config.encoder is not None
+        try:
+            return cls.load(config.encoder, config, tokenizer)
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"embed.encoder={config.encoder!r} cannot be loaded: {first}") from error
+
+    @classmethod
+    def load(cls, uri_or_name: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
+        with files.folder_or_name(uri_or_name) as found:
+            return cls(SentenceTransformer(found), config, tokenizer)
+
+    def save(self, folder_uri: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self._model.save_pretrained(folder, create_model_card=False)
+            files.publish_folder(folder, folder_uri)
+
+    def transform(self, documents: list[np.ndarray]) -> np.ndarray:
+        """Embeddings of whole documents, float32 (N, D)."""
+        return self._encode(documents, "right")
+
+    def prefix_embeddings(self, tokens_T: np.ndarray) -> np.ndarray:
+        """Embedding of the context of every token, float32 (T, D), as `TextContext` gives it: read anew at some of them."""
+        lengths_T = np.arange(len(tokens_T))
+        read = [n for n in lengths_T if is_read_at(int(n), self._config.refresh_tokens)]
+        rows_RD = self._encode([tokens_T[:n] for n in read], "left")
+        return rows_RD[np.searchsorted(read, lengths_T, side="right") - 1]
+
+    def context(self) -> TextContext:
+        embed = partial(self._encode, truncation_side="left")
+        return TextContext(embed, refresh_tokens=self._config.refresh_tokens)
+
+    def _encode(self, documents: list[np.ndarray], truncation_side: str) -> np.ndarray:
+        """An empty text is the zero vector, which is no nearer to any topic."""
+        texts = [decode(self._tokenizer, document) for document in documents]
+        read = [n for n, text in enumerate(texts) if text.strip()]
+        rows_ND = np.zeros((len(texts), self._model.get_embedding_dimension() or 0), np.float32)
+        if read:
+            self._model.tokenizer.truncation_side = truncation_side
+            rows_ND[read] = self._model.encode(
+                [texts[n] for n in read],
+                batch_size=self._config.batch_documents,
+                normalize_embeddings=True,
+                show_progress_bar=False,
+            )
+        return rows_ND

@@ -1,0 +1,139 @@
+"""Perplexity on held-out documents: every token predicted once, mixtures computed from the experts' saved log-probabilities.
+
+T tokens (of one document after the other), K experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from cbtm_ray.config import EvaluateConfig
+from cbtm_ray.evaluate.result_rows import Summary
+from cbtm_ray.merge.mixture import mix_logprobs
+from cbtm_ray.merge.routers import ROUTERS, Route
+from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.train.loss import TokenLoss
+
+BOOTSTRAP = 1000
+
+
+def score_documents(
+    model: PreTrainedModel,
+    documents: list[np.ndarray],
+    *,
+    sequence_length: int,
+    end_of_text: int,
+    batch_tokens: int,
+) -> np.ndarray:
+    """Log-probability of every token in nats, float32, one document after the other.
+
+    A document begins after an end-of-text token. Longer ones are cut into windows that begin with the last token of the
+    window before, so that every token is predicted exactly once.
+    """
+    streams = [np.concatenate([[end_of_text], document]).astype(np.int64) for document in documents]
+    starts = np.cumsum([0, *(len(document) for document in documents)])
+    windows = [
+        (int(start) + first, stream[first : first + sequence_length + 1])
+        for start, stream in zip(starts, streams, strict=False)
+        for first in range(0, len(stream) - 1, sequence_length)
+    ]
+    windows.sort(key=lambda window: len(window[1]))
+    logprobs = np.zeros(int(starts[-1]), np.float32)
+    model.eval()
+    token_loss = TokenLoss(model, torch.full((1, 3), end_of_text, device=model.device))
+    for batch in _batches(windows, batch_tokens):
+        width = len(batch[-1][1])
+        padded = np.full((len(batch), width), end_of_text, np.int64)
+        for row, (_, tokens) in enumerate(batch):
+            padded[row, : len(tokens)] = tokens
+        with torch.inference_mode():
+            losses_BT = token_loss(torch.from_numpy(padded).to(model.device)).reshape(len(batch), width - 1)
+        for (position, tokens), losses_T in zip(batch, losses_BT.float().cpu().numpy(), strict=True):
+            logprobs[position : position + len(tokens) - 1] = -losses_T[: len(tokens) - 1]
+    return logprobs
+
+
+def _batches(windows: list[tuple[int, np.ndarray]], batch_tokens: int) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Neighbours in length together, at most `batch_tokens` with the padding, at least one window."""
+    batch: list[tuple[int, np.ndarray]] = []
+    for window in windows:
+        if batch and (len(batch) + 1) * len(window[1]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def mixture_logprobs(held_out: HeldOut, route: Route) -> np.ndarray:
+    """The mixture's log-probability of every token, (T,)."""
+    return mix_logprobs(held_out.logprobs_TK, route.weights(held_out))
+
+
+def tune(held_out: HeldOut, config: EvaluateConfig, routing: str) -> dict[int, Route]:
+    """For every top_k that the router can mix: the route of least loss on these documents, which are not those reported on.
+
+    A pass over the documents for each candidate gives the losses of all sizes together.
+    """
+    router, n_experts = ROUTERS[routing], held_out.logprobs_TK.shape[1]
+    if not (sizes := router.sizes(n_experts, config)):
+        return {}
+    candidates = router.candidates(config)
+    best_K, chosen = np.full(n_experts, np.inf), [candidates[0]] * n_experts
+    for gamma, group in itertools.groupby(candidates, lambda settings: settings.get("gamma", 1.0)):
+        evidence_TK = router.evidence_TK(held_out, gamma)
+        for settings in group:
+            scores_TK = router.scores_TK(held_out, evidence_TK, settings, config.prefix_tokens)
+            order_TK = router.order_TK(held_out, scores_TK, config.prefix_tokens)
+            losses_K = -nested_mixtures(held_out.logprobs_TK, scores_TK, order_TK).mean(axis=0)
+            for index in np.flatnonzero(losses_K < best_K):
+                best_K[index], chosen[index] = losses_K[index], settings
+    return {
+        top_k: Route(routing=routing, top_k=top_k, settings=chosen[top_k - 1], prefix_tokens=config.prefix_tokens)
+        for top_k in sizes
+    }
+
+
+def nested_mixtures(logprobs_TK: np.ndarray, scores_TK: np.ndarray, order_TK: np.ndarray) -> np.ndarray:
+    """The mixture's log-probability with the first 1, 2, ... K experts of each row's order, (T, K), in one pass."""
+    ranked_TK = np.take_along_axis(scores_TK, order_TK, axis=1).astype(np.float64)
+    joint_TK = ranked_TK + np.take_along_axis(logprobs_TK, order_TK, axis=1)
+    sums = [torch.logcumsumexp(torch.from_numpy(rows_TK), dim=1) for rows_TK in (joint_TK, ranked_TK)]  # on all cores
+    return (sums[0] - sums[1]).numpy()
+
+
+def summarise(logprobs_T: np.ndarray, lengths: np.ndarray, text_bytes: int, dense_T: np.ndarray) -> Summary:
+    """Token-weighted perplexity, bits per byte, and the ratio to the dense control, with 95 % intervals over documents.
+
+    The bootstrap draws the same documents for both systems, so that the ratio's interval leaves out what they share.
+    """
+    sums_N, dense_N = -_document_sums(logprobs_T, lengths), -_document_sums(dense_T, lengths)
+    draws = np.random.default_rng(0).integers(0, len(lengths), (BOOTSTRAP, len(lengths)))
+    tokens_R = lengths[draws].sum(axis=1)
+    loss_R, dense_R = sums_N[draws].sum(axis=1) / tokens_R, dense_N[draws].sum(axis=1) / tokens_R
+    loss, dense = sums_N.sum() / lengths.sum(), dense_N.sum() / lengths.sum()
+    ppl_low, ppl_high = np.exp(np.quantile(loss_R, [0.025, 0.975]))
+    ratio_low, ratio_high = np.exp(np.quantile(loss_R - dense_R, [0.025, 0.975]))
+    return {
+        "ppl": float(np.exp(loss)),
+        "ppl_low": float(ppl_low),
+        "ppl_high": float(ppl_high),
+        "ratio_to_dense": float(np.exp(loss - dense)),
+        "ratio_low": float(ratio_low),
+        "ratio_high": float(ratio_high),
+        "loss_nats": float(loss),
+        "bpb": float(sums_N.sum() / math.log(2) / text_bytes),
+    }
+
+
+def _document_sums(values_T: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sum over each document's tokens, float64; 0 for one without tokens."""
+    totals = np.concatenate([[0.0], np.cumsum(values_T, dtype=np.float64)])
+    ends = np.cumsum(lengths)
+    return totals[ends] - totals[ends - lengths]

@@ -1,0 +1,235 @@
+"""Stage `evaluation/`: perplexity of the ensemble and of everything it is measured against, on the same held-out text.
+
+T tokens (of one document after the other), R those of the documents that are reported on, K experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from cbtm_ray import files
+from cbtm_ray.branch.upcycle import TOP_K
+from cbtm_ray.config import SPLIT_CONTROLS, EvaluateConfig, task_name
+from cbtm_ray.corpus.tokenizer import load_tokenizer
+from cbtm_ray.errors import UserError
+from cbtm_ray.evaluate import perplexity
+from cbtm_ray.evaluate.result_rows import DomainRow, DomainSummary, Evaluation, FewshotRow, ResultRow, SampleToken
+from cbtm_ray.evaluate.scoring import HeldOutDocuments, fewshot_prompts, held_out_documents, score_models
+from cbtm_ray.evaluate.systems import Measured, control_system, ensemble_system, measure, system_distances
+from cbtm_ray.merge.routers import ROUTERS, Route
+from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run
+
+SAMPLE_TOKENS = 300
+
+Summarise: TypeAlias = Callable[[np.ndarray], DomainSummary]
+"""A summary of the log-probabilities of the reported tokens."""
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """A system's mixtures: tuned on one half of the documents, measured on the other."""
+
+    measured: Measured
+    routers: dict[str, dict[int, Route]]
+    """Every router by name and top_k, tuned for it."""
+    routes: list[Route]
+    """Those of them that are reported."""
+    rows: list[ResultRow]
+    """One a route."""
+
+
+def evaluate_mixture(run: Run) -> dict[str, Any]:
+    """`evaluation/results.json`: perplexity of the seed, the dense control, the ensemble and the controls with experts, these
+    for every routing and top-k.
+
+    Routing settings are tuned on one half of the held-out documents and all numbers reported on the other; halves are a
+    hash of the document's id.
+
+    Raises:
+        UserError: `evaluate.routings` and `evaluate.top_k` leave nothing to report of the ensemble.
+    """
+    config, controls = run.config.evaluate, run.config.train.controls
+    systems = [ensemble_system(run), *(control_system(run, name) for name in controls if name in SPLIT_CONTROLS)]
+    singles = {"seed": "seed", "dense": DENSE_FOLDER, **({"moe": MOE_FOLDER} if "moe" in controls else {})}
+    names = [*singles.values(), *(name for system in systems for name in system.experts)]
+    models = {name: run.need(name, "train_experts") for name in names}
+    documents, logprobs = held_out_documents(run), score_models(run, names)
+    reported_T = documents.token_mask(tuning=False)
+    summarise = partial(documents.summarise, dense_R=logprobs[DENSE_FOLDER][reported_T])
+    rows = [
+        _single_row(system, models[name], summarise(logprobs[name][reported_T])) for system, name in singles.items()
+    ]
+    mixtures = [_mix(found, config, models, summarise) for found in measure(run, documents, logprobs, systems)]
+    results = _results(run, documents, rows, mixtures)
+    for task in map(files.absolute, config.fewshot):
+        results["fewshot"] += _fewshot_rows(run, task, singles, mixtures)
+    files.write_json(run.uri("evaluation", "results.json"), results)
+    return {key: results[key] for key in ("tuned_on_documents", "reported_on_documents", "reported_tokens")}
+
+
+def _results(run: Run, documents: HeldOutDocuments, singles: list[ResultRow], mixtures: list[Mixtures]) -> Evaluation:
+    """Everything but the few-shot tasks."""
+    ensemble, config = mixtures[0], run.config.evaluate
+    best, chosen = _choose(ensemble, config)
+    reported = ensemble.measured.reported
+    return {
+        "rows": singles + [row for found in mixtures for row in found.rows],
+        "routers": {
+            name: {str(top_k): route.settings for top_k, route in by_top_k.items()}
+            for name, by_top_k in ensemble.routers.items()
+        },
+        "prefix_tokens": config.prefix_tokens,
+        "domains": _domain_rows(documents, singles[1], best, chosen.weights(reported)),
+        "tuned_on_documents": len(ensemble.measured.tuning.lengths),
+        "reported_on_documents": len(reported.lengths),
+        "reported_tokens": int(reported.lengths.sum()),
+        "sample": _sample(run, documents, reported, chosen),
+        "fewshot": [],
+    }
+
+
+def _single_row(system: str, manifest: dict[str, Any], summary: DomainSummary) -> ResultRow:
+    return {
+        "system": system,
+        "n_clusters": manifest.get("experts", 1),
+        "top_k": TOP_K if system == "moe" else 1,
+        "routing": None,
+        "train_tokens": manifest["train_tokens"],
+        "train_flops": manifest["train_flops"],
+        "infer_flops_per_token": manifest["infer_flops_per_token"],
+        **summary,
+    }
+
+
+def _mix(
+    measured: Measured, config: EvaluateConfig, models: dict[str, dict[str, Any]], summarise: Summarise
+) -> Mixtures:
+    """Every router of a system tuned for every top_k, and the rows of those that are reported."""
+    manifests = [models[name] for name in measured.system.experts]
+    tuned = {routing: perplexity.tune(measured.tuning, config, routing) for routing in measured.system.routings}
+    routers = {routing: by_top_k for routing, by_top_k in tuned.items() if by_top_k}
+    routes = [
+        by_top_k[top_k]
+        for routing, by_top_k in routers.items()
+        for top_k in ROUTERS[routing].reported_sizes(len(manifests), config)
+    ]
+    return Mixtures(measured, routers, routes, [_mixture_row(measured, each, manifests, summarise) for each in routes])
+
+
+def _mixture_row(measured: Measured, route: Route, manifests: list[dict[str, Any]], summarise: Summarise) -> ResultRow:
+    return {
+        "system": measured.system.name,
+        "n_clusters": len(manifests),
+        "routing": route.routing,
+        "top_k": route.top_k,
+        "settings": route.settings,
+        "train_tokens": sum(manifest["train_tokens"] for manifest in manifests),
+        "train_flops": sum(manifest["train_flops"] for manifest in manifests),
+        "infer_flops_per_token": route.experts_run(measured.reported) * manifests[0]["infer_flops_per_token"],
+        "tuning_loss_nats": float(-perplexity.mixture_logprobs(measured.tuning, route).mean()),
+        **summarise(perplexity.mixture_logprobs(measured.reported, route)),
+    }
+
+
+def _choose(ensemble: Mixtures, config: EvaluateConfig) -> tuple[ResultRow, Route]:
+    """The ensemble's row of least loss on the tuning documents, marked as `chosen`, and its route."""
+    if not ensemble.rows:
+        raise UserError(
+            f"evaluate.routings={list(config.routings)} with evaluate.top_k={list(config.top_k)} of "
+            f"{len(ensemble.measured.system.experts)} experts leaves nothing to report. Add 'posterior' to the routings."
+        )
+    best, chosen = min(
+        zip(ensemble.rows, ensemble.routes, strict=True), key=lambda pair: pair[0].get("tuning_loss_nats", math.inf)
+    )
+    best["chosen"] = True
+    return best, chosen
+
+
+def _fewshot_rows(run: Run, task: str, singles: dict[str, str], mixtures: list[Mixtures]) -> list[FewshotRow]:
+    """Accuracy of every model and mixture on a task, mixtures with the routing that perplexity was tuned for.
+
+    `weights` says whether a mixture holds the weights of the whole prompt for the label's tokens, or they run on; `scoring`
+    how the label is chosen (fewshot.py).
+    """
+    prompts = fewshot_prompts(run, task)
+    systems = [mixture.measured.system for mixture in mixtures]
+    logprobs = score_models(run, [*singles.values(), *(name for system in systems for name in system.experts)], task)
+    label_rows, _, empty_rows = prompts.label_rows()
+
+    def row(
+        accuracies: np.ndarray,
+        *,
+        system: str,
+        scoring: str,
+        n_clusters: int = 1,
+        top_k: int = 1,
+        routing: str | None = None,
+        weights: str | None = None,
+    ) -> FewshotRow:
+        return {
+            "task": task_name(task),
+            "system": system,
+            "n_clusters": n_clusters,
+            "top_k": top_k,
+            "routing": routing,
+            "weights": weights,
+            "scoring": scoring,
+            "examples": len(prompts.answers),
+            "accuracy": float(accuracies.mean()),
+            "accuracy_std": float(accuracies.std()),
+            "accuracies": accuracies.tolist(),
+        }
+
+    most = np.full(prompts.n_seeds, np.bincount(prompts.answers).max() / len(prompts.answers))
+    rows = [row(most, system="majority", scoring=scoring) for scoring in ("likelihood", "calibrated")]
+    for single, name in singles.items():
+        found = prompts.accuracies(logprobs[name][label_rows], logprobs[name][empty_rows])
+        rows += [row(accuracies, system=single, scoring=scoring) for scoring, accuracies in found.items()]
+    for mixture, distances_TK in zip(mixtures, system_distances(run, systems, prompts.tokens), strict=True):
+        system = mixture.measured.system
+        experts_TK = np.stack([logprobs[name] for name in system.experts], axis=1)
+        held_out = HeldOut(prompts.lengths, experts_TK, distances_TK)
+        for route in mixture.routes:
+            mixed = partial(
+                row, system=system.name, n_clusters=len(system.experts), routing=route.routing, top_k=route.top_k
+            )
+            for (weights, scoring), accuracies in prompts.mixture_accuracies(held_out, route).items():
+                rows.append(mixed(accuracies, weights=weights, scoring=scoring))
+    return rows
+
+
+def _domain_rows(
+    documents: HeldOutDocuments, dense: ResultRow, chosen: ResultRow, weights_RK: np.ndarray
+) -> list[DomainRow]:
+    """Perplexity of the dense control and the chosen ensemble on each gold domain, and the ensemble's mean weights there."""
+    return [
+        {
+            "domain": name,
+            "tokens": int(mask_R.sum()),
+            "dense_ppl": dense["domain_ppl"][name],
+            "cbtm_ppl": chosen["domain_ppl"][name],
+            "weights": weights_RK[mask_R].mean(axis=0).tolist(),
+        }
+        for name, mask_R in documents.domain_masks()
+    ]
+
+
+def _sample(run: Run, documents: HeldOutDocuments, reported: HeldOut, route: Route) -> list[SampleToken]:
+    """The reported document closest to 300 tokens, with the expert of most weight for each token."""
+    index = int(np.argmin(np.abs(reported.lengths - SAMPLE_TOKENS)))
+    rows = list(reported.documents())[index]
+    lengths = reported.lengths[index : index + 1]
+    weights_TK = route.weights(HeldOut(lengths, reported.logprobs_TK[rows], reported.squared_distances_TK[rows]))
+    tokens = documents.tokens[int(np.flatnonzero(~documents.for_tuning)[index])][:SAMPLE_TOKENS]
+    tokenizer = load_tokenizer(run.uri("tokenizer"))
+    return [
+        {"token": str(tokenizer.decode([int(token)])), "expert": int(weights.argmax()), "weight": float(weights.max())}
+        for token, weights in zip(tokens, weights_TK[:SAMPLE_TOKENS], strict=True)
+    ]

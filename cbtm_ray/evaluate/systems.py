@@ -1,0 +1,84 @@
+"""Systems of experts that are evaluated: the ensemble and its controls, what routes to them, and their measurements.
+
+T tokens (of one document after the other), K experts, D dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from cbtm_ray.branch.launch import expert_folder, partition_folder
+from cbtm_ray.cluster.controls import control_centers
+from cbtm_ray.cluster.embed import load_centers, load_embedder
+from cbtm_ray.corpus.tokenizer import load_tokenizer
+from cbtm_ray.evaluate.scoring import HeldOutDocuments, context_distances
+from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.run import Run
+
+CONTROL_ROUTINGS = {
+    "random": ("uniform", "bayes"),
+    "unbalanced": ("embedding", "posterior"),
+    "metadata": ("uniform", "bayes", "embedding"),
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """Experts that are mixed, and how they are routed."""
+
+    name: str
+    """'cbtm', or a control: 'random', 'unbalanced' or 'metadata'."""
+    experts: list[str]
+    """Their folders in the run, by cluster."""
+    centers_KD: Tensor | None
+    """None: its clusters have no centers."""
+    routings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A system's experts on the two halves of the held-out documents."""
+
+    system: System
+    tuning: HeldOut
+    reported: HeldOut
+
+
+def ensemble_system(run: Run) -> System:
+    """The method's own experts and centers."""
+    experts = [expert_folder(cluster) for cluster in range(run.config.cluster.n_clusters)]
+    return System("cbtm", experts, load_centers(run.uri("clusterer")), run.config.evaluate.routings)
+
+
+def control_system(run: Run, control: str) -> System:
+    """The experts of a control and what can route to them: its own centers, the experts' likelihoods alone, or nothing."""
+    n_clusters = run.need(partition_folder(control), "partition_corpus")["n_clusters"]
+    experts = [expert_folder(cluster, control) for cluster in range(n_clusters)]
+    centers_KD = None if control == "random" else control_centers(run, control)
+    return System(control, experts, centers_KD, CONTROL_ROUTINGS[control])
+
+
+def measure(
+    run: Run, documents: HeldOutDocuments, logprobs: dict[str, np.ndarray], systems: list[System]
+) -> list[Measured]:
+    """What the mixtures of every system are computed from, out of the models' log-probabilities by folder."""
+    found = []
+    for system, distances_TK in zip(systems, system_distances(run, systems, documents.tokens), strict=True):
+        experts_TK = np.stack([logprobs[name] for name in system.experts], axis=1)
+        halves = [documents.half(experts_TK, distances_TK, tuning=tuning) for tuning in (True, False)]
+        found.append(Measured(system, *halves))
+    return found
+
+
+def system_distances(run: Run, systems: list[System], documents: list[np.ndarray]) -> list[np.ndarray]:
+    """Squared distances of every token's context to the centers of each system, (T, K); (T, 0) without centers."""
+    embedder = load_embedder(
+        run.uri("clusterer", "embedder"), load_tokenizer(run.uri("tokenizer")), run.config.embed.batch_documents
+    )
+    centers = {system.name: system.centers_KD for system in systems if system.centers_KD is not None}
+    distances = context_distances(embedder, documents, centers)
+    without = np.zeros((sum(len(document) for document in documents), 0), np.float32)
+    return [distances.get(system.name, without) for system in systems]

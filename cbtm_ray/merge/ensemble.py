@@ -1,0 +1,127 @@
+"""The experts of a finished run and what routes to them, loaded for decoding.
+
+K experts, D embedding dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from cbtm_ray import files
+from cbtm_ray.cluster.embed import Embedder, load_clusterer
+from cbtm_ray.corpus.tokenizer import load_tokenizer
+from cbtm_ray.errors import UserError
+from cbtm_ray.merge.context_router import ContextRouter
+from cbtm_ray.merge.paging import PagedExperts
+from cbtm_ray.merge.routers import Route
+from cbtm_ray.models import load_model_config
+from cbtm_ray.run import expert_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """The experts of a run, and what routes to them."""
+
+    experts: Mapping[int, PreTrainedModel]
+    """Those that are here, by cluster: in a service that is spread out, not all."""
+    model_config: PretrainedConfig
+    """Of every expert: they differ in their weights only."""
+    embedder: Embedder
+    centers_KD: torch.Tensor
+    end_of_text: int
+    routes: Mapping[int, Route]
+    """One router, by top_k, each with its own settings."""
+
+    @property
+    def n_experts(self) -> int:
+        """Here or elsewhere."""
+        return len(self.centers_KD)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that prompt and answer may have together, at least one of them in the answer."""
+        return int(self.model_config.max_position_embeddings)
+
+    def router(self, top_k: int, active: Iterable[int]) -> ContextRouter:
+        """What routes a text, which is empty yet, to `top_k` of the active experts."""
+        return ContextRouter(self.routes[top_k], self.embedder.context(), self.centers_KD.double().numpy(), active)
+
+
+def tuned_routers(run_dir: str) -> dict[str, dict[int, Route]]:
+    """Every router that a finished run evaluated, by name and top_k, with the settings that its results are reported for.
+
+    Raises:
+        UserError: the run is not finished, or an older version evaluated it.
+    """
+    if not files.exists(files.join(run_dir, "evaluation", "manifest.json")):
+        raise UserError(f"run_dir={run_dir} is not a finished run. Run first: python -m jobs.run_all --config FILE")
+    evaluation = files.read_json(files.join(run_dir, "evaluation", "results.json"))
+    if "routers" not in evaluation:
+        raise UserError(f"run_dir={run_dir}: an older version evaluated it. To serve it, {evaluate_again(run_dir)}")
+    prefix_tokens = evaluation["prefix_tokens"]
+    return {
+        name: {
+            int(top_k): Route(routing=name, top_k=int(top_k), settings=settings, prefix_tokens=prefix_tokens)
+            for top_k, settings in by_top_k.items()
+        }
+        for name, by_top_k in evaluation["routers"].items()
+    }
+
+
+def tuned_routes(run_dir: str, routing: str) -> dict[int, Route]:
+    """One of the `tuned_routers`, by top_k.
+
+    Raises:
+        UserError: as there, or the run has not evaluated it.
+    """
+    routers = tuned_routers(run_dir)
+    if routing not in routers:
+        raise UserError(
+            f"routing={routing!r} was not evaluated in run_dir={run_dir}; choose from {', '.join(routers)}. Or add it to "
+            f"evaluate.routings, {evaluate_again(run_dir)}"
+        )
+    return routers[routing]
+
+
+def evaluate_again(run_dir: str) -> str:
+    """What to tell a user whose evaluation lacks something."""
+    return f"delete {files.join(run_dir, 'evaluation')} and run: python -m jobs.evaluate_mixture --config FILE"
+
+
+def load_ensemble(
+    run_dir: str,
+    clusters: Collection[int] | None = None,
+    *,
+    routing: str = "prefix",
+    resident: int | None = None,
+    device: str = "cpu",
+) -> tuple[Ensemble, PreTrainedTokenizerBase]:
+    """The ensemble of a finished run directory, routed as its evaluation measured it, and the tokenizer.
+
+    Args:
+        clusters: whose experts are to be here; all, if not said.
+        routing: a router that the run evaluated (`evaluate.routings`).
+        resident: how many of the experts have their weights in memory at a time; all, if not said.
+        device: where they run.
+
+    Raises:
+        UserError: the run is not finished, or has not evaluated that routing.
+    """
+    routes = tuned_routes(run_dir, routing)
+    tokenizer = load_tokenizer(files.join(run_dir, "tokenizer"))
+    embedder, centers_KD = load_clusterer(files.join(run_dir, "clusterer"), tokenizer)
+    wanted = range(len(centers_KD)) if clusters is None else clusters
+    folders = {cluster: files.join(run_dir, expert_folder(cluster)) for cluster in wanted}
+    ensemble = Ensemble(
+        experts=PagedExperts(folders, resident or len(folders), device),
+        model_config=load_model_config(files.join(run_dir, expert_folder(0))),
+        embedder=embedder,
+        centers_KD=centers_KD,
+        end_of_text=tokenizer.eos_token_id,
+        routes=routes,
+    )
+    return ensemble, tokenizer

@@ -1,0 +1,189 @@
+"""The routers: how experts are weighted for every token. Evaluation and serving route by the same ones.
+
+All are parts of one formula, whose first term is the paper's (section 2):
+
+    log w_j(x_<t) = -||h(x_<t) - c_j||^2 / T  +  beta * sum_{s<t} gamma^(t-1-s) e_j(x_s)  + const
+
+kept for the `top_k` largest weights and renormalized. A router says which terms it has, whether it holds its experts after a
+prefix, and which experts read that prefix. A new one is an entry of `ROUTERS`, a name in `config.Routing`, and a line in
+README.md. A new source of evidence e_j is one more value of `Router.evidence`: `evidence_TK` knows its terms for whole
+documents, `ContextRouter.append` those of a text that grows.
+
+T tokens (of one document after the other), K experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cbtm_ray.config import EvaluateConfig
+from cbtm_ray.merge.scores import (
+    HeldOut,
+    Settings,
+    evidence,
+    hold_after_prefix,
+    nearest,
+    routing_scores,
+    sparse_weights,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """A way of routing, without its settings."""
+
+    meaning: str
+    """A sentence for the report."""
+    tuned: tuple[str, ...] = ()
+    """Settings that are chosen on held-out text, of temperature, beta and gamma; what is missing is as in `routing_scores`,
+    and gamma is 1."""
+    evidence: Literal["experts"] | None = None
+    """What e_j is. 'experts': the log-probability of a token by the expert itself, which has to run for it. None: 0."""
+    holds: bool = False
+    """Whether the best `top_k` experts at the end of the prefix stay for good."""
+    nearest: bool = False
+    """Whether only the `prefix_experts` experts nearest to the context read the prefix."""
+
+    def candidates(self, config: EvaluateConfig) -> list[Settings]:
+        """The settings to choose from. Gamma changes slowest: its evidence takes a pass over all tokens."""
+        choices = {"gamma": config.gammas, "temperature": config.temperatures, "beta": config.betas}
+        names = [name for name in choices if name in self.tuned]
+        fixed: Settings = {"prefix_experts": float(config.prefix_experts or 0)} if self.nearest else {}
+        if config.legacy_d4 and self.tuned == ("temperature",):  # of the paper's own routing alone
+            fixed = {"legacy_d4": True}
+        products = itertools.product(*(choices[name] for name in names))
+        return [dict(zip(names, values, strict=True)) | fixed for values in products]
+
+    def sizes(self, n_experts: int, config: EvaluateConfig) -> range:
+        """Every top_k that this router can mix."""
+        if not self.tuned and self.evidence is None:  # all weigh alike: no expert is better than another
+            return range(n_experts, n_experts + 1)
+        readers = config.prefix_experts or 0 if self.nearest else n_experts  # only readers of the prefix can be held
+        return range(1, readers + 1)
+
+    def reported_sizes(self, n_experts: int, config: EvaluateConfig) -> list[int]:
+        """Those of `evaluate.top_k`, and all experts; but holding all of them leaves none out, which is posterior routing."""
+        wanted = {*config.top_k, n_experts} - ({n_experts} if self.holds else set())
+        return [top_k for top_k in self.sizes(n_experts, config) if top_k in wanted]
+
+    def evidence_TK(self, held_out: HeldOut, gamma: float) -> np.ndarray:
+        """The evidence for every expert before every token; each document starts anew."""
+        if self.evidence is None:
+            return np.zeros_like(held_out.logprobs_TK)
+        return np.concatenate([evidence(held_out.logprobs_TK[rows], gamma) for rows in held_out.documents()])
+
+    def scores_TK(
+        self, held_out: HeldOut, evidence_TK: np.ndarray, settings: Settings, prefix_tokens: int
+    ) -> np.ndarray:
+        """Scores of every expert before every token, -inf where it does not read the prefix; not held yet."""
+        distances_TK = held_out.squared_distances_TK
+        scores_TK = routing_scores(distances_TK, evidence_TK, settings)
+        if self.nearest:
+            for rows in held_out.documents():
+                prefix = slice(rows.start, min(rows.start + prefix_tokens + 1, rows.stop))  # and the row that chooses
+                scores_TK[prefix][~nearest(distances_TK[prefix], int(settings["prefix_experts"]))] = -np.inf
+        return scores_TK
+
+    def order_TK(self, held_out: HeldOut, scores_TK: np.ndarray, prefix_tokens: int) -> np.ndarray:
+        """The experts before every token, best first; held ones in the order of the prefix's end."""
+        order_TK = np.argsort(-scores_TK, axis=1, kind="stable")
+        if self.holds:
+            for rows in held_out.documents():
+                order_TK[rows][prefix_tokens:] = order_TK[rows][prefix_tokens : prefix_tokens + 1]
+        return order_TK
+
+
+_POSTERIOR = ("gamma", "temperature", "beta")
+
+ROUTERS = {
+    "embedding": Router(
+        meaning="Experts are weighted by the distance of their cluster's center to the context.", tuned=("temperature",)
+    ),
+    "posterior": Router(
+        meaning="The same, times how well each expert predicted the context so far; recent tokens count more.",
+        tuned=_POSTERIOR,
+        evidence="experts",
+    ),
+    "prefix": Router(
+        meaning="Every expert reads the first tokens; those that explain them best stay for good.",
+        tuned=_POSTERIOR,
+        evidence="experts",
+        holds=True,
+    ),
+    "nearest_prefix": Router(
+        meaning="The same, but only the experts nearest to the context read these first tokens.",
+        tuned=_POSTERIOR,
+        evidence="experts",
+        holds=True,
+        nearest=True,
+    ),
+    "uniform": Router(meaning="All experts weigh alike: for controls whose clusters have no centers."),
+    "bayes": Router(
+        meaning="Experts are weighted by how well each predicted the whole context so far, from equal weights (BTM).",
+        evidence="experts",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """A router with its settings, for mixtures of `top_k` experts."""
+
+    routing: str
+    """The router's name."""
+    top_k: int
+    settings: Settings
+    prefix_tokens: int
+    """Tokens of a document after which a router that holds its experts does."""
+
+    @property
+    def router(self) -> Router:
+        return ROUTERS[self.routing]
+
+    @property
+    def gamma(self) -> float:
+        return self.settings.get("gamma", 1.0)
+
+    @property
+    def held_after(self) -> int | None:
+        """Tokens after which the experts stay, None: never."""
+        return self.prefix_tokens if self.router.holds else None
+
+    def weights(self, held_out: HeldOut) -> np.ndarray:
+        """Weights of the experts for every token, (T, K)."""
+        evidence_TK = self.router.evidence_TK(held_out, self.gamma)
+        scores_TK = self.router.scores_TK(held_out, evidence_TK, self.settings, self.prefix_tokens)
+        if self.router.holds:
+            held = [hold_after_prefix(scores_TK[rows], self.top_k, self.prefix_tokens) for rows in held_out.documents()]
+            scores_TK = np.concatenate(held)
+        return sparse_weights(scores_TK, self.top_k)
+
+    def experts_run(self, held_out: HeldOut) -> float:
+        """Experts that run for a token, on average: those that are mixed, and those whose likelihood is evidence."""
+        n_experts, lengths = held_out.logprobs_TK.shape[1], held_out.lengths
+        if self.router.evidence != "experts":
+            return float(self.top_k)
+        if not self.router.holds or self.top_k == n_experts:
+            return float(n_experts)
+        readers: float = n_experts
+        if self.router.nearest:
+            readers = prefix_readers(held_out, int(self.settings["prefix_experts"]), self.prefix_tokens)
+        prefixes = np.minimum(lengths, self.prefix_tokens).sum() / lengths.sum()
+        return float(prefixes * readers + (1 - prefixes) * self.top_k)
+
+
+def prefix_readers(held_out: HeldOut, n_nearest: int, prefix_tokens: int) -> float:
+    """Experts that read a token of a prefix, on average, where only those nearest to its contexts read it.
+
+    Nearest before which token changes with the token, and an expert that comes late reads what it missed.
+    """
+    reads = 0
+    for rows in held_out.documents():
+        near_TK = nearest(held_out.squared_distances_TK[rows][: prefix_tokens + 1], n_nearest)
+        until_K = (near_TK * np.arange(1, len(near_TK) + 1)[:, None]).max(axis=0, initial=0)
+        reads += int(np.minimum(until_K, prefix_tokens).sum())
+    return reads / int(np.minimum(held_out.lengths, prefix_tokens).sum())
