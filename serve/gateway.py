@@ -122,7 +122,7 @@ class Gateway:
 
     @web.put("/v1/experts/{cluster}")
     async def set_expert(self, http: Request, cluster: str) -> dict[str, Any]:
-        """Take an expert out of the ensemble, or back into it; the group follows within a second."""
+        """Take an expert out of the ensemble, or back into it: answered when all groups know it."""
         self._admit_admin(http)
         state = await read_body(http, ExpertState, self.arguments.max_body_bytes)
         n_experts = self.experts[ENSEMBLE]

@@ -8,8 +8,8 @@ from collections import Counter
 
 from ray import serve
 
-TOLD_S = 5.0
-"""How long a change waits for a group to hear of it. Groups report every second; where none runs, none has to hear."""
+TOLD_S = 10.0
+"""How long a change waits for the groups' replicas, which report every second. One that is silent for longer is gone."""
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=100)
@@ -21,20 +21,26 @@ class Roster:
         """Experts that take no part; None: no group has said it yet."""
         self.requests: Counter[int] = Counter()
         self.tokens: Counter[int] = Counter()
-        self._told = asyncio.Event()  # a group has heard of the last change
+        self._replicas, self._behind = set[str](), set[str]()  # of groups; those that have not heard of the last change
+        self._told = asyncio.Event()
 
-    async def report(self, requests: Counter[int], tokens: Counter[int], resting: set[int] | None) -> set[int] | None:
-        """Count what a group has served since its last report; the experts that are to take no part, by cluster. None, given
-        or returned: the group, or the roster, is new and does not know."""
+    async def report(
+        self, replica: str, requests: Counter[int], tokens: Counter[int], resting: set[int] | None
+    ) -> set[int] | None:
+        """Count what a group's replica has served since its last report; the experts that are to take no part, by cluster.
+        None, given or returned: the replica, or the roster, is new and does not know."""
         self.requests.update(requests)
         self.tokens.update(tokens)
         if self.resting is None:
             self.resting = resting
-        self._told.set()
+        self._replicas.add(replica)
+        self._behind.discard(replica)
+        if not self._behind:
+            self._told.set()
         return self.resting
 
     async def set_active(self, cluster: int, active: bool, n_experts: int) -> bool | None:
-        """Take an expert out of the ensemble or back into it, and wait until a group has heard it, which a new roster can ask.
+        """Take an expert out of the ensemble or back into it. Done when all groups know it, for a new roster asks any of them.
 
         Returns:
             False, and nothing done, if no expert would be left. None, and nothing done, if the roster does not know yet which
@@ -45,10 +51,12 @@ class Roster:
         resting = self.resting - {cluster} if active else self.resting | {cluster}
         if len(resting) == n_experts:
             return False
-        self.resting = resting
-        self._told.clear()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._told.wait(), TOLD_S)
+        self.resting, self._behind = resting, self._replicas.copy()
+        if self._behind:
+            self._told.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._told.wait(), TOLD_S)
+        self._replicas -= self._behind
         return True
 
     async def served(self) -> tuple[Counter[int], Counter[int], set[int]]:

@@ -73,9 +73,9 @@ class ExpertGroup:
             self.engines[DENSE] = Engine(alone, **room)
         self.answering = Answering(RemoteScorer(ensemble, cache_tokens))
         self.n_experts, self.n_tokens = ensemble.n_experts, 0
-        self.resting: set[int] | None = None  # not asked yet
+        self.resting: set[int] | None = None  # not told yet
         self.end_of_text = ensemble.end_of_text
-        self.roster = roster
+        self.roster, self._name = roster, uuid.uuid4().hex
         self._requests, self._tokens = Counter[int](), Counter[int]()
         self._streams: dict[tuple[str, int], asyncio.Queue[Step | BaseException]] = {}
         self._left: list[tuple[str, int]] = []
@@ -150,7 +150,7 @@ class ExpertGroup:
         self._tokens.clear()
         try:
             # A new roster knows nothing; a group that knows better tells it before this one reports again.
-            resting = await self.roster.report.remote(requests, tokens, self.resting) or set()
+            resting = await self.roster.report.remote(self._name, requests, tokens, self.resting) or set()
         except REPLICA_LOST as lost:  # another one comes, and is told next time
             logger.warning("The roster died under a report: %s", lost)
             self._requests.update(requests)

@@ -23,7 +23,7 @@ torch.set_num_threads(1)  # toy tensors; more threads only wait for each other
 
 # One process begins with the finished run, the other with what takes long without it; files of seconds come last.
 LONGEST_FIRST = ("launch", "kmeans_actors", "object_store", "sweep", "partition", "parallel", "ray_session", "controls",
-                 "jobs", "endpoint", "embed_workers", "build", "generate", "fewshot", "average")  # fmt: skip
+                 "jobs", "endpoint", "handover", "embed_workers", "build", "generate", "fewshot", "average")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

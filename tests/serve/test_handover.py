@@ -122,7 +122,7 @@ def undisturbed(ensemble: Ensemble, prompt: list[int], *, top_k: int, max_tokens
 def check_is(choice: dict[str, Any], steps: list[Step], tokenizer: Any) -> None:
     """Every token of prompt and answer is there, and its log-probability is right."""
     assert choice["logprobs"]["tokens"] == [tokenizer.decode([step.token]) for step in steps]
-    np.testing.assert_allclose(choice["logprobs"]["token_logprobs"], [step.logprob for step in steps], atol=1e-4)
+    np.testing.assert_allclose(choice["logprobs"]["token_logprobs"], [step.logprob for step in steps], atol=1e-3)
     assert choice["text"] == tokenizer.decode([step.token for step in steps if step.finish_reason != "stop"])
     assert choice["finish_reason"] == steps[-1].finish_reason
 
@@ -138,6 +138,21 @@ def test_a_text_that_is_handed_on_loses_no_token(
         prompt = tokens[:length]
         [choice] = ask(client, body_of(prompt, cbtm={"top_k": top_k}))
         check_is(choice, undisturbed(ensemble, prompt, top_k=top_k), tokenizer)
+
+
+def test_a_new_roster_does_not_forget_who_is_out(client: httpx.Client) -> None:
+    assert client.put("/experts/1", json={"active": False}).json()["state"] == "out"
+    [roster] = replicas("Roster")
+    roster.kill()
+    roster.wait(60)
+    answer = client.put("/experts/0", json={"active": False})
+    until = time.monotonic() + 60
+    while answer.status_code >= 500:  # the roster dies under it, or the new one knows nothing yet
+        assert time.monotonic() < until
+        answer = client.put("/experts/0", json={"active": False})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "last_expert")
+    assert client.put("/experts/1", json={"active": True}).json()["state"] == "active"
+    assert [row["state"] for row in client.get("/experts").json()["data"]] == ["active", "active"]
 
 
 def interrupted(client: httpx.Client, body: dict[str, Any]) -> list[list[dict[str, Any]]]:
@@ -160,21 +175,6 @@ def test_no_token_is_lost_when_a_replica_dies(client: httpx.Client, ensemble: En
     steps = undisturbed(ensemble, prompt, top_k=2, max_tokens=38)  # there is room for two of them
     for [choice] in interrupted(client, body_of(prompt, max_tokens=38)):
         check_is(choice, steps, tokenizer)
-
-
-def test_a_new_roster_does_not_forget_who_is_out(client: httpx.Client) -> None:
-    assert client.put("/experts/1", json={"active": False}).json()["state"] == "out"
-    [roster] = replicas("Roster")
-    roster.kill()
-    roster.wait(60)
-    until = time.monotonic() + 60
-    while (
-        answer := client.put("/experts/0", json={"active": False})
-    ).status_code >= 500:  # it dies, or knows nothing yet
-        assert time.monotonic() < until
-    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "last_expert")
-    assert client.put("/experts/1", json={"active": True}).json()["state"] == "active"
-    assert [row["state"] for row in client.get("/experts").json()["data"]] == ["active", "active"]
 
 
 def test_the_cache_may_be_filled_and_no_more(client: httpx.Client) -> None:

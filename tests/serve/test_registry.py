@@ -26,9 +26,9 @@ def run(test: Callable[[Any], Awaitable[None]]) -> None:
     asyncio.run(begin())
 
 
-async def report(roster: Any, resting: set[int] | None) -> set[int] | None:
-    """What a group is told that has been told these, or nothing."""
-    answer: set[int] | None = await roster.report(Counter(), Counter(), resting)
+async def report(roster: Any, resting: set[int] | None, replica: str = "a") -> set[int] | None:
+    """What a group's replica is told that has been told these, or nothing."""
+    answer: set[int] | None = await roster.report(replica, Counter(), Counter(), resting)
     return answer
 
 
@@ -64,16 +64,21 @@ def test_a_group_that_is_new_too_makes_it_forget_nothing() -> None:
     run(test)
 
 
-def test_a_change_is_done_when_a_group_has_heard_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TOLD_S", 60.0)
+def test_a_change_is_done_when_all_replicas_have_heard_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is gone is waited for once."""
 
     async def test(roster: Any) -> None:
-        await report(roster, set())
-        change = asyncio.create_task(roster.set_active(1, False, 2))
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert not change.done()
-        assert await report(roster, set()) == {1}
+        for replica in ("a", "b", "gone"):
+            await report(roster, set(), replica)
+        assert await roster.set_active(0, False, 3)
+        monkeypatch.setattr(module, "TOLD_S", 60.0)
+        for replica in ("a", "b"):
+            await report(roster, {0}, replica)
+        change = asyncio.create_task(roster.set_active(1, False, 3))
+        for replica in ("a", "b"):
+            await asyncio.sleep(0.01)
+            assert not change.done()
+            assert await report(roster, {0}, replica) == {0, 1}
         assert await change
 
     run(test)
