@@ -147,12 +147,12 @@ def fail(*_: object) -> None:
 
 def test_a_text_whose_read_failed_is_read_again() -> None:
     ensemble, text = make_ensemble(), [0, 5, 6, 7, 8]
-    contexts = RemoteScorer(ensemble, 20)
+    scorer = RemoteScorer(ensemble, 20)
     hook = ensemble.experts[1].register_forward_pre_hook(fail)
     with pytest.raises(ValueError, match="the model has failed"):
-        contexts.score([ScoreRequest(1, text, 0, "a")])
+        scorer.score([ScoreRequest(1, text, 0, "a")])
     hook.remove()
-    [found] = contexts.score([ScoreRequest(1, [*text, 9], 5, "a")])
+    [found] = scorer.score([ScoreRequest(1, [*text, 9], 5, "a")])
     [expected] = RemoteScorer(ensemble, 20).score([ScoreRequest(1, [*text, 9], 5, "a")])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
