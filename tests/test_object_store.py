@@ -35,9 +35,8 @@ from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
 from tests.support.artefacts import artefacts
 from tests.support.local_head import free_ports, wait_for
+from tests.support.s3 import CREDENTIALS
 from tests.support.tiny import tiny_tree, write_corpus
-
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
 from cbtm_ray.sweep import _dense_row, best_by_top_k, point_config, render_sweep, sweep_clusters, sweep_rows
-from tests.report.test_page import Page, result
+from tests.support.report_data import Page, result
 from tests.support.tiny import tiny_tree, write_corpus
 
 

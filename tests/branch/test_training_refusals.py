@@ -33,9 +33,9 @@ from cbtm_ray.train.checkpoints import Checkpoints
 from cbtm_ray.train.packed_sequences import PackedSequences
 from cbtm_ray.train.trainer import Trainer, TrainSpec, train_model
 from tests.support.local_head import free_ports
+from tests.support.s3 import CREDENTIALS
 from tests.support.seeded_run import check_as_undisturbed, seeded_run, write_shards
 from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, train, without_speed
-from tests.test_object_store import CREDENTIALS
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import pytest
 from matplotlib import image
 
 from cbtm_ray.report.page import render_report
-from tests.report.test_page import make_data
+from tests.support.browser import CHROMIUM
+from tests.support.report_data import make_data
 
-CHROMIUM = shutil.which("chromium")
 LIGHT, DARK = 1, 0
 
 pytestmark = [

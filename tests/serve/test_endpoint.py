@@ -40,8 +40,7 @@ from serve.app import build
 from serve.arguments import AppArguments
 from serve.limits import Refused
 from serve.protocol import ChatRequest
-from tests.report.test_page_browser import CHROMIUM
-from tests.support.browser import open_page, screenshot, value_of
+from tests.support.browser import CHROMIUM, open_page, screenshot, value_of
 from tests.support.serving import stop_serve
 
 pytestmark = pytest.mark.ray

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,7 @@ from typing import Any
 import httpx
 from websockets.sync.client import connect
 
-from tests.report.test_page_browser import CHROMIUM
-
+CHROMIUM = shutil.which("chromium")
 Command = Callable[..., dict[str, Any]]
 """command(method, **params) -> result, as in https://chromedevtools.github.io/devtools-protocol."""
 

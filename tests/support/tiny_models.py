@@ -81,3 +81,9 @@ def train(
 
 def without_speed(curve: list[dict]) -> list[dict]:
     return [{key: value for key, value in point.items() if key != "tokens_per_s"} for point in curve]
+
+
+def make_valid(documents: int = 12, length: int = 16) -> PackedSequences:
+    random = np.random.default_rng(1)
+    texts = [random.integers(1, 50, 30) for _ in range(documents)]
+    return PackedSequences(texts, sequence_length=length, end_of_text=0, seed=0)

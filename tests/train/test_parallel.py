@@ -15,8 +15,7 @@ from torch import distributed, multiprocessing
 from cbtm_ray.errors import UserError
 from cbtm_ray.train import parallel
 from cbtm_ray.train.trainer import Leaving, Trainer, train_model
-from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, train, without_speed
-from tests.train.test_train_options import make_valid
+from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, make_valid, train, without_speed
 
 SHORT = changed(SPEC, steps=6, checkpoint_every=3, log_every=2, evaluate_every=3, evaluate_sequences=4)
 SPECS = {

@@ -14,7 +14,7 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.train.loss import TokenLoss
 from cbtm_ray.train.packed_sequences import PackedSequences
 from cbtm_ray.train.trainer import Trainer
-from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, train, without_speed
+from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, make_valid, train, without_speed
 
 
 def weights(model: Any) -> torch.Tensor:
@@ -110,12 +110,6 @@ def test_documents_kept_apart_train_to_other_weights_and_resume_bit_for_bit() ->
     assert without_speed(resumed_curve) == without_speed(curve)
     assert torch.equal(weights(resumed), weights(whole))
     assert not torch.equal(weights(joined), weights(whole))
-
-
-def make_valid(documents: int = 12, length: int = 16) -> PackedSequences:
-    random = np.random.default_rng(1)
-    texts = [random.integers(1, 50, 30) for _ in range(documents)]
-    return PackedSequences(texts, sequence_length=length, end_of_text=0, seed=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
