@@ -72,7 +72,7 @@ def make_experts(size: str, seed: int, device: str = "cpu") -> list[PreTrainedMo
 
 
 def make_ensemble(experts: list[PreTrainedModel], weights: list[float]) -> Ensemble:
-    """Experts with the same weights at every token: contexts all lie at 0, centres at the distances that give them."""
+    """Experts with the same weights at every token: contexts all lie at 0, centers at the distances that give them."""
     distances_K = -np.log(np.maximum(weights, 1e-9))
     centers_KK = np.diag(np.sqrt(distances_K - distances_K.min()))
     settings = {"temperature": 1.0, "beta": 0.0, "gamma": 0.9}

@@ -2,7 +2,7 @@
 
 Throughput of each step on one core, in MB of text a second: read, tokenize, embed, assign; and the paper's pipeline of
 scikit-learn (tf-idf over words, SVD, L2 norm) from the same texts. `sklearn_speedup_per_core` compares from text to
-embedding, so ours with tokenising, which training needs in any case. Where the corpus has domains, a second table tells
+embedding, so ours with tokenizing, which training needs in any case. Where the corpus has domains, a second table tells
 how well the clusters of each embedder agree with them. The last line of the output is one JSON object.
 """
 
@@ -79,7 +79,7 @@ def embedders(
     configs = {
         "TokenTfidf": EmbedConfig(dimensions=args.dimensions),
         "WordTfidf, L2": EmbedConfig(embedder="word_tfidf", dimensions=args.dimensions),
-        "WordTfidf, standardised": EmbedConfig(
+        "WordTfidf, standardized": EmbedConfig(
             embedder="word_tfidf", normalisation="standard", dimensions=args.dimensions
         ),
     }

@@ -26,7 +26,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tests.support.artefacts import artefacts
+from tests.support.artifacts import artifacts
 from tests.support.hosts import Host, Network, network, start_head, start_worker
 from tests.support.tiny import tiny_tree, write_corpus
 
@@ -89,7 +89,7 @@ def kept(run_dir: Path) -> str:
     if stage == "shards":
         return f"{len(list(run_dir.glob('shards/train/part-*.parquet')))} of 6 shards"
     if stage == "clusterer" and (run_dir / "clusterer" / "_state.npz").exists():
-        return "centres of the last iteration"
+        return "centers of the last iteration"
     if stage in ("seed", "experts"):
         models = [path.parent.name for path in run_dir.glob("experts/cluster=*/manifest.json")]
         models += [path.parent.name for path in run_dir.glob("controls/*/manifest.json")]
@@ -192,17 +192,17 @@ def main() -> None:
         cluster = Cluster(net)
         with (folder / "calm.log").open("w") as log:
             assert submit(cluster, config, folder / "calm", log).wait() == 0, "the undisturbed run failed"
-        calm = artefacts(str(folder / "calm"))
+        calm = artifacts(str(folder / "calm"))
         while not same if args.each_stage else len(rows) < args.kills:
             run_dir = folder / f"run-{len(same) + 1}"
             disturb(cluster, config, run_dir, args, rng, rows)
-            same.append(artefacts(str(run_dir)) == calm)
+            same.append(artifacts(str(run_dir)) == calm)
     table = Table("kill", "run", "submission", "killed", "in stage", "kept of it", "finished before, made again")
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table)
     kinds = Counter(row[3].split()[0] for row in rows)
-    print(json.dumps({"kills": len(rows), **kinds, "runs": len(same), "artefacts": len(calm), "same": all(same)}))
+    print(json.dumps({"kills": len(rows), **kinds, "runs": len(same), "artifacts": len(calm), "same": all(same)}))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main() -> None:
     tokens = encode(tokenizer, texts)
     text_T = np.concatenate(tokens)[: args.tokens]
     ours = TokenTfidf.fit(tokens, silent_tokens(tokenizer), dimensions=args.dimensions, random_state=args.seed)
-    words = WordTfidf.fit(tokens, tokenizer, dimensions=args.dimensions, standardise=False, random_state=args.seed)
+    words = WordTfidf.fit(tokens, tokenizer, dimensions=args.dimensions, standardize=False, random_state=args.seed)
     pipeline = word_pipeline([decode(tokenizer, ids) for ids in tokens], args.dimensions, args.seed)
     prefixes = [text_T[:t] for t in range(len(text_T))]
 

@@ -53,7 +53,7 @@ def read_texts() -> list[str]:
 def make_run(folder: Path, size: str, seed: int) -> str:
     """Write experts of a size of benchmarks/decoding.py, one model beside them as the dense control, and what routes.
 
-    Tokenizer and embedder are fitted on documents; the centres are those of a document each.
+    Tokenizer and embedder are fitted on documents; the centers are those of a document each.
     """
     texts = read_texts()
     tokenizer = train_tokenizer(texts, SIZES[size]["vocab_size"])

@@ -2,7 +2,7 @@
 
     B sequences, T tokens, V vocabulary
 
-Two tables. Loops: the same model, data, batch, optimiser and threads in our loop, in Hugging Face's Trainer and in a
+Two tables. Loops: the same model, data, batch, optimizer and threads in our loop, in Hugging Face's Trainer and in a
 minimal loop, alternating, so that a busy machine slows all three. Each turn has a process of its own; ours has the
 environment that the job's training processes have, and without it a row of its own. Ray Train: one expert through
 cbtm_ray.branch.launch, and the same without it, in a process of the same environment. The last line of the output is one

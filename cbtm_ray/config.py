@@ -142,7 +142,7 @@ class ClusterConfig:
     max_iter: Count = 50
     """Most Lloyd iterations."""
     tol: FromZero = 1e-4
-    """Stop when the centres move less than this: summed squared shift over the embeddings' variance."""
+    """Stop when the centers move less than this: summed squared shift over the embeddings' variance."""
     actors: Execution[Annotated[int, Field(ge=1, le=16, strict=True)]] = 2
     """Ray actors that hold the embeddings while fitting, at most 16."""
     gpus_per_actor: Execution[FromZero] = 0
@@ -186,7 +186,7 @@ class TrainConfig:
     """How the experts share it: total/K each (the paper's rule), or in proportion to their clusters' training tokens."""
     warm_start: ExpertsOnly[Text | None] = None
     """Directory of a finished run with the same tokenizer and clusterer: experts and controls go on from its own instead of
-    from the seed, with new optimisers. `total_tokens` are the new tokens."""
+    from the seed, with new optimizers. `total_tokens` are the new tokens."""
     clusters: Execution[Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None] = None
     """Clusters whose experts to train now, the controls and the other experts later. None: all experts and the controls."""
     controls: ExpertsOnly[tuple[Control, ...]] = ()
@@ -194,7 +194,7 @@ class TrainConfig:
     `corpus.domain_column`; and one mixture of experts, the seed upcycled to `cluster.n_clusters` experts of which two run.
     They may be added to a finished run, whose evaluation is then to be redone."""
     batch_size: Count = 16
-    """Sequences in an optimiser step."""
+    """Sequences in an optimizer step."""
     micro_batch_size: Execution[Count | None] = None
     """Sequences that go through a worker's model at once; the step adds up their gradients. None: its whole share."""
     learning_rate: ExpertsOnly[Positive] = 1e-3
@@ -204,7 +204,7 @@ class TrainConfig:
     schedule: Literal["linear", "cosine"] = "linear"
     """Shape of the decay after warm-up (the paper's code: linear to 0)."""
     warmup_steps: NonNegative = 10
-    """Optimiser steps from 0 to the peak learning rate."""
+    """Optimizer steps from 0 to the peak learning rate."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
     weight_decay: FromZero = 0.0
@@ -233,17 +233,17 @@ class TrainConfig:
     parallel: Execution[Literal["ddp", "fsdp"]] = "ddp"
     """How they do it: every worker holds the whole model, or (FSDP2) its share of weights, gradients and moments."""
     log_every: Execution[Count] = 10
-    """Optimiser steps between two points of the training curve."""
+    """Optimizer steps between two points of the training curve."""
     tensorboard: Execution[bool] = False
     """Write every curve to `run.dir`/tensorboard too, with each checkpoint and at the end."""
     trackers: Execution[tuple[Literal["mlflow", "wandb"], ...]] = ()
     """Who is told every point of every curve as it comes; to be installed and set up on the nodes, see `trackers.py`."""
     checkpoint_every: Execution[Count] = 200
-    """Optimiser steps between two checkpoints: what a killed worker loses at most."""
+    """Optimizer steps between two checkpoints: what a killed worker loses at most."""
     notice_every: Execution[Count] = 10
-    """Optimiser steps between two looks for a notice that the node will be taken away, on which a checkpoint is written."""
+    """Optimizer steps between two looks for a notice that the node will be taken away, on which a checkpoint is written."""
     evaluate_every: Execution[Count | None] = None
-    """Optimiser steps between two losses on the branch's own held-out documents. None: only at the end."""
+    """Optimizer steps between two losses on the branch's own held-out documents. None: only at the end."""
     evaluate_sequences: Execution[Count] = 32
     """Held-out sequences that such a loss reads, at most."""
     max_failures: Execution[NonNegative] = 3
@@ -297,7 +297,7 @@ class EvaluateConfig:
     fewshot: tuple[Text, ...] = ()
     """Few-shot tasks to report accuracy on: JSONL files of examples, see `fewshot.py`."""
     fewshot_shots: Count = 8
-    """Labelled examples shown in a prompt."""
+    """Labeled examples shown in a prompt."""
     fewshot_seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = (13, 21, 42, 87, 100)
     """Seeds of the draws of these examples; accuracy is the mean over them."""
     fewshot_examples: Count = 200

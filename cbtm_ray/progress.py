@@ -44,7 +44,7 @@ def bar(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
 
 
 STATES = {"failed": "red", "running": "green", "waiting": "dim", "done": "cyan"}
-"""States of an expert in the order of the table, and their colours."""
+"""States of an expert in the order of the table, and their colors."""
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def experts(stage: str, steps: dict[str, int]) -> Iterator[Callable[[dict[str, d
     """A table of experts in training, live; a bar for one alone. On anything but a terminal neither is drawn.
 
     Args:
-        steps: optimiser steps of each expert by its name.
+        steps: optimizer steps of each expert by its name.
 
     Yields:
         A function that shows what is known of them by now: rows as those of `expert_table`.

@@ -1,4 +1,4 @@
-"""Tokenise the corpus and sort it into its clusters."""
+"""Tokenize the corpus and sort it into its clusters."""
 
 import sys
 

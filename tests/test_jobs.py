@@ -21,12 +21,12 @@ from cbtm_ray import files, pipeline
 from cbtm_ray.load_config import build_config, config_tree
 from cbtm_ray.report.terminal import curves
 from cbtm_ray.run import DENSE_FOLDER, MADE_FROM, Run, expert_folder
-from tests.support.artefacts import artefacts
+from tests.support.artifacts import artifacts
 from tests.support.tiny import tiny_tree, write_corpus
 
 pytestmark = pytest.mark.ray
 
-ARTEFACTS = (
+ARTIFACTS = (
     "tokenizer/tokenizer.json",
     "clusterer/centers.npy",
     "clusterer/embedder/table.npy",
@@ -108,9 +108,9 @@ def test_curves_and_report_are_in_the_run(finished_run: Run) -> None:
 
 
 def test_a_second_run_does_nothing_but_show_the_results(finished_run: Run, capsys: pytest.CaptureFixture) -> None:
-    before = {name: os.stat(finished_run.uri(name)).st_mtime_ns for name in ARTEFACTS}
+    before = {name: os.stat(finished_run.uri(name)).st_mtime_ns for name in ARTIFACTS}
     pipeline.run_all(finished_run)
-    assert {name: os.stat(finished_run.uri(name)).st_mtime_ns for name in ARTEFACTS} == before
+    assert {name: os.stat(finished_run.uri(name)).st_mtime_ns for name in ARTIFACTS} == before
     out = capsys.readouterr().out
     assert out.count("already done") == 7
     assert "dense control" in out
@@ -238,7 +238,7 @@ def kill_when(tmp_path: Path, config: Path, there: str, environment: dict[str, s
 
 
 @pytest.mark.slow
-def test_a_driver_killed_among_its_experts_continues_to_the_same_artefacts(
+def test_a_driver_killed_among_its_experts_continues_to_the_same_artifacts(
     tmp_path: Path, finished_run: Run, ray_cluster: str
 ) -> None:
     """On a cluster that outlives it, as under `ray job submit`."""
@@ -251,12 +251,12 @@ def test_a_driver_killed_among_its_experts_continues_to_the_same_artefacts(
     kill_when(tmp_path, config, "experts/cluster=*/manifest.json", environment)
     assert not (tmp_path / "run" / "experts" / "manifest.json").exists()
     subprocess.run(command("run_all", config), check=True, stdout=subprocess.DEVNULL, env=environment)
-    assert artefacts(str(tmp_path / "run")) == artefacts(finished_run.dir)
+    assert artifacts(str(tmp_path / "run")) == artifacts(finished_run.dir)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_killed_in_every_stage_continues_to_the_same_artefacts(tmp_path: Path, finished_run: Run) -> None:
+def test_a_run_killed_in_every_stage_continues_to_the_same_artifacts(tmp_path: Path, finished_run: Run) -> None:
     config = write_config(tmp_path)
     for there in (
         "corpus",
@@ -271,4 +271,4 @@ def test_a_run_killed_in_every_stage_continues_to_the_same_artefacts(tmp_path: P
         stage = there.split("/")[0].replace("checkpoints", "seed")
         assert not (tmp_path / "run" / stage / "manifest.json").exists(), f"{stage} was over before the kill"
     subprocess.run(command("run_all", config), check=True, stdout=subprocess.DEVNULL)
-    assert artefacts(str(tmp_path / "run")) == artefacts(finished_run.dir)
+    assert artifacts(str(tmp_path / "run")) == artifacts(finished_run.dir)

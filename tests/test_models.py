@@ -82,16 +82,16 @@ def test_the_peak_of_a_gpu_goes_by_the_words_of_its_name(name: str, precision: s
     assert flops.peak_flops(name, precision) == (None if tflops is None else tflops * 1e12)
 
 
-def test_utilisation_is_not_known_on_a_cpu(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert flops.utilisation(new_model(SIZES, tokenizer, 64, 0), 64, "fp32", tokens_per_s=1e6) is None
+def test_utilization_is_not_known_on_a_cpu(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert flops.utilization(new_model(SIZES, tokenizer, 64, 0), 64, "fp32", tokens_per_s=1e6) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_utilisation_on_a_gpu_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_utilization_on_a_gpu_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
     model = new_model(SIZES, tokenizer, 64, 0).to("cuda")
     peak = flops.peak_flops(torch.cuda.get_device_name(), "fp32")
     per_token = 6 * flops.parameters(model) + 6 * 2 * 64 * 16
-    assert flops.utilisation(model, 64, "fp32", 1e8) == (None if peak is None else round(1e8 * per_token / peak, 4))
+    assert flops.utilization(model, 64, "fp32", 1e8) == (None if peak is None else round(1e8 * per_token / peak, 4))
 
 
 def test_a_new_model_has_the_sizes_asked_for_and_shares_its_table(tokenizer: PreTrainedTokenizerBase) -> None:

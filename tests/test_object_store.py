@@ -33,7 +33,7 @@ from cbtm_ray.corpus.documents import list_shards, read_shard
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run
-from tests.support.artefacts import artefacts
+from tests.support.artifacts import artifacts
 from tests.support.local_head import free_ports, wait_for
 from tests.support.s3 import CREDENTIALS
 from tests.support.tiny import tiny_tree, write_corpus
@@ -278,7 +278,7 @@ def test_a_run_in_a_bucket_killed_among_its_experts_ends_as_one_on_the_disk(
         process.wait()
     assert not files.exists(files.join(run_dir, "experts", "manifest.json"))
     subprocess.run(job, check=True, stdout=subprocess.DEVNULL)
-    assert artefacts(run_dir) == artefacts(finished_run.dir)
+    assert artifacts(run_dir) == artifacts(finished_run.dir)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ All share one interface, over token ids, since those are what training, evaluati
     transform(documents) -> (N, D)      prefix_embeddings(tokens_T) -> (T, D)      context()      save(folder_uri)
 
 `TokenTfidf` is the default. tf-idf followed by a truncated SVD is linear in the term counts, up to the final L2 norm. With
-the V x D table E[v] = idf[v] * components[:, v], the embedding of any text is normalise(sum of E[t] over its tokens t):
+the V x D table E[v] = idf[v] * components[:, v], the embedding of any text is normalize(sum of E[t] over its tokens t):
 tf-idf's own norm cancels, and routing costs one row addition a token. The paper (section 3.2) embeds words: `WordTfidf`.
 
 scikit-learn and the embedders of text are imported where they are used: a worker that has a table to look up would spend
@@ -187,7 +187,7 @@ def fit_embedder(
         documents,
         tokenizer,
         dimensions=config.dimensions,
-        standardise=config.normalisation == "standard",
+        standardize=config.normalisation == "standard",
         random_state=random_state,
     )
 
@@ -231,7 +231,7 @@ def load_clusterer(
 
 
 def load_centers(folder_uri: str) -> torch.Tensor:
-    """The cluster centres in a folder, float32 (K, D): the clusterer's, or a control's."""
+    """The cluster centers in a folder, float32 (K, D): the clusterer's, or a control's."""
     return torch.from_numpy(files.read_array(files.join(folder_uri, "centers.npy")))
 
 

@@ -6,7 +6,7 @@ An actor's state is a function of its URIs alone, and a step is a pure function 
 actor and repeat a step without counting anything twice. Shards stand in at most 16 groups, whatever N and the number of
 actors; a group's sums come back and are added up in the order of `shard_uris`, so the number of actors does not change a
 bit of the outcome. While fitting, messages hold K x D or K x K numbers a group; the labels (N int32) and the documents at
-a border cross once, when the last centers are labelled.
+a border cross once, when the last centers are labeled.
 """
 
 from __future__ import annotations

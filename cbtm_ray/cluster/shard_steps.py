@@ -122,7 +122,7 @@ class LocalShards:
 
 
 def groups(n_shards: int) -> list[slice]:
-    """The shards in at most GROUPS runs of neighbours, whose sums are what crosses the network.
+    """The shards in at most GROUPS runs of neighbors, whose sums are what crosses the network.
 
     Whoever adds up sums the shards of a group first and then the groups, so that the number of actors does not change a
     bit of the outcome.

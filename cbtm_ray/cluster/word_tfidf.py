@@ -33,7 +33,7 @@ def words_of(text: str) -> list[str]:
 class WordTfidf:
     """The paper's embedding (section 3.2): scikit-learn's tf-idf over words, and a truncated SVD.
 
-    Rows are L2-normalised as in the released code, or standardised by dimension as in the paper's text.
+    Rows are L2-normalized as in the released code, or standardized by dimension as in the paper's text.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class WordTfidf:
         scaling_2D: np.ndarray | None,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        """`scaling_2D`: mean and standard deviation of each dimension; None for L2-normalised rows."""
+        """`scaling_2D`: mean and standard deviation of each dimension; None for L2-normalized rows."""
         self.words, self.idf_W, self.components_WD, self.scaling_2D = words, idf_W, components_WD, scaling_2D
         self._tokenizer = tokenizer
         self._column = {word: column for column, word in enumerate(words)}
@@ -56,7 +56,7 @@ class WordTfidf:
         tokenizer: PreTrainedTokenizerBase,
         *,
         dimensions: int,
-        standardise: bool,
+        standardize: bool,
         random_state: int,
     ) -> WordTfidf:
         """Fit on the token ids of a sample. UserError if it has too few documents or different words."""
@@ -74,7 +74,7 @@ class WordTfidf:
         tfidf_NW = normalize(counts_NW.multiply(idf_W).tocsr())
         svd = TruncatedSVD(n_components=dimensions, random_state=random_state)
         projected_ND = svd.fit_transform(tfidf_NW)
-        scaling_2D = np.stack([projected_ND.mean(0), projected_ND.std(0)]) if standardise else None
+        scaling_2D = np.stack([projected_ND.mean(0), projected_ND.std(0)]) if standardize else None
         return cls(list(counter.get_feature_names_out()), idf_W, svd.components_.T.copy(), scaling_2D, tokenizer)
 
     def transform(self, documents: list[np.ndarray]) -> np.ndarray:

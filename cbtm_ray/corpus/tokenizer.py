@@ -56,7 +56,7 @@ def load_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
 
 
 def _open_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
-    """What AutoTokenizer gives. It imports all that generates text, 2.5 s of CPU in every worker that only tokenises, so a
+    """What AutoTokenizer gives. It imports all that generates text, 2.5 s of CPU in every worker that only tokenizes, so a
     tokenizer of no special class and with no model beside it, as a run's own is, is opened without it."""
     settings = Path(folder_or_name, "tokenizer_config.json")
     plain = settings.is_file() and not settings.with_name("config.json").exists()

@@ -49,19 +49,19 @@ class Sampling:
                 raise UserError(f"{name}={getattr(self, name)} must be {bound}. Change it.")
 
     @property
-    def penalises(self) -> bool:
+    def penalizes(self) -> bool:
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
     @property
     def plain(self) -> bool:
         """Whether tokens are drawn from the probabilities as they are."""
-        return self.temperature == 1 and self.top_p == 1 and self.top_k_tokens is None and not self.penalises
+        return self.temperature == 1 and self.top_p == 1 and self.top_k_tokens is None and not self.penalizes
 
 
 def token_probabilities(logprobs_V: np.ndarray, sampling: Sampling, prompt: list[int], answer: list[int]) -> np.ndarray:
     """The probabilities that the token after prompt and answer is drawn with, float64 (V,)."""
     scores_V = logprobs_V.astype(np.float64)
-    if sampling.penalises:
+    if sampling.penalizes:
         seen = np.unique(np.array([*prompt, *answer], np.int64))
         scores_V[seen] *= sampling.repetition_penalty  # log-probabilities are never positive
         used, counts = np.unique(np.array(answer, np.int64), return_counts=True)

@@ -40,7 +40,7 @@ def average_experts(run: Run) -> dict[str, Any]:
     dense_R = logprobs[DENSE_FOLDER][reported_T]
     return {
         "rows": [
-            {"folder": name, "weights": weights_K, **documents.summarise(logprobs[name][reported_T], dense_R)}
+            {"folder": name, "weights": weights_K, **documents.summarize(logprobs[name][reported_T], dense_R)}
             for name, weights_K in [(DENSE_FOLDER, None), *((name, found.tolist()) for name, found in weights.items())]
         ]
     }

@@ -1,4 +1,4 @@
-"""Few-shot classification, as the paper evaluates it downstream: labelled examples, a text, and which label follows it best.
+"""Few-shot classification, as the paper evaluates it downstream: labeled examples, a text, and which label follows it best.
 
 A task is a JSONL file (also .gz) of examples, those of 'train' to be shown and those of 'test' to be answered:
 

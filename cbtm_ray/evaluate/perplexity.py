@@ -60,7 +60,7 @@ def score_documents(
 
 
 def _batches(windows: list[tuple[int, np.ndarray]], batch_tokens: int) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Neighbours in length together, at most `batch_tokens` with the padding, at least one window."""
+    """Neighbors in length together, at most `batch_tokens` with the padding, at least one window."""
     batch: list[tuple[int, np.ndarray]] = []
     for window in windows:
         if batch and (len(batch) + 1) * len(window[1]) > batch_tokens:
@@ -108,7 +108,7 @@ def nested_mixtures(logprobs_TK: np.ndarray, scores_TK: np.ndarray, order_TK: np
     return (sums[0] - sums[1]).numpy()
 
 
-def summarise(logprobs_T: np.ndarray, lengths: np.ndarray, text_bytes: int, dense_T: np.ndarray) -> Summary:
+def summarize(logprobs_T: np.ndarray, lengths: np.ndarray, text_bytes: int, dense_T: np.ndarray) -> Summary:
     """Token-weighted perplexity, bits per byte, and the ratio to the dense control, with 95 % intervals over documents.
 
     The bootstrap draws the same documents for both systems, so that the ratio's interval leaves out what they share.

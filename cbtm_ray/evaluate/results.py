@@ -28,7 +28,7 @@ from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run
 
 SAMPLE_TOKENS = 300
 
-Summarise: TypeAlias = Callable[[np.ndarray], DomainSummary]
+Summarize: TypeAlias = Callable[[np.ndarray], DomainSummary]
 """A summary of the log-probabilities of the reported tokens."""
 
 
@@ -62,11 +62,11 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
     models = {name: run.need(name, "train_experts") for name in names}
     documents, logprobs = held_out_documents(run), score_models(run, names)
     reported_T = documents.token_mask(tuning=False)
-    summarise = partial(documents.summarise, dense_R=logprobs[DENSE_FOLDER][reported_T])
+    summarize = partial(documents.summarize, dense_R=logprobs[DENSE_FOLDER][reported_T])
     rows = [
-        _single_row(system, models[name], summarise(logprobs[name][reported_T])) for system, name in singles.items()
+        _single_row(system, models[name], summarize(logprobs[name][reported_T])) for system, name in singles.items()
     ]
-    mixtures = [_mix(found, config, models, summarise) for found in measure(run, documents, logprobs, systems)]
+    mixtures = [_mix(found, config, models, summarize) for found in measure(run, documents, logprobs, systems)]
     results = _results(run, documents, rows, mixtures)
     for task in map(files.absolute, config.fewshot):
         results["fewshot"] += _fewshot_rows(run, task, singles, mixtures)
@@ -109,7 +109,7 @@ def _single_row(system: str, manifest: dict[str, Any], summary: DomainSummary) -
 
 
 def _mix(
-    measured: Measured, config: EvaluateConfig, models: dict[str, dict[str, Any]], summarise: Summarise
+    measured: Measured, config: EvaluateConfig, models: dict[str, dict[str, Any]], summarize: Summarize
 ) -> Mixtures:
     """Every router of a system tuned for every top_k, and the rows of those that are reported."""
     manifests = [models[name] for name in measured.system.experts]
@@ -120,10 +120,10 @@ def _mix(
         for routing, by_top_k in routers.items()
         for top_k in ROUTERS[routing].reported_sizes(len(manifests), config)
     ]
-    return Mixtures(measured, routers, routes, [_mixture_row(measured, each, manifests, summarise) for each in routes])
+    return Mixtures(measured, routers, routes, [_mixture_row(measured, each, manifests, summarize) for each in routes])
 
 
-def _mixture_row(measured: Measured, route: Route, manifests: list[dict[str, Any]], summarise: Summarise) -> ResultRow:
+def _mixture_row(measured: Measured, route: Route, manifests: list[dict[str, Any]], summarize: Summarize) -> ResultRow:
     return {
         "system": measured.system.name,
         "n_clusters": len(manifests),
@@ -134,7 +134,7 @@ def _mixture_row(measured: Measured, route: Route, manifests: list[dict[str, Any
         "train_flops": sum(manifest["train_flops"] for manifest in manifests),
         "infer_flops_per_token": route.experts_run(measured.reported) * manifests[0]["infer_flops_per_token"],
         "tuning_loss_nats": float(-perplexity.mixture_logprobs(measured.tuning, route).mean()),
-        **summarise(perplexity.mixture_logprobs(measured.reported, route)),
+        **summarize(perplexity.mixture_logprobs(measured.reported, route)),
     }
 
 

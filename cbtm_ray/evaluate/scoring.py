@@ -54,11 +54,11 @@ class HeldOutDocuments:
         mask_T = self.token_mask(tuning=tuning)
         return HeldOut(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T])
 
-    def summarise(self, logprobs_R: np.ndarray, dense_R: np.ndarray) -> DomainSummary:
+    def summarize(self, logprobs_R: np.ndarray, dense_R: np.ndarray) -> DomainSummary:
         """Perplexity and its like, over all and for each gold domain, from the log-probabilities of the reported tokens alone,
         and the dense control's."""
         text_bytes = int(self.text_bytes[~self.for_tuning].sum())
-        found = perplexity.summarise(logprobs_R, self._lengths(False), text_bytes, dense_R)
+        found = perplexity.summarize(logprobs_R, self._lengths(False), text_bytes, dense_R)
         return {**found, "domain_ppl": {name: math.exp(-logprobs_R[mask].mean()) for name, mask in self.domain_masks()}}
 
     def domain_masks(self) -> Iterator[tuple[str, np.ndarray]]:

@@ -44,7 +44,7 @@ class Devices:
     count: int
     peak_flops: float
     """FLOPs a second of one device."""
-    utilisation: float
+    utilization: float
     """Share of the peak that training reaches."""
     price_per_hour: float
     """Of one device, in any currency."""
@@ -116,7 +116,7 @@ class Plan:
 
     def run_s(self, run: TrainRun) -> float:
         """Seconds of a run; a device that two runs share is half as fast for each."""
-        rate = self.devices.peak_flops * self.devices.utilisation * self.compute_devices
+        rate = self.devices.peak_flops * self.devices.utilization * self.compute_devices
         start_s = START_S + COMPILE_S * self.config.train.compile
         return sum(training.device_flops for training in run) / rate + start_s
 
@@ -174,7 +174,7 @@ class Plan:
     @property
     def parallel_dense_s(self) -> float:
         """A dense model of the same FLOPs, data-parallel on all devices, communication not counted."""
-        return self.dense.device_flops / (self.devices.peak_flops * self.devices.utilisation * self.devices.count)
+        return self.dense.device_flops / (self.devices.peak_flops * self.devices.utilization * self.devices.count)
 
     @property
     def gradient_bytes(self) -> float:

@@ -20,7 +20,7 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpu", default="a100", choices=[*PEAK_TFLOPS, "other"], help="other needs --tflops; CPUs too")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="devices in all (8)")
     parser.add_argument("--tflops", type=float, metavar="X", help="peak of one device, 1e12 FLOPs/s, over the table's")
-    parser.add_argument("--utilisation", type=float, default=0.3, metavar="X", help="share of the peak reached (0.3)")
+    parser.add_argument("--utilization", type=float, default=0.3, metavar="X", help="share of the peak reached (0.3)")
     parser.add_argument("--price-per-hour", type=float, default=0.0, metavar="X", help="of one device")
     parser.add_argument("--corpus-tokens", type=int, metavar="N", help="training tokens of the corpus, if known")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields to set over the file's")
@@ -40,8 +40,8 @@ def main(description: str, arguments: list[str] | None = None) -> int:
 def _devices(options: argparse.Namespace, config: Config) -> Devices:
     if options.gpus < 1:
         raise UserError(f"--gpus={options.gpus} must be at least 1.")
-    if not 0 < options.utilisation <= 1:
-        raise UserError(f"--utilisation={options.utilisation} must be above 0 and at most 1, such as 0.3.")
+    if not 0 < options.utilization <= 1:
+        raise UserError(f"--utilization={options.utilization} must be above 0 and at most 1, such as 0.3.")
     if not 0 <= options.price_per_hour < math.inf:
         raise UserError(f"--price-per-hour={options.price_per_hour} must be 0 or more.")
     if options.tflops is not None and not 0 < options.tflops < math.inf:
@@ -61,7 +61,7 @@ def _devices(options: argparse.Namespace, config: Config) -> Devices:
         name=options.gpu,
         count=options.gpus,
         peak_flops=peak * 1e12,
-        utilisation=options.utilisation,
+        utilization=options.utilization,
         price_per_hour=options.price_per_hour,
     )
 
@@ -75,7 +75,7 @@ def _training_rows(plan: Plan) -> list[Row]:
     devices, train, n_clusters = plan.devices, plan.config.train, plan.config.cluster.n_clusters
     found = [
         ("devices", f"{devices.count} x {devices.name}", f"{devices.peak_flops / 1e12:g} TFLOPs/s at the peak in "
-         f"{train.precision}, {devices.utilisation:.0%} of it assumed"),
+         f"{train.precision}, {devices.utilization:.0%} of it assumed"),
         ("parameters", f"{plan.seed.parameters:,}", "of the seed, each expert and the dense control"),
         ("training state", size(plan.state_bytes(plan.seed)),
          f"{'on a GPU' if train.gpus_per_expert else 'in a worker'}, activations not counted"),

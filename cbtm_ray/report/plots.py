@@ -47,18 +47,18 @@ def plot(name: str, label: str, draw: Callable[[Axes], None]) -> Markup:
 
 
 def _look(i: int) -> dict[str, Any]:
-    """Colour, marker and line style of series or cluster i."""
+    """Color, marker and line style of series or cluster i."""
     return {"color": PALETTE[i % 10], "marker": MARKERS[i % 10], "ls": LINES[i % 4]}
 
 
 def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Write (y, text, colour) beside the right edge, moved apart where they would touch."""
+    """Write (y, text, color) beside the right edge, moved apart where they would touch."""
     axes.autoscale_view()
     to_axes = axes.transData + axes.transAxes.inverted()
     placed = -math.inf
-    for y, text, colour in sorted(label for label in labels if math.isfinite(label[0])):
+    for y, text, color in sorted(label for label in labels if math.isfinite(label[0])):
         placed = max(to_axes.transform((1, y))[1], placed + 0.062)
-        axes.text(1.02, placed, text, color=colour, transform=axes.transAxes, va="center", fontsize=9)
+        axes.text(1.02, placed, text, color=color, transform=axes.transAxes, va="center", fontsize=9)
 
 
 def draw_results(axes: Axes, results: list[ResultRow]) -> None:
@@ -131,7 +131,7 @@ def draw_curves(axes: Axes, curves: dict[str, list[CurvePoint]]) -> None:
 
 
 def draw_map(axes: Axes, map2d: dict[str, list[Any]]) -> None:
-    """Documents in two dimensions; a cluster has a colour, a marker, and its number at the mean of its points."""
+    """Documents in two dimensions; a cluster has a color, a marker, and its number at the mean of its points."""
     xy, cluster = np.column_stack([map2d["x"], map2d["y"]]), np.array(map2d["cluster"])
     ids = np.unique(cluster)
     for j in ids:

@@ -67,7 +67,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return None
 
 
-def utilisation(model: PreTrainedModel, context: int, precision: str, tokens_per_s: float) -> float | None:
+def utilization(model: PreTrainedModel, context: int, precision: str, tokens_per_s: float) -> float | None:
     """Share of its device's peak that training at this speed makes use of; None where the peak is not known, as on CPUs."""
     if model.device.type != "cuda":
         return None

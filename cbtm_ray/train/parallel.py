@@ -101,7 +101,7 @@ def all_finite(model: PreTrainedModel) -> bool:
 
 
 def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights and optimiser by the parameters' names, whole, whatever the number of workers. Worker 0 has them, if many."""
+    """Weights and optimizer by the parameters' names, whole, whatever the number of workers. Worker 0 has them, if many."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -63,7 +63,7 @@ class Leaving(Exception):
 
 
 class Trainer:
-    """A model in training: weights, optimiser, position and curve, all of which a checkpoint holds."""
+    """A model in training: weights, optimizer, position and curve, all of which a checkpoint holds."""
 
     def __init__(
         self, model: PreTrainedModel, sequences: PackedSequences, spec: TrainSpec, valid: PackedSequences | None = None
@@ -119,7 +119,7 @@ class Trainer:
         self._ahead = None
 
     def train_step(self) -> None:
-        """One optimiser step on the batch at the present position, in parts of `micro_batch_size`."""
+        """One optimizer step on the batch at the present position, in parts of `micro_batch_size`."""
         # Dropout is a function of seed, step and worker too.
         torch.manual_seed((self.sequences.seed * 1_000_003 + self.step) * parallel.workers() + parallel.rank())
         for group in self.optimizer.param_groups:
@@ -171,7 +171,7 @@ class Trainer:
             "loss_nats": parallel.mean(self.loss_sum).item() / (self.step - first),
             "learning_rate": learning_rate(self.spec, self.step - 1),
             "tokens_per_s": round(tokens_per_s, 1),
-            "mfu": flops.utilisation(
+            "mfu": flops.utilization(
                 self.model, self.spec.sequence_length, self.spec.train.precision, tokens_per_s / parallel.workers()
             ),
             **({"valid_loss_nats": self.evaluate()} if self.evaluation_is_due() else {}),

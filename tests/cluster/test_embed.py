@@ -111,7 +111,7 @@ def test_fitting_is_the_same_every_time() -> None:
 
 
 @given(documents=st.lists(st.lists(st.integers(0, VOCABULARY - 1), max_size=30), min_size=1, max_size=5))
-def test_an_embedding_is_the_normalised_sum_of_rows(documents: list[list[int]]) -> None:
+def test_an_embedding_is_the_normalized_sum_of_rows(documents: list[list[int]]) -> None:
     embeddings = TokenTfidf(TABLE).transform([np.array(document, np.int32) for document in documents])
     for document, embedding in zip(documents, embeddings, strict=True):
         total = TABLE[document].sum(axis=0)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.mark.slow
 @pytest.mark.parametrize("embedder", ["word_tfidf", "sentence"])
-def test_documents_go_to_the_nearest_centre_of_the_chosen_embedder(
+def test_documents_go_to_the_nearest_center_of_the_chosen_embedder(
     finished_run: Run, tmp_path: Path, embedder: str
 ) -> None:
     embed = EmbedConfig(embedder="word_tfidf", dimensions=8)

@@ -31,16 +31,16 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(texts(80), vocab_size=320)
 
 
-def fit(tokenizer: PreTrainedTokenizerBase, *, standardise: bool, dimensions: int = 5) -> WordTfidf:
+def fit(tokenizer: PreTrainedTokenizerBase, *, standardize: bool, dimensions: int = 5) -> WordTfidf:
     documents = encode(tokenizer, texts(80))
-    return WordTfidf.fit(documents, tokenizer, dimensions=dimensions, standardise=standardise, random_state=3)
+    return WordTfidf.fit(documents, tokenizer, dimensions=dimensions, standardize=standardize, random_state=3)
 
 
 @pytest.mark.parametrize("normalisation", ["l2", "standard"])
 def test_the_configuration_names_the_normalisation(tokenizer: PreTrainedTokenizerBase, normalisation: str) -> None:
     documents = encode(tokenizer, texts(80))
     config = EmbedConfig(embedder="word_tfidf", dimensions=5, normalisation=normalisation)
-    expected = fit(tokenizer, standardise=normalisation == "standard").transform(documents)
+    expected = fit(tokenizer, standardize=normalisation == "standard").transform(documents)
     assert np.array_equal(fit_embedder(config, tokenizer, documents, 3).transform(documents), expected)
 
 
@@ -48,14 +48,14 @@ def test_words_leave_out_stop_words_and_numbers() -> None:
     assert words_of("The 3rd Caf\u00e9 of 1999, x2 a-b re-read it") == ["caf\u00e9", "x2", "read"]
 
 
-@pytest.mark.parametrize("standardise", [False, True])
-def test_word_tfidf_is_scikit_learns_pipeline(tokenizer: PreTrainedTokenizerBase, standardise: bool) -> None:
+@pytest.mark.parametrize("standardize", [False, True])
+def test_word_tfidf_is_scikit_learns_pipeline(tokenizer: PreTrainedTokenizerBase, standardize: bool) -> None:
     pipeline = make_pipeline(
         TfidfVectorizer(analyzer=words_of),
         TruncatedSVD(n_components=5, random_state=3),
-        StandardScaler() if standardise else Normalizer(),
+        StandardScaler() if standardize else Normalizer(),
     ).fit(texts(80))
-    embedder = fit(tokenizer, standardise=standardise)
+    embedder = fit(tokenizer, standardize=standardize)
     for given in (texts(80), texts(20, seed=1), ["", "the of", "captain"]):
         found = embedder.transform(encode(tokenizer, given))
         assert found.dtype == np.float32
@@ -70,9 +70,9 @@ def contexts(embedder: Embedder, tokens: np.ndarray) -> np.ndarray:
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("standardise", [False, True])
-def test_every_word_prefix_embeds_as_a_document(tokenizer: PreTrainedTokenizerBase, standardise: bool) -> None:
-    embedder = fit(tokenizer, standardise=standardise)
+@pytest.mark.parametrize("standardize", [False, True])
+def test_every_word_prefix_embeds_as_a_document(tokenizer: PreTrainedTokenizerBase, standardize: bool) -> None:
+    embedder = fit(tokenizer, standardize=standardize)
     text = (
         "Caf\u00e9 captain\u2019s  harbour,harbour\n\nthe 1999 x2 oven \u4e16\u754c galaxygalaxy " + texts(1, seed=5)[0]
     )
@@ -83,12 +83,12 @@ def test_every_word_prefix_embeds_as_a_document(tokenizer: PreTrainedTokenizerBa
     assert embedder.prefix_embeddings(tokens[:0]).shape == embedder.transform([]).shape == (0, 5)
 
 
-@pytest.mark.parametrize("standardise", [False, True])
+@pytest.mark.parametrize("standardize", [False, True])
 def test_word_tfidf_comes_back_from_its_folder(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, standardise: bool
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, standardize: bool
 ) -> None:
-    embedder = fit(tokenizer, standardise=standardise)
-    config = EmbedConfig(embedder="word_tfidf", normalisation="standard" if standardise else "l2", dimensions=5)
+    embedder = fit(tokenizer, standardize=standardize)
+    config = EmbedConfig(embedder="word_tfidf", normalisation="standard" if standardize else "l2", dimensions=5)
     save_embedder(embedder, config, str(tmp_path))
     documents = encode(tokenizer, texts(9, seed=2))
     loaded = load_embedder(str(tmp_path), tokenizer)
@@ -97,7 +97,7 @@ def test_word_tfidf_comes_back_from_its_folder(
 
 def test_more_dimensions_than_words_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match=r"embed\.dimensions=500 must be at most \d+, what the corpus sample has"):
-        fit(tokenizer, standardise=False, dimensions=500)
+        fit(tokenizer, standardize=False, dimensions=500)
     silent = encode(tokenizer, ["the of 12"] * 9)
     with pytest.raises(UserError, match=r"embed\.dimensions=2 must be at most 0"):
-        WordTfidf.fit(silent, tokenizer, dimensions=2, standardise=False, random_state=0)
+        WordTfidf.fit(silent, tokenizer, dimensions=2, standardize=False, random_state=0)

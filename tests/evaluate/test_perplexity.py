@@ -17,7 +17,7 @@ from cbtm_ray.cluster.partition import SCHEMA
 from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.corpus.documents import unit_hash
 from cbtm_ray.evaluate import perplexity
-from cbtm_ray.evaluate.perplexity import mixture_logprobs, nested_mixtures, score_documents, summarise, tune
+from cbtm_ray.evaluate.perplexity import mixture_logprobs, nested_mixtures, score_documents, summarize, tune
 from cbtm_ray.evaluate.scoring import held_out_documents
 from cbtm_ray.load_config import build_config
 from cbtm_ray.merge.routers import ROUTERS, Route, prefix_readers
@@ -148,7 +148,7 @@ def test_tuning_finds_the_temperature_that_trusts_a_good_embedding() -> None:
 def test_summary_by_hand() -> None:
     """Two documents of 1 and 3 tokens, each token of probability 1/4 here and 1/2 under dense, 8 bytes of text."""
     ours, dense = np.log(np.full(4, 0.25)), np.log(np.full(4, 0.5))
-    found = summarise(ours, np.array([1, 3]), 8, dense)
+    found = summarize(ours, np.array([1, 3]), 8, dense)
     assert found["ppl"] == found["ppl_low"] == found["ppl_high"] == pytest.approx(4)
     assert found["ratio_to_dense"] == found["ratio_low"] == found["ratio_high"] == pytest.approx(2)
     assert found["loss_nats"] == pytest.approx(math.log(4))
@@ -158,7 +158,7 @@ def test_summary_by_hand() -> None:
 def test_intervals_cover_documents_that_differ() -> None:
     random = np.random.default_rng(0)
     losses = np.repeat(random.normal(3, 0.5, 200), 10)
-    found = summarise(-losses, np.full(200, 10), 8000, -np.full(2000, 3.0))
+    found = summarize(-losses, np.full(200, 10), 8000, -np.full(2000, 3.0))
     standard_error = losses.reshape(200, 10)[:, 0].std() / math.sqrt(200)
     assert math.log(found["ppl_high"] / found["ppl_low"]) == pytest.approx(2 * 1.96 * standard_error, rel=0.15)
     assert found["ppl_low"] < found["ppl"] < found["ppl_high"]
@@ -285,7 +285,7 @@ def test_prefix_routing_is_held_in_each_document_by_itself() -> None:
 def test_a_summary_weighs_by_tokens_and_compares_with_itself_as_one() -> None:
     """Losses 1, 1, 1 and 5 nats in 12 bytes: perplexity e^2, though the mean over documents would be e^3."""
     logprobs, lengths = np.array([-1.0, -1.0, -1.0, -5.0], np.float32), np.array([3, 1])
-    found = summarise(logprobs, lengths, 12, logprobs)
+    found = summarize(logprobs, lengths, 12, logprobs)
     assert found["ppl"] == pytest.approx(math.e**2)
     assert found["bpb"] == pytest.approx(8 / math.log(2) / 12)
     assert (found["ratio_to_dense"], found["ratio_low"], found["ratio_high"]) == (1, 1, 1)
@@ -296,7 +296,7 @@ def test_a_summary_weighs_by_tokens_and_compares_with_itself_as_one() -> None:
 @pytest.mark.parametrize("lengths", [(3, 0, 1), (0, 3, 1), (3, 1, 0)])
 def test_a_document_without_tokens_adds_nothing_to_a_summary(lengths: tuple[int, ...]) -> None:
     logprobs = np.array([-1.0, -1.0, -1.0, -5.0])
-    found = summarise(logprobs, np.array(lengths), 12, logprobs - 1)
+    found = summarize(logprobs, np.array(lengths), 12, logprobs - 1)
     assert found["loss_nats"] == pytest.approx(2)
     assert found["ratio_to_dense"] == pytest.approx(1 / math.e)
 

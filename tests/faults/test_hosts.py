@@ -35,7 +35,7 @@ STORE_PORT = 5000
 
 def python(host: Host, code: str) -> Any:
     """What an expression of this project is worth on a host."""
-    imports = "import json; from cbtm_ray import files; from tests.support.artefacts import artefacts"
+    imports = "import json; from cbtm_ray import files; from tests.support.artifacts import artifacts"
     program = f"{imports}; print(json.dumps({code}))"
     return json.loads(host.run(sys.executable, "-c", program, cwd=ROOT).stdout)
 
@@ -104,7 +104,7 @@ def test_two_nodes_without_a_shared_disk_make_a_run_in_a_bucket(
     assert trained == {"worker-1", "worker-2"}
     for host in [head, *workers]:
         assert host.run("find", str(net.disk), "-name", "*.safetensors", "-o", "-name", "*.parquet").stdout == ""
-    made = python(store, "artefacts('s3://bucket/calm')")
+    made = python(store, "artifacts('s3://bucket/calm')")
     assert {"experts/cluster=0000/model.safetensors", "clusterer/centers.npy", "evaluation/results.json"} <= set(made)
 
 
@@ -122,7 +122,7 @@ def test_a_node_cut_off_and_one_killed_while_experts_train_change_nothing(
     second.kill()
     start_worker(net, head, "worker-4", cpus=1)
     assert job.wait() == 0
-    ours, theirs = (python(store, f"artefacts('s3://bucket/{name}')") for name in ("rough", "calm"))
+    ours, theirs = (python(store, f"artifacts('s3://bucket/{name}')") for name in ("rough", "calm"))
     assert len(ours) > 10
     assert ours == theirs
     starts = "[len(files.read_json(f's3://bucket/rough/{name}/manifest.json')['starts']) for name in "

@@ -18,7 +18,7 @@ import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
 from cbtm_ray.run import Run
-from tests.support.artefacts import artefacts
+from tests.support.artifacts import artifacts
 from tests.support.local_head import LocalHead, local_head, wait_for
 from tests.support.tiny import tiny_tree
 
@@ -114,7 +114,7 @@ def test_nodes_come_for_waiting_experts_and_go_when_they_are_done(
     assert nodes(head) == 0
     assert most_nodes(command, head) == MOST_NODES  # for two experts and the dense control
     wait_for(lambda: nodes(head) == 0, "the end of idle nodes")
-    ours, theirs = artefacts(str(run_dir)), artefacts(finished_run.dir)
+    ours, theirs = artifacts(str(run_dir)), artifacts(finished_run.dir)
     assert any(name.startswith("experts/cluster=0001") for name in ours)
     assert ours == {name: theirs[name] for name in ours}
 

@@ -54,7 +54,7 @@ def config(**sections: dict[str, Any]) -> Config:
 
 
 def devices(count: int = 4, peak_flops: float = 1e9) -> Devices:
-    return Devices(name="other", count=count, peak_flops=peak_flops, utilisation=0.5, price_per_hour=2.0)
+    return Devices(name="other", count=count, peak_flops=peak_flops, utilization=0.5, price_per_hour=2.0)
 
 
 @pytest.mark.ray
@@ -464,7 +464,7 @@ def test_what_is_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("arguments", "message"),
     [
         (["--gpus", "0"], "error: --gpus=0 must be at least 1.\n"),
-        (["--utilisation", "1.5"], "error: --utilisation=1.5 must be above 0 and at most 1, such as 0.3.\n"),
+        (["--utilization", "1.5"], "error: --utilization=1.5 must be above 0 and at most 1, such as 0.3.\n"),
         (["--price-per-hour", "-1"], "error: --price-per-hour=-1.0 must be 0 or more.\n"),
         (["--gpu", "other"], "error: --gpu=other needs --tflops"),
         (["--gpu", "b200", "train.gpus_per_expert=1"], "error: --gpu=b200 needs --tflops"),

@@ -78,7 +78,7 @@ def test_page_does_not_scroll_sideways(folder: Path, width: int, open_details: b
 
 @pytest.mark.parametrize("scheme", [LIGHT, DARK])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_screenshot_follows_the_colour_scheme(folder: Path, width: int, scheme: int) -> None:
+def test_screenshot_follows_the_color_scheme(folder: Path, width: int, scheme: int) -> None:
     wrapper, picture = folder / "look.html", folder / f"report-{width}-{scheme}.png"
     wrapper.write_text(MEASURE.format(width=width, height=3000, open_details="false"), encoding="utf-8")
     options = (f"--screenshot={picture}", f"--window-size={max(width, 600)},3000")

@@ -609,7 +609,7 @@ def test_playground_writes_and_says_which_expert(endpoint: openai.OpenAI, tmp_pa
     assert seen["dense"] == endpoint.completions.create(**{**SEEDED, "model": "dense"}).choices[0].text
     experts = answer.choices[0].cbtm["experts"]
     assert seen["experts"] == experts
-    assert seen["numbered"] == [expert for expert, _ in itertools.groupby(experts)]  # told without colour
+    assert seen["numbered"] == [expert for expert, _ in itertools.groupby(experts)]  # told without color
     assert all(title.startswith(f"expert {expert} (") for expert, title in zip(experts, seen["titles"], strict=True))
     assert all(row["top_terms"][0] in seen["legend"] for row in call("GET", "/v1/experts").json()["data"])
     assert sum(seen["shares"]) == pytest.approx(1, abs=0.02)

@@ -12,7 +12,7 @@ STAGES = ("tokenizer", "clusterer", "shards", "seed", "experts", "controls", "ev
 _EXACT = (".safetensors", ".npy", ".parquet", "tokenizer.json")
 
 
-def artefacts(run_dir: str) -> dict[str, Any]:
+def artifacts(run_dir: str) -> dict[str, Any]:
     """Of a finished run, by name: hashes of models, clusterer, shards and tokenizer, contents and losses of curves from
     manifests, rows of results."""
     found: dict[str, Any] = {}
