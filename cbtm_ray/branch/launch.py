@@ -68,15 +68,10 @@ def _fit_all(
     failed: dict[str, BaseException] = {}
     # A pool of daemon threads: fit() never returns once an interrupt has shut Ray down, and must not hold the exit up.
     with ThreadPool(min(in_flight, len(groups))) as pool:
-        fits = [
-            pool.apply_async(
-                fit,
-                (group,),
-                callback=failed.update,
-                error_callback=partial(failed.__setitem__, _run_name(group)),
-            )
-            for group in groups
-        ]
+        fits = []
+        for group in groups:
+            fail = partial(failed.__setitem__, _run_name(group))
+            fits.append(pool.apply_async(fit, (group,), callback=failed.update, error_callback=fail))
         while not all(fit.ready() for fit in fits):
             time.sleep(POLL_S)
             rows: Any = ray.get(board.rows.remote())

@@ -38,10 +38,11 @@ UNTRAINED: dict[str, Any] = {"epochs": 0.0, "valid_loss_nats": None, "valid_toke
 
 
 def train_group(task: dict[str, Any]) -> tuple[dict[str, str], bool]:
-    """What every worker of a Ray Train run does: what its branches refused, by name, and whether it left a node early.
+    """Train the group's branches, as each worker of a Ray Train run does.
 
-    Only what a restart would meet again is returned, a user's mistake or a full disk; all else is raised, and Ray restarts.
-    So is a full disk where several workers train, since it need not be full for all of them.
+    Returns (user errors by branch name, True if a preemption notice made it stop early). Only what a restart would meet
+    again is returned, a user's mistake or a full disk; all else is raised, and Ray restarts. So is a full disk where several
+    workers train, since it need not be full for all of them.
     """
     config, board, refused = task["config"], task["board"], dict[str, str]()
     run, post = Run(config), board.post.remote if parallel.rank() == 0 else _say_nothing
@@ -127,7 +128,10 @@ def _train(
             tell(point)
 
         save = partial(_save, run, spec.name, checkpoints)
-        curve = train_model(model, sequences, spec, valid=valid, state=state, save=save, log=log, leaving=_leaving)
+        curve = train_model(
+            model, sequences, spec, valid=valid, state=state, save=save, log=log,
+            leaving=lambda: ray.train.get_preemption_info() is not None,
+        )  # fmt: skip
     return {
         "epochs": spec.steps * spec.train.batch_size / sequences.per_epoch,
         "valid_loss_nats": curve[-1]["valid_loss_nats"],
@@ -185,8 +189,3 @@ def _write_events(run: Run, name: str, curve: list[dict[str, Any]]) -> None:
 
 def _say_nothing(name: str, news: dict[str, Any]) -> None:
     """What is posted of a branch comes from its first worker."""
-
-
-def _leaving() -> bool:
-    """Whether Ray has been told that a node of this run will be taken away."""
-    return ray.train.get_preemption_info() is not None

@@ -95,9 +95,8 @@ def agreed() -> Iterator[None]:
 
 def all_finite(model: PreTrainedModel) -> bool:
     """Whether every weight is a finite number; every worker gets the same answer."""
-    parts = (_local(p) for p in model.parameters())
-    finite = all(bool(torch.isfinite(part).all()) for part in parts)
-    return bool(mean(torch.tensor(float(finite), device=model.device)) == 1)
+    finite = all(bool(torch.isfinite(_local(p)).all()) for p in model.parameters())
+    return not any_of(not finite, model.device)
 
 
 def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

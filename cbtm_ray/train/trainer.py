@@ -70,6 +70,7 @@ class Trainer:
     ) -> None:
         self.model, self.sequences, self.valid, self.spec = model.train(), sequences, valid, spec
         self.share = spec.train.batch_size // parallel.workers()
+        self.part_size = spec.train.micro_batch_size or spec.train.batch_size
         with parallel.agreed():
             self._check()
             border = None if spec.train.cross_documents else sequences.end_of_text
@@ -126,7 +127,7 @@ class Trainer:
             group["lr"] = learning_rate(self.spec, self.step)
         batch = (self._ahead or self._read(self.step)).result()
         self._ahead = self._read(self.step + 1) if self.step + 1 < self.spec.steps else None
-        parts = batch.split(self._part_size)
+        parts = batch.split(self.part_size)
         for number, part in enumerate(parts, start=1):
             with parallel.reducing(self.token_loss, number == len(parts)):
                 with self._autocast():
@@ -145,7 +146,7 @@ class Trainer:
             return None
         self.model.eval()
         losses = []
-        for part in self._batch(self.valid, 0, self.spec.valid_sequences(self.valid)).split(self._part_size):
+        for part in self._batch(self.valid, 0, self.spec.valid_sequences(self.valid)).split(self.part_size):
             with self._autocast():
                 losses.append(self.token_loss(part).double())
         self.model.train()
@@ -197,11 +198,6 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.spec.train.precision == "bf16")
 
-    @property
-    def _part_size(self) -> int:
-        """Sequences that go through the model at once."""
-        return self.spec.train.micro_batch_size or self.spec.train.batch_size
-
     def _read(self, step: int) -> Future[torch.Tensor]:
         """This worker's sequences of a step, read beside the training."""
         first = step * self.spec.train.batch_size + parallel.rank() * self.share
@@ -231,7 +227,7 @@ def train_model(
         save: called by worker 0 with the state every `checkpoint_every` steps, and when the machine is leaving. The state
             is of the model's own tensors: what is to outlast the call must be copied in it.
         log: called by worker 0 with every new point of the curve.
-        leaving: asked every `notice_every` steps whether the machine will be taken away; if one worker's will, all stop.
+        leaving: asked every `notice_every` steps whether the machine will be taken away. All workers stop if one's will.
 
     Returns:
         Points {step, tokens, loss_nats (mean since the point before), learning_rate, tokens_per_s, mfu (None where the
