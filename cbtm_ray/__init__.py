@@ -9,8 +9,8 @@ and `evaluate` and `report` measure them against a dense model of the same train
 Nothing is imported here. The public API is what these modules name; everything else may change:
 
     cluster.kmeans               BalancedKMeans, a scikit-learn estimator
-    cluster.embed                TokenTfidf; cluster.text_embedders: WordTfidf, SentenceEncoder
-    merge.routers                from a context to weights over experts
+    cluster.embed                TokenTfidf; cluster.word_tfidf: WordTfidf; cluster.sentence_encoder: SentenceEncoder
+    merge.routers                Route: from whole documents to weights over experts; merge.context_router: token by token
     merge.mixture                mix_logprobs, average_weights
     merge.ensemble               load_ensemble: experts, embedder and centers of a finished run
     decode.engine                Engine; decode.sequence: Request, Step; decode.sampling: Sampling
