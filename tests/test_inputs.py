@@ -71,7 +71,7 @@ def test_a_name_that_the_hub_may_have_passes(tmp_path: Path) -> None:
         ("task.jsonl", b"{", "task.jsonl', line 1 is not JSON"),
         ("task.jsonl", b"\xff", "task.jsonl', line 1 is not JSON"),
         ("task.jsonl.gz", b"not compressed", "task.jsonl.gz' cannot be read: Not a gzipped file"),
-        ("task.jsonl.gz", gzip.compress(b"[1]")[:-9], "task.jsonl.gz' cannot be read: Compressed file ended"),
+        ("task.jsonl.gz", gzip.compress(b"[1]", mtime=0)[:-9], "task.jsonl.gz' cannot be read: Compressed file ended"),
         ("task.jsonl", b'{"text": "a", "label": "b", "split": "test"}', "has the labels"),
         (
             "task.jsonl",

@@ -62,8 +62,8 @@ def zstd(data: bytes) -> bytes:
     [
         ("a.jsonl", jsonl(ROWS)),
         ("a.json", jsonl(ROWS)),
-        ("a.jsonl.gz", gzip.compress(jsonl(ROWS))),
-        ("a.json.gz", gzip.compress(jsonl(ROWS))),
+        ("a.jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0)),
+        ("a.json.gz", gzip.compress(jsonl(ROWS), mtime=0)),
         ("a.jsonl.zst", zstd(jsonl(ROWS))),
         ("a.json.zst", zstd(jsonl(ROWS))),
         ("a.parquet", parquet(ROWS)),
