@@ -205,7 +205,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
 def test_neither_help_nor_decoding_imports_ray(finished_run: Run) -> None:
     code = f"""
 import contextlib, sys
-from cbtm_ray.generate import main
+from cbtm_ray.decode.generate import main
 with contextlib.suppress(SystemExit):
     main("", ["--help"])
 assert not {{"ray", "sklearn", "torch", "transformers"}} & set(sys.modules)
