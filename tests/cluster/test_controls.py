@@ -185,7 +185,7 @@ def test_the_mixture_of_experts_is_the_upcycled_seed_trained_like_the_dense_cont
 def test_more_domains_than_steps_are_refused(parted_run: Run) -> None:
     train = dataclasses.replace(parted_run.config.train, total_tokens=3 * 128)
     run = Run(dataclasses.replace(parted_run.config, train=train))
-    with pytest.raises(UserError, match=r"total_tokens=384 must give each of 4 experts .* raise it to 512\."):
+    with pytest.raises(UserError, match=r"total_tokens=384 must give each of the 4 experts .* raise it to 512\."):
         control_branches(run, "metadata")
 
 
