@@ -81,15 +81,19 @@ def draw_results(axes: Axes, results: list[ResultRow]) -> None:
         axes.axhline(row["ppl"], color=_INK, ls=LINES[i % 4], lw=1.2)
         axes.axhspan(row["ppl_low"], row["ppl_high"], color=_INK, alpha=0.13, lw=0)
         labels.append((row["ppl"], row["system"], _INK))
-    axes.set(xscale="log", yscale="log", xlabel="experts mixed per token (top-k)", ylabel="perplexity")
-    sizes = sorted({row["top_k"] for row in routed})
-    axes.set_xticks(sizes, [str(top_k) for top_k in sizes])
+    _perplexity_axes(axes, "experts mixed per token (top-k)", sorted({row["top_k"] for row in routed}))
+    _label_ends(axes, labels)
+
+
+def _perplexity_axes(axes: Axes, xlabel: str, ticks: list[int]) -> None:
+    """Logarithmic axes of perplexity against whole numbers, which are the ticks."""
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="perplexity")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
     axes.grid(axis="y")
-    _label_ends(axes, labels)
 
 
 def draw_sweep(axes: Axes, series: dict[str, list[tuple[int, float]]]) -> None:
@@ -100,13 +104,7 @@ def draw_sweep(axes: Axes, series: dict[str, list[tuple[int, float]]]) -> None:
         look = _look(i) if name != "dense" else {"color": _INK, "ls": "-", "marker": "|"}
         axes.plot(k, ppl, **look)
         labels.append((ppl[-1], name, str(look["color"])))
-    axes.set(xscale="log", yscale="log", xlabel="clusters = experts", ylabel="perplexity")
-    axes.set_xticks(ticks, [str(k) for k in ticks])
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())
-    axes.grid(axis="y")
+    _perplexity_axes(axes, "clusters = experts", ticks)
     _label_ends(axes, labels)
 
 

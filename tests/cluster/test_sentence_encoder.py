@@ -11,32 +11,19 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from cbtm_ray.cluster.embed import Embedder, load_embedder, save_embedder
+from cbtm_ray.cluster.embed import load_embedder, save_embedder
 from cbtm_ray.cluster.sentence_encoder import SentenceEncoder
 from cbtm_ray.config import EmbedConfig
 from cbtm_ray.corpus.tokenizer import encode, train_tokenizer
 from cbtm_ray.errors import UserError
+from tests.support.embedded import contexts, texts
 from tests.support.minilm import minilm_folder
 from tests.support.tiny import DOMAINS
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    random = np.random.default_rng(seed)
-    lines = [[*domain.split(), "café", "1999", "x2,", "Re-read."] for domain in DOMAINS.values()]
-    return [" ".join(random.choice(lines[n % 4], size=25)) for n in range(count)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(texts(80), vocab_size=320)
-
-
-def contexts(embedder: Embedder, tokens: np.ndarray) -> np.ndarray:
-    context, rows = embedder.context(), []
-    for token in tokens:
-        rows.append(context.embedding())
-        context.append(int(token))
-    return np.stack(rows)
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from transformers import PreTrainedTokenizerBase
 
-from cbtm_ray.cluster.embed import Embedder, fit_embedder, load_embedder, save_embedder
+from cbtm_ray.cluster.embed import fit_embedder, load_embedder, save_embedder
 from cbtm_ray.cluster.word_tfidf import WordTfidf, words_of
 from cbtm_ray.config import EmbedConfig
 from cbtm_ray.corpus.tokenizer import encode, train_tokenizer
 from cbtm_ray.errors import UserError
-from tests.support.tiny import DOMAINS
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    random = np.random.default_rng(seed)
-    lines = [[*domain.split(), "café", "1999", "x2,", "Re-read."] for domain in DOMAINS.values()]
-    return [" ".join(random.choice(lines[n % 4], size=25)) for n in range(count)]
+from tests.support.embedded import contexts, texts
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +54,6 @@ def test_word_tfidf_is_scikit_learns_pipeline(tokenizer: PreTrainedTokenizerBase
         found = embedder.transform(encode(tokenizer, given))
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, pipeline.transform(given), atol=1e-4)
-
-
-def contexts(embedder: Embedder, tokens: np.ndarray) -> np.ndarray:
-    context, rows = embedder.context(), []
-    for token in tokens:
-        rows.append(context.embedding())
-        context.append(int(token))
-    return np.stack(rows)
 
 
 @pytest.mark.parametrize("standardize", [False, True])
