@@ -239,3 +239,20 @@ def folder_or_name(uri_or_name: str) -> Iterator[str]:
     """What `from_pretrained` takes: `local_folder` of what exists, and anything else as the name on the hub that it is."""
     with local_folder(uri_or_name) if exists(uri_or_name) else contextlib.nullcontext(uri_or_name) as found:
         yield found
+
+
+@contextlib.contextmanager
+def loading(uri_or_name: str, failure: str) -> Iterator[str]:
+    """`folder_or_name` for a model or tokenizer that the user named.
+
+    Raises:
+        UserError: `failure` and the reason, where it cannot be loaded.
+        OSError: its store cannot be reached, which may pass.
+    """
+    try:
+        with folder_or_name(uri_or_name) as found:
+            yield found
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError) or refusal(error):
+            raise
+        raise UserError(f"{failure}: {str(error).strip().splitlines()[0]}") from error

@@ -51,14 +51,8 @@ def load_model(uri_or_name: str) -> PreTrainedModel:
         UserError: there is none.
         OSError: its store cannot be reached.
     """
-    try:
-        with files.folder_or_name(uri_or_name) as found:
-            return AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        if files.refusal(error):  # the store's, whose trouble may pass
-            raise
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"no causal language model can be loaded from {uri_or_name!r}: {first}") from error
+    with files.loading(uri_or_name, f"no causal language model can be loaded from {uri_or_name!r}") as found:
+        return AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32)
 
 
 def check_tokenizer(uri_or_name: str, tokenizer: PreTrainedTokenizerBase) -> None:

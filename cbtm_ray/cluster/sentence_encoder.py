@@ -39,20 +39,15 @@ class SentenceEncoder:
 
     @classmethod
     def open(cls, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-        """The encoder of `embed.encoder`, a folder, URI or name. UserError if it cannot be loaded."""
+        """The encoder of `embed.encoder`, a folder, URI or name; errors as of `files.loading`."""
         assert config.encoder is not None
-        try:
-            return cls.load(config.encoder, config, tokenizer)
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"embed.encoder={config.encoder!r} cannot be loaded: {first}") from error
+        with files.loading(config.encoder, f"embed.encoder={config.encoder!r} cannot be loaded") as found:
+            return cls(SentenceTransformer(found), config, tokenizer)
 
     @classmethod
-    def load(cls, uri_or_name: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-        with files.folder_or_name(uri_or_name) as found:
-            return cls(SentenceTransformer(found), config, tokenizer)
+    def load(cls, folder_uri: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
+        with files.local_folder(folder_uri) as folder:
+            return cls(SentenceTransformer(folder), config, tokenizer)
 
     def save(self, folder_uri: str) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -42,14 +42,8 @@ def load_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
         UserError: there is none, or it has no end-of-text token to put between documents.
         OSError: its store cannot be reached.
     """
-    try:
-        with files.folder_or_name(folder_or_name) as found:
-            tokenizer = _open_tokenizer(found)
-    except (OSError, ValueError) as error:
-        if files.refusal(error):  # the store's, whose trouble may pass
-            raise
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"tokens.tokenizer={folder_or_name!r} cannot be loaded: {first}") from error
+    with files.loading(folder_or_name, f"tokens.tokenizer={folder_or_name!r} cannot be loaded") as found:
+        tokenizer = _open_tokenizer(found)
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokens.tokenizer={folder_or_name!r} has no end-of-text token (eos_token). Use one that has.")
     return tokenizer
