@@ -8,8 +8,9 @@ import time
 import numpy as np
 
 from cbtm_ray.config import CorpusConfig
-from cbtm_ray.corpus.documents import Document, list_shards, read_shard
+from cbtm_ray.corpus.documents import Document, read_shard
 from cbtm_ray.corpus.installed_docs import package_documents
+from cbtm_ray.corpus.shards import list_shards
 
 PACKAGES = ("numpy", "scipy", "pandas", "sklearn", "torch", "sympy")
 PACKAGE_BYTES = 4_000_000

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cbtm_ray import files
-from cbtm_ray.corpus.documents import list_shards
 from cbtm_ray.corpus.installed_docs import package_folder
+from cbtm_ray.corpus.shards import list_shards
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import SHAREABLE, Run
 

@@ -29,7 +29,8 @@ from moto.server import ThreadedMotoServer
 from cbtm_ray import files
 from cbtm_ray.cli import main
 from cbtm_ray.config import CorpusConfig
-from cbtm_ray.corpus.documents import list_shards, read_shard
+from cbtm_ray.corpus.documents import read_shard
+from cbtm_ray.corpus.shards import list_shards
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
 from cbtm_ray.run import Run

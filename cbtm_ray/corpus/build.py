@@ -21,8 +21,9 @@ import ray
 
 from cbtm_ray import files, progress
 from cbtm_ray.config import CorpusConfig
-from cbtm_ray.corpus.documents import Document, Shard, is_held_out, list_shards, read_shard, unit_hash
+from cbtm_ray.corpus.documents import Document, is_held_out, read_shard, unit_hash
 from cbtm_ray.corpus.installed_docs import package_documents
+from cbtm_ray.corpus.shards import Shard, list_shards
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
 

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbtm_ray.config import CorpusConfig
-from cbtm_ray.corpus import documents
-from cbtm_ray.corpus.documents import Document, is_held_out, list_shards, read_shard, unit_hash
+from cbtm_ray.corpus import documents, shards
+from cbtm_ray.corpus.documents import Document, is_held_out, read_shard, unit_hash
 from cbtm_ray.corpus.installed_docs import package_documents
+from cbtm_ray.corpus.shards import list_shards
 from cbtm_ray.errors import UserError
 
 TEXTS = ["first", "caf\u00e9 \U0001f600\nsecond line", "", 'quotes " and \\ slashes', "a\u2028b\x85c"]
@@ -151,7 +152,7 @@ def test_other_files_and_hidden_ones_are_no_documents(tmp_path: Path) -> None:
 
 
 def test_text_files_share_a_shard_up_to_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "TEXT_SHARD_BYTES", 10)
+    monkeypatch.setattr(shards, "TEXT_SHARD_BYTES", 10)
     for name, size in [("a.txt", 4), ("b.txt", 6), ("c.txt", 1), ("d.txt", 25), ("e.txt", 3)]:
         write(tmp_path / name, "x" * size)
     write(tmp_path / "bb.jsonl", jsonl(ROWS))
