@@ -156,8 +156,8 @@ def test_text_files_share_a_shard_up_to_its_size(tmp_path: Path, monkeypatch: py
     for name, size in [("a.txt", 4), ("b.txt", 6), ("c.txt", 1), ("d.txt", 25), ("e.txt", 3)]:
         write(tmp_path / name, "x" * size)
     write(tmp_path / "bb.jsonl", jsonl(ROWS))
-    shards = sorted(shard.names for shard in list_shards((str(tmp_path),)))
-    assert shards == [("a.txt", "b.txt"), ("bb.jsonl",), ("c.txt",), ("d.txt",), ("e.txt",)]
+    names = sorted(shard.names for shard in list_shards((str(tmp_path),)))
+    assert names == [("a.txt", "b.txt"), ("bb.jsonl",), ("c.txt",), ("d.txt",), ("e.txt",)]
 
 
 def test_small_text_files_are_one_shard(tmp_path: Path) -> None:
