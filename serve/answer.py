@@ -20,14 +20,14 @@ from cbtm_ray.decode.strategies import strategy_for
 from cbtm_ray.decode.text import TextAssembler
 
 from .limits import Refused, refusal
-from .placement import Groups
+from .placement import Placement
 from .protocol import ChatRequest, CompletionRequest, Piece, TokenPiece, choice_of
 from .remote_experts import MAX_ATTEMPTS, REPLICA_LOST
 
 logger = logging.getLogger("ray.serve")
 
 
-async def decode(groups: Groups, model: str, request: Request) -> AsyncGenerator[list[Step]]:
+async def decode(placement: Placement, model: str, request: Request) -> AsyncGenerator[list[Step]]:
     """The steps of one sequence. When the replica that decodes it dies, another goes on after the tokens it had given; where
     another group has the experts for the rest, that one does.
 
@@ -39,7 +39,7 @@ async def decode(groups: Groups, model: str, request: Request) -> AsyncGenerator
     while lost < MAX_ATTEMPTS:
         response = None
         try:
-            group, part = await groups.plan(model, rest)
+            group, part = await placement.plan(model, rest)
             response = group.generate.remote(model, part)
             async for batch in response:
                 rest = remaining(rest, batch)
@@ -63,7 +63,7 @@ async def choice_pieces(
     wanted: Request,
     request: CompletionRequest | ChatRequest,
     tokenizer: PreTrainedTokenizerBase,
-    groups: Groups,
+    placement: Placement,
     usage: dict[str, int],
 ) -> AsyncGenerator[Piece]:
     """One choice of an answer, as it becomes certain; its tokens are added to `usage`."""
@@ -73,7 +73,7 @@ async def choice_pieces(
     if wanted.max_tokens == 0 and not wanted.echo_logprobs:
         yield Piece(index, finish_reason="length")
         return
-    async with aclosing(decode(groups, request.model, wanted)) as steps:
+    async with aclosing(decode(placement, request.model, wanted)) as steps:
         async for batch in steps:
             piece, n_tokens = choice.take(batch)
             usage["completion_tokens"] += n_tokens

@@ -30,7 +30,7 @@ from .answer import chat_prompt, choice_pieces, events, merged, sequence_request
 from .arguments import AppArguments
 from .limits import Refused, among, bearer_of, out_of_bounds, read_body, read_tokens, refusal
 from .openapi import describe
-from .placement import DENSE, ENSEMBLE, Groups, Layout
+from .placement import DENSE_MODEL, ENSEMBLE, Layout, Placement
 from .protocol import ChatRequest, CompletionRequest, ExpertState, Piece, choice_of
 
 web = FastAPI(title="cbtm-ray", docs_url=None, redoc_url=None, openapi_url=None)
@@ -78,15 +78,15 @@ class Gateway:
     """Validates requests, sends their sequences to the expert group, and makes answers of what comes back."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, arguments: AppArguments, layout: Layout, groups: list[DeploymentHandle], roster: DeploymentHandle
+        self, arguments: AppArguments, layout: Layout, groups: list[DeploymentHandle], registry: DeploymentHandle
     ) -> None:
-        self.arguments, self.roster = arguments, roster
+        self.arguments, self.registry = arguments, registry
         self.client_tokens = read_tokens(arguments.client_tokens, "client_tokens")
         self.admin_tokens = read_tokens(arguments.admin_tokens, "admin_tokens")
         ensemble, self.tokenizer = load_ensemble(arguments.run_dir, [], routing=arguments.routing)
-        self.groups = Groups(layout, groups, roster, ensemble)
-        self.sizes = {ENSEMBLE: list(ensemble.routes), DENSE: [1]}
-        self.experts = {ENSEMBLE: ensemble.n_experts, **({DENSE: 1} if arguments.dense else {})}
+        self.placement = Placement(layout, groups, registry, ensemble)
+        self.sizes = {ENSEMBLE: list(ensemble.routes), DENSE_MODEL: [1]}
+        self.experts = {ENSEMBLE: ensemble.n_experts, **({DENSE_MODEL: 1} if arguments.dense else {})}
         self.ensemble, self.max_length = ensemble, min(ensemble.max_length, arguments.cache_tokens)
         # A long prompt must not hold up the streams, and a tokenizer is not for several threads: one more for a thread.
         self.encoder, self.encoding = copy.deepcopy(self.tokenizer), ThreadPoolExecutor(1)
@@ -129,7 +129,7 @@ class Gateway:
         expert = next((known for known in range(n_experts) if str(known) == cluster), None)
         if expert is None:
             raise Refused(404, f"There is no expert {cluster[:20]!r}; they are 0 to {n_experts - 1}.", code="not_found")
-        changed = await self.roster.set_active.remote(expert, state.active, n_experts)
+        changed = await self.registry.set_active.remote(expert, state.active, n_experts)
         if changed is None:
             raise Refused(503, "No expert group has reported yet. Try again when one is up.", code="unavailable")
         if not changed:
@@ -244,7 +244,7 @@ class Gateway:
         self.measured["in_flight"].set(self.in_flight)
         try:
             streams = [
-                choice_pieces(index, one, request, self.tokenizer, self.groups, usage)
+                choice_pieces(index, one, request, self.tokenizer, self.placement, usage)
                 for index, one in enumerate(sequences)
             ]
             async with aclosing(merged(streams)) as parts:
@@ -255,8 +255,8 @@ class Gateway:
             self.measured["in_flight"].set(self.in_flight)
 
     async def _experts(self) -> list[dict[str, Any]]:
-        requests, tokens, resting = await self.roster.served.remote()
+        requests, tokens, disabled = await self.registry.stats.remote()
         return [
-            {**about, "requests": requests[k], "tokens": tokens[k], "state": "out" if k in resting else "active"}
+            {**about, "requests": requests[k], "tokens": tokens[k], "state": "out" if k in disabled else "active"}
             for k, about in enumerate(self.clusters)
         ]

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from cbtm_ray.decode.sequence import Request
 from cbtm_ray.merge.ensemble import Ensemble
 
-ENSEMBLE, DENSE = "cbtm", "dense"
+ENSEMBLE, DENSE_MODEL = "cbtm", "dense"
 
 
 @dataclass(frozen=True)
@@ -44,31 +44,31 @@ def spread(n_experts: int, per_group: int | None) -> Layout:
     return Layout([list(range(n_experts))[start : start + size] for start in range(0, n_experts, size)])
 
 
-class Groups:
-    """What a gateway knows of the groups."""
+class Placement:
+    """Chooses the expert group that decodes the next tokens of a sequence."""
 
     def __init__(
-        self, layout: Layout, handles: list[DeploymentHandle], roster: DeploymentHandle, ensemble: Ensemble
+        self, layout: Layout, handles: list[DeploymentHandle], registry: DeploymentHandle, ensemble: Ensemble
     ) -> None:
         """
         Args:
-            ensemble: what routes; no experts are needed.
+            ensemble: its router is used; its experts are not loaded.
         """
-        self.layout, self.roster, self.ensemble = layout, roster, ensemble
+        self.layout, self.registry, self.ensemble = layout, registry, ensemble
         # By gRPC: a streamed token costs a sixth of what it does through the object store.
         self.streams = [handle.options(stream=True, _by_reference=False) for handle in handles]
         self.calls = [handle.options(_by_reference=False) for handle in handles]
 
     async def plan(self, model: str, request: Request) -> tuple[Any, Request]:
-        """The group that decodes what comes next of a text, and what it is to decode.
+        """The group that decodes the next tokens of a sequence, and its request.
 
-        Where experts are held after a prefix, a text shorter than that is decoded only up to its end: there the experts that
-        serve the rest are chosen, and they may be elsewhere.
+        Where experts are chosen once, after a prefix, a shorter sequence is decoded only up to the end of the prefix: the
+        experts that are chosen there may be in another group.
         """
         if model != ENSEMBLE or len(self.streams) == 1:
             return self.streams[0], request
-        _, _, resting = await self.roster.served.remote()
-        active = [expert for expert in range(self.ensemble.n_experts) if expert not in resting]
+        _, _, disabled = await self.registry.stats.remote()
+        active = [expert for expert in range(self.ensemble.n_experts) if expert not in disabled]
         router, token_ids = self.ensemble.router(request.top_k, active), [*request.prompt, *request.answer]
         hold_at = router.hold_at
         router.append(token_ids[:hold_at])

@@ -1,4 +1,4 @@
-"""What all replicas must agree on: which experts take part, and how much each has served."""
+"""ExpertRegistry: which experts are disabled, which all replicas must agree on, and how much each expert has served."""
 
 from __future__ import annotations
 
@@ -9,49 +9,54 @@ from collections import Counter
 from ray import serve
 
 TOLD_S = 10.0
-"""How long a change waits for the groups' replicas, which report every second. One that is silent for longer is gone."""
+"""How long a change waits for replicas, which report every second. A replica that is silent for longer is gone."""
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=100)
-class Roster:
-    """One small replica, which the expert groups report to; a new one learns the state from their next report."""
+class ExpertRegistry:
+    """One small actor to which expert groups report. A new one learns the state from their next report."""
 
     def __init__(self) -> None:
-        self.resting: set[int] | None = None
-        """Experts that take no part; None: no group has said it yet."""
+        self.disabled: set[int] | None = None
+        """Disabled experts, by cluster. None until a group has reported them."""
         self.requests: Counter[int] = Counter()
         self.tokens: Counter[int] = Counter()
-        self._replicas, self._behind = set[str](), set[str]()  # of groups; those that have not heard of the last change
+        self._replicas, self._behind = (
+            set[str](),
+            set[str](),
+        )  # replicas that report; those that do not know the last change
         self._told = asyncio.Event()
 
     async def report(
-        self, replica: str, requests: Counter[int], tokens: Counter[int], resting: set[int] | None
+        self, replica: str, requests: Counter[int], tokens: Counter[int], disabled: set[int] | None
     ) -> set[int] | None:
-        """Count what a group's replica has served since its last report; the experts that are to take no part, by cluster.
-        None, given or returned: the replica, or the roster, is new and does not know."""
+        """Add what a replica has served since its last report, and return the disabled experts, by cluster.
+
+        `disabled` is None if the replica is new; the result is None if the registry is new too.
+        """
         self.requests.update(requests)
         self.tokens.update(tokens)
-        if self.resting is None:
-            self.resting = resting
+        if self.disabled is None:
+            self.disabled = disabled
         self._replicas.add(replica)
         self._behind.discard(replica)
         if not self._behind:
             self._told.set()
-        return self.resting
+        return self.disabled
 
     async def set_active(self, cluster: int, active: bool, n_experts: int) -> bool | None:
-        """Take an expert out of the ensemble or back into it. Done when all groups know it, for a new roster asks any of them.
+        """Enable or disable an expert. Returns when all replicas know it, since a new registry learns from any of them.
 
         Returns:
-            False, and nothing done, if no expert would be left. None, and nothing done, if the roster does not know yet which
-            experts take part.
+            False if no expert would be left, None if the registry is new and does not know the disabled experts; neither
+            changes anything.
         """
-        if self.resting is None:
+        if self.disabled is None:
             return None
-        resting = self.resting - {cluster} if active else self.resting | {cluster}
-        if len(resting) == n_experts:
+        disabled = self.disabled - {cluster} if active else self.disabled | {cluster}
+        if len(disabled) == n_experts:
             return False
-        self.resting, self._behind = resting, self._replicas.copy()
+        self.disabled, self._behind = disabled, self._replicas.copy()
         if self._behind:
             self._told.clear()
             with contextlib.suppress(TimeoutError):
@@ -59,6 +64,6 @@ class Roster:
         self._replicas -= self._behind
         return True
 
-    async def served(self) -> tuple[Counter[int], Counter[int], set[int]]:
-        """Requests and tokens by cluster, and the experts that take no part."""
-        return self.requests, self.tokens, self.resting or set()
+    async def stats(self) -> tuple[Counter[int], Counter[int], set[int]]:
+        """Requests and tokens by cluster, and the disabled experts."""
+        return self.requests, self.tokens, self.disabled or set()

@@ -32,7 +32,7 @@ from cbtm_ray.decode.sequence import Request
 from cbtm_ray.evaluate import perplexity
 from cbtm_ray.merge.ensemble import Ensemble, load_ensemble
 from cbtm_ray.merge.routers import Route
-from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.models import load_model
 from cbtm_ray.run import DENSE_FOLDER, Run
 from serve.answer import chat_prompt
@@ -196,7 +196,7 @@ def reported_logprobs(ensemble: Ensemble, tokens: np.ndarray, route: Route) -> n
     )
     prefixes_TD = torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens))
     distances_TK = squared_distances(prefixes_TD, ensemble.centers_KD).numpy()
-    held_out = HeldOut(np.array([len(tokens)]), logprobs_TK, distances_TK)
+    held_out = ScoredHalf(np.array([len(tokens)]), logprobs_TK, distances_TK)
     return perplexity.mixture_logprobs(held_out, route)
 
 

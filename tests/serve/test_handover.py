@@ -142,12 +142,12 @@ def test_a_text_that_is_handed_on_loses_no_token(
 
 def test_a_new_roster_does_not_forget_who_is_out(client: httpx.Client) -> None:
     assert client.put("/experts/1", json={"active": False}).json()["state"] == "out"
-    [roster] = replicas("Roster")
-    roster.kill()
-    roster.wait(60)
+    [registry] = replicas("ExpertRegistry")
+    registry.kill()
+    registry.wait(60)
     answer = client.put("/experts/0", json={"active": False})
     until = time.monotonic() + 60
-    while answer.status_code >= 500:  # the roster dies under it, or the new one knows nothing yet
+    while answer.status_code >= 500:  # the registry dies under it, or the new one knows nothing yet
         assert time.monotonic() < until
         answer = client.put("/experts/0", json={"active": False})
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "last_expert")
