@@ -60,7 +60,7 @@ def train_all(run: Run, branches: list[Branch], args: argparse.Namespace, kills:
     train_branches(run, branches, title="faults", cpus=1, slots=args.slots, per_run=args.per_run)
     over.set()
     killer.join()
-    manifests = [run.need(branch.spec.name, "train_experts") for branch in branches]
+    manifests = [run.require(branch.spec.name, "train_experts") for branch in branches]
     first_starts = [manifest["starts"][0]["at"] for manifest in manifests]
     again = [start for manifest in manifests for start in manifest["starts"][1:]]
     return {

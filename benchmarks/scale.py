@@ -106,7 +106,7 @@ def measure(k: int, args: argparse.Namespace) -> dict[str, float]:
         makespan = time.perf_counter() - started
         over.set()
         watcher.join()
-        busy = sum(run.need(each.spec.name, "train_experts")["seconds"] for each in experts)
+        busy = sum(run.require(each.spec.name, "train_experts")["seconds"] for each in experts)
     return {"makespan_s": makespan, "busy_s": busy, **{f"{kind}_mib": mib for kind, mib in peak.items()}}
 
 

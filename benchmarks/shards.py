@@ -88,7 +88,7 @@ def main() -> None:
             "seed_model": {"train_tokens": 1},
         }
         run = Run(build_config(tree))
-        run.begin()
+        run.open()
         found = {stage: measure(stage, run) for stage in STAGES}
     table = Table("stage", *found[STAGES[0]])
     for stage, row in found.items():

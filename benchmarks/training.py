@@ -36,6 +36,7 @@ from cbtm_ray import files
 from cbtm_ray.config import Config, TrainConfig
 from cbtm_ray.corpus.tokenizer import save_tokenizer, train_tokenizer
 from cbtm_ray.load_config import build_config
+from cbtm_ray.manifests import CurvePoint
 from cbtm_ray.ray_session import TRAINING_ENV
 from cbtm_ray.run import Run
 from cbtm_ray.train.packed_sequences import PackedSequences
@@ -225,7 +226,7 @@ def make_run(folder: Path, args: argparse.Namespace, n_clusters: int = 1) -> Run
     return run
 
 
-Timed = tuple[float, list[dict[str, Any]]]
+Timed = tuple[float, list[CurvePoint]]
 """Seconds that training an expert took in all, and its curve."""
 
 
@@ -257,7 +258,7 @@ def train_through_ray(config: Config, threads: int) -> Timed:
     started, run = time.perf_counter(), Run(config)
     branch = expert_branches(run)[1]
     train_branches(run, [branch], title="benchmark", cpus=threads, slots=1)
-    return time.perf_counter() - started, run.need(branch.spec.name, "train_experts")["curve"]
+    return time.perf_counter() - started, run.require(branch.spec.name, "train_experts")["curve"]
 
 
 def compare_ray(args: argparse.Namespace, console: Console) -> dict[str, float]:

@@ -26,7 +26,7 @@ def main(description: str, job: str, arguments: list[str] | None = None) -> int:
             print(dump_config(config), end="")
             return 0
         run = Run(config)
-        run.begin()
+        run.open()
         check_inputs(run)
         with ray_session():
             # Imported only now: it takes seconds, which a mistyped key need not wait for.

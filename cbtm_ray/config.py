@@ -32,10 +32,10 @@ BelowOne = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
 Text = Annotated[str, Field(pattern=r"\S")]
 
-Split = Literal["random", "unbalanced", "metadata"]
-Control = Literal[Split, "moe"]
+PartitionControl = Literal["random", "unbalanced", "metadata"]
+Control = Literal[PartitionControl, "moe"]
 Routing = Literal["embedding", "posterior", "prefix", "nearest_prefix", "uniform", "bayes"]
-SPLIT_CONTROLS: tuple[Split, ...] = get_args(Split)
+PARTITION_CONTROLS: tuple[PartitionControl, ...] = get_args(PartitionControl)
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
 _STRICT = ConfigDict(extra="forbid")
@@ -54,7 +54,7 @@ def task_name(uri: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
-class RunConfig:
+class RunSettings:
     dir: Execution[Text]
     """Where everything goes: a local path or a URI (s3://, gs://)."""
     shared: Execution[tuple[Text, ...]] = ()
@@ -328,7 +328,7 @@ class SweepConfig:
 class Config:
     """Everything one run needs to know."""
 
-    run: RunConfig
+    run: RunSettings
     corpus: CorpusConfig
     tokens: TokensConfig = field(default_factory=TokensConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)

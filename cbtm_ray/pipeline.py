@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from cbtm_ray import progress
 from cbtm_ray.branch import launch
 from cbtm_ray.cluster import controls, fit, partition
-from cbtm_ray.config import CONTROLS, SPLIT_CONTROLS, Control
+from cbtm_ray.config import CONTROLS, PARTITION_CONTROLS, Control
 from cbtm_ray.corpus import build
 from cbtm_ray.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from cbtm_ray.evaluate import average, domain_task, results
@@ -19,7 +19,7 @@ from cbtm_ray.ray_session import check_installed
 from cbtm_ray.report import terminal
 from cbtm_ray.run import Run
 
-Work = Callable[[Run], dict[str, Any]]
+Work = Callable[[Run], Mapping[str, Any]]
 Stage = tuple[str, Work, str]
 
 
@@ -64,12 +64,12 @@ JOBS: dict[str, list[Stage]] = {
 }
 """Job -> stages (folder, work, summary of its manifest), in the order of `run_all`."""
 
-CONTROL_STAGES: dict[str, tuple[str, Callable[..., dict[str, Any]], str, tuple[Control, ...]]] = {
+CONTROL_STAGES: dict[str, tuple[str, Callable[..., Mapping[str, Any]], str, tuple[Control, ...]]] = {
     "partition_corpus": (
         "shards/controls/{}",
         controls.partition_control,
         "{n_clusters} clusters; largest {size_skew:.2f} x mean",
-        SPLIT_CONTROLS,
+        PARTITION_CONTROLS,
     ),
     "train_experts": ("controls/{}", launch.train_control, "{experts} experts, {train_tokens:,} tokens", CONTROLS),
 }

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from cbtm_ray import files
-from cbtm_ray.config import CONTROLS, EXECUTION_FIELDS, EXPERTS_ONLY_FIELDS, SPLIT_CONTROLS, Config
+from cbtm_ray.config import CONTROLS, EXECUTION_FIELDS, EXPERTS_ONLY_FIELDS, PARTITION_CONTROLS, Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import config_tree, dump_config
 
@@ -35,7 +35,7 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "seed": ("seed_model", "train", *(f"-{name}" for name in sorted(EXPERTS_ONLY_FIELDS)), "tokens.sequence_length"),
     "experts": _TRAINING,
     "controls/dense": _TRAINING,
-    **{f"shards/controls/{split}": () for split in SPLIT_CONTROLS},
+    **{f"shards/controls/{split}": () for split in PARTITION_CONTROLS},
     **{f"controls/{control}": _TRAINING for control in CONTROLS},
     "evaluation": ("evaluate", "tokens.sequence_length", "train.controls"),
     "average": (),
@@ -55,11 +55,11 @@ MADE_FROM: dict[str, tuple[str, ...]] = {
     "seed": ("corpus", "tokenizer"),
     "experts": _MODELS,
     "controls/dense": _MODELS,
-    **{f"shards/controls/{split}": (*_PARTITION, "shards") for split in SPLIT_CONTROLS},
-    **{f"controls/{split}": (*_MODELS, f"shards/controls/{split}") for split in SPLIT_CONTROLS},
+    **{f"shards/controls/{split}": (*_PARTITION, "shards") for split in PARTITION_CONTROLS},
+    **{f"controls/{split}": (*_MODELS, f"shards/controls/{split}") for split in PARTITION_CONTROLS},
     "controls/moe": _MODELS,
     "evaluation": ("tokenizer", "clusterer", "shards", "seed", "experts", "controls/dense",
-                   *(f"shards/controls/{split}" for split in SPLIT_CONTROLS),
+                   *(f"shards/controls/{split}" for split in PARTITION_CONTROLS),
                    *(f"controls/{control}" for control in CONTROLS)),
     "average": ("tokenizer", "clusterer", "shards", "experts", "controls/dense", "evaluation"),
     "fewshot": ("tokenizer", "shards"),
@@ -183,7 +183,7 @@ class Run:
         there = [self.uri(each) for each in affected if self._is_begun(each)]
         return ", ".join(uri for uri in there if not any(uri.startswith(f"{other}/") for other in there))
 
-    def begin(self) -> None:
+    def open(self) -> None:
         """Check the directory, then keep the resolved configuration in it.
 
         Raises:
@@ -198,14 +198,14 @@ class Run:
         uri = self.uri(*folder, "manifest.json")
         return files.read_json(uri) if files.exists(uri) else None
 
-    def need(self, folder: str, job: str) -> dict[str, Any]:
-        """The manifest of an earlier stage; UserError with the command that makes it if there is none."""
+    def require(self, folder: str, job: str) -> Any:
+        """The manifest (see `manifests.py`) of an earlier stage; UserError with the command that makes it if there is none."""
         manifest = self.manifest(folder)
         if manifest is None:
             raise UserError(f"{self.uri(folder)} is not finished. Run first: python -m jobs.{job} --config FILE")
         return manifest
 
-    def start(self, stage: str) -> None:
+    def claim(self, stage: str) -> None:
         """Tie the stage's folder to the present settings and inputs, before anything else is written there.
 
         A folder that is begun or finished keeps what it is tied to. UserError if that is something else.
@@ -224,10 +224,10 @@ class Run:
             return self.uri("checkpoints", folder)
         return self.uri("checkpoints", folder, files.fingerprint([made_with, self.identity("shards")])[:16])
 
-    def finish(self, folder: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, folder: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Write the manifest, which makes the folder finished."""
         files.write_json(self.uri(folder, "manifest.json"), manifest)
-        return manifest
+        return {**manifest}
 
     def _untie(self) -> None:
         """Forget the settings of stages that made nothing before an input was refused: the mended one is welcome there.
@@ -240,13 +240,13 @@ class Run:
             if made == [settings_uri]:
                 files.delete(settings_uri)
 
-    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    def stage(self, name: str, work: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
         """Run `work` unless the stage is finished; its manifest, and whether it ran now.
 
         The manifest gets `seconds`, the wall time of the call that finished the stage.
         """
         started = time.perf_counter()
-        self.start(name)
+        self.claim(name)
         if (done := self.manifest(name)) is not None:
             return done, False
         try:

@@ -51,15 +51,15 @@ def sweep_clusters(sweep: Run) -> None:
     for (k, tokens), point in points.items():
         _point_run(point, folders[k], shared, tokens).check()
     check_installed("train.trackers", config.train.trackers)
-    _do(_run(first, shared), "build_corpus")
+    _run_jobs(_run(first, shared), "build_corpus")
     for k, folder in folders.items():
-        _do(_run(points[k, budgets[0]], folder, shared), "fit_clusters", "partition_corpus")
-    _do(_run(first, shared, folders[clusters[0]]), "train_seed")
+        _run_jobs(_run(points[k, budgets[0]], folder, shared), "fit_clusters", "partition_corpus")
+    _run_jobs(_run(first, shared, folders[clusters[0]]), "train_seed")
     found = []
     for (k, tokens), point in points.items():
         progress.note(f"{k} clusters, {tokens:,} tokens")
         run = _point_run(point, folders[k], shared, tokens)
-        _do(run, *pipeline.JOBS)
+        _run_jobs(run, *pipeline.JOBS)
         evaluation: Evaluation = files.read_json(run.uri("evaluation", "results.json"))
         found.append({"n_clusters": k, "total_tokens": tokens, "run": run.dir, "rows": evaluation["rows"]})
     result = {"points": found, "dense_runs": compared}
@@ -85,8 +85,8 @@ def _point_run(point: Config, folder: str, shared: str, tokens: int) -> Run:
     return _run(point, files.join(folder, f"tokens={tokens}"), folder, shared)
 
 
-def _do(run: Run, *jobs: str) -> None:
-    run.begin()
+def _run_jobs(run: Run, *jobs: str) -> None:
+    run.open()
     for job in jobs:
         pipeline.run_job(run, job)
 

@@ -64,6 +64,6 @@ def finished_run(tiny_config: Config, ray_cluster: str, shared_folder: Path) -> 
 
     run = Run(tiny_config)
     with FileLock(shared_folder / "finished.lock"):
-        run.begin()
+        run.open()
         run_all(run)
     return run

@@ -133,7 +133,7 @@ def test_stages_deleted_and_made_again_are_the_same_to_the_stages_after_them(fin
         shutil.rmtree(tmp_path / "run" / stage)
     tree["cluster"]["actors"], tree["train"]["log_every"] = 1, 3
     run = Run(build_config(tree))
-    run.begin()
+    run.open()
     pipeline.run_all(run)
     assert {stage: run.identity(stage) for stage in MADE_FROM} == {s: finished_run.identity(s) for s in MADE_FROM}
 

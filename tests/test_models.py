@@ -56,7 +56,7 @@ def test_costs_by_hand(tied: bool) -> None:
         num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
     layer = 4 * 8 * 8 + 3 * 8 * 16 + 2 * 8
-    n_parameters = flops.parameters(LlamaForCausalLM(config))
+    n_parameters = flops.matmul_parameters(LlamaForCausalLM(config))
     assert n_parameters == 100 * 8 + 2 * layer + 8
     per_token = flops.infer_flops_per_token(n_parameters, n_layers=2, hidden_size=8, context=10)
     assert per_token == 2 * n_parameters + 2 * 2 * 10 * 8
@@ -90,7 +90,7 @@ def test_utilization_is_not_known_on_a_cpu(tokenizer: PreTrainedTokenizerBase) -
 def test_utilization_on_a_gpu_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
     model = new_model(SIZES, tokenizer, 64, 0).to("cuda")
     peak = flops.peak_flops(torch.cuda.get_device_name(), "fp32")
-    per_token = 6 * flops.parameters(model) + 6 * 2 * 64 * 16
+    per_token = 6 * flops.matmul_parameters(model) + 6 * 2 * 64 * 16
     assert flops.utilization(model, 64, "fp32", 1e8) == (None if peak is None else round(1e8 * per_token / peak, 4))
 
 

@@ -198,7 +198,7 @@ def config_file(tmp_path: Path, run_dir: str) -> list[str]:
 
 def test_a_stage_is_finished_by_its_manifest_there_too(any_bucket: str, tmp_path: Path) -> None:
     run = Run(build_config(tiny_tree(tmp_path, tmp_path) | {"run": {"dir": files.join(any_bucket, "runs", "mine")}}))
-    run.begin()
+    run.open()
     assert run.stage("corpus", lambda: {"documents": 3})[1]
     assert not run.stage("corpus", lambda: {"documents": 4})[1]
     assert keys(any_bucket) == [

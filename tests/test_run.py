@@ -101,7 +101,7 @@ def test_a_directory_older_than_a_field_was_made_with_its_default(tmp_path: Path
 
 
 def test_an_unfinished_stage_refuses_another_configuration_too(tmp_path: Path) -> None:
-    run_with(tmp_path, run__seed=0).start("corpus")
+    run_with(tmp_path, run__seed=0).claim("corpus")
     with pytest.raises(UserError, match=r"run\.seed=1 \(the run has 0\)"):
         run_with(tmp_path, run__seed=1).check()
 
@@ -132,7 +132,7 @@ def test_the_dense_control_is_tied_like_the_experts_that_it_is_trained_with(tmp_
     first = run_with(tmp_path, train__learning_rate=0.1)
 
     def refuse_later() -> dict[str, Any]:
-        first.start("controls/dense")
+        first.claim("controls/dense")
         if dense:
             first.finish("controls/dense", {})
         return refuse_input()
@@ -250,10 +250,10 @@ def test_finished_stages_of_a_shared_run_are_taken_and_all_else_is_its_own(tmp_p
     finish(tmp_path / "base", "experts")
     finish(tmp_path / "other", "corpus")
     finish(tmp_path / "other", "shards")
-    run_with(tmp_path / "other").start("seed")
+    run_with(tmp_path / "other").claim("seed")
     shared = [str(tmp_path / "base"), str(tmp_path / "other")]
     run = run_with(tmp_path / "point", run__shared=shared)
-    run.begin()
+    run.open()
     assert run.stage("corpus", never)[1] is False
     owners = {stage: Path(run.uri(stage, "x")).parent.parent.name for stage in ("corpus", "shards", "seed", "experts")}
     assert owners == {"corpus": "base", "shards": "other", "seed": "point", "experts": "point"}
@@ -268,7 +268,7 @@ def test_a_shared_stage_of_another_configuration_is_refused(tmp_path: Path) -> N
     finish(tmp_path / "base", "clusterer", cluster__n_clusters=2)
     point = run_with(tmp_path / "point", run__shared=[str(tmp_path / "base")], cluster__n_clusters=4)
     with pytest.raises(UserError, match=r"cluster\.n_clusters=4 \(the run has 2\)"):
-        point.begin()
+        point.open()
 
 
 def test_a_moved_run_is_the_same_run(tmp_path: Path) -> None:
@@ -282,17 +282,17 @@ def test_a_moved_run_is_the_same_run(tmp_path: Path) -> None:
 
 def test_begin_keeps_the_whole_configuration(tmp_path: Path) -> None:
     run = run_with(tmp_path / "new" / "run", run__seed=5)
-    run.begin()
+    run.open()
     assert load_config(str(tmp_path / "new" / "run" / "config.yaml")) == run.config
 
 
 def test_begin_overwrites_nothing_where_it_refuses(tmp_path: Path) -> None:
     first = run_with(tmp_path, run__seed=0)
-    first.begin()
+    first.open()
     first.stage("corpus", dict)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"run\.seed"):
-        run_with(tmp_path, run__seed=1).begin()
+        run_with(tmp_path, run__seed=1).open()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -301,12 +301,12 @@ def test_need_names_the_job_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"clusterer is not finished\. Run first: python -m jobs\.fit_clusters --config"
     ):
-        run.need("clusterer", "fit_clusters")
-    run.start("clusterer")
+        run.require("clusterer", "fit_clusters")
+    run.claim("clusterer")
     with pytest.raises(UserError, match="clusterer is not finished"):
-        run.need("clusterer", "fit_clusters")
+        run.require("clusterer", "fit_clusters")
     run.finish("clusterer", {"n_iter": 3})
-    assert run.need("clusterer", "fit_clusters") == {"n_iter": 3}
+    assert run.require("clusterer", "fit_clusters") == {"n_iter": 3}
 
 
 def test_manifests_of_folders_inside_a_stage(tmp_path: Path) -> None:

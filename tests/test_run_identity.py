@@ -44,7 +44,7 @@ def test_a_field_of_a_deleted_stage_is_known_to_the_stages_after_it(tmp_path: Pa
     make(run)
     delete(tmp_path, "clusterer")
     with pytest.raises(UserError, match=r"configuration: cluster\.n_clusters=4 \(the run has 8\)\. Give") as caught:
-        run_with(tmp_path, cluster__n_clusters=4).begin()
+        run_with(tmp_path, cluster__n_clusters=4).open()
     kept = ("corpus", "tokenizer", "clusterer", "seed")
     assert listed(caught, tmp_path) == [s for s in STAGE_SETTINGS if s not in kept and not s.startswith("shards/")]
 
@@ -77,9 +77,9 @@ def test_a_stage_whose_input_is_another_now_is_refused(tmp_path: Path, finished:
     if finished:
         make(run, "shards")
     else:
-        run.start("shards")
+        run.claim("shards")
     delete(tmp_path, "clusterer")
-    run.begin()
+    run.open()
     make(run, "clusterer", content="second")
     with pytest.raises(UserError) as caught:
         run.stage("shards", never)
@@ -88,7 +88,7 @@ def test_a_stage_whose_input_is_another_now_is_refused(tmp_path: Path, finished:
         "command makes it again."
     )
     with pytest.raises(UserError, match="another clusterer"):
-        run_with(tmp_path).begin()
+        run_with(tmp_path).open()
 
 
 def test_all_that_comes_after_another_input_is_named(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_all_that_comes_after_another_input_is_named(tmp_path: Path) -> None:
     delete(tmp_path, "corpus")
     make(run, "corpus", content="second")
     with pytest.raises(UserError, match="tokenizer was made from another corpus than") as caught:
-        run.begin()
+        run.open()
     assert listed(caught, tmp_path) == [s for s in STAGE_SETTINGS if s != "corpus" and not s.startswith("shards/")]
 
 
@@ -106,7 +106,7 @@ def test_another_seed_of_the_random_choices_is_another_corpus(tmp_path: Path) ->
     make(run_with(tmp_path))
     delete(tmp_path, "corpus")
     with pytest.raises(UserError, match=r"run\.seed=1 \(the run has 0\)"):
-        run_with(tmp_path, run__seed=1).begin()
+        run_with(tmp_path, run__seed=1).open()
 
 
 def test_a_folder_of_an_earlier_version_is_continued_as_it_is(tmp_path: Path) -> None:
@@ -117,23 +117,23 @@ def test_a_folder_of_an_earlier_version_is_continued_as_it_is(tmp_path: Path) ->
         files.write_json(run.uri(stage, "manifest.json"), {})
     files.delete(run.uri("controls", "dense", "settings.json"))
     files.delete(run.uri("evaluation", "manifest.json"))
-    run.begin()
+    run.open()
     assert run.stage("experts", never)[1] is False
     make(run, "evaluation")
     assert "made_from" not in files.read_json(run.uri("evaluation", "settings.json"))
     with pytest.raises(UserError, match=r"cluster\.n_clusters"):
-        run_with(tmp_path, cluster__n_clusters=4).begin()
+        run_with(tmp_path, cluster__n_clusters=4).open()
 
 
 def test_stages_of_a_shared_run_are_inputs_like_others(tmp_path: Path) -> None:
     base, shared = run_with(tmp_path / "base"), [str(tmp_path / "base")]
     make(base, "corpus", "tokenizer", "clusterer", "shards", "seed")
     make(run_with(tmp_path / "point", run__shared=shared), "experts")
-    run_with(tmp_path / "point", run__shared=shared).begin()
+    run_with(tmp_path / "point", run__shared=shared).open()
     delete(tmp_path / "base", "shards")
     make(run_with(tmp_path / "base"), "shards", content="second")
     with pytest.raises(UserError) as caught:
-        run_with(tmp_path / "point", run__shared=shared).begin()
+        run_with(tmp_path / "point", run__shared=shared).open()
     assert f"point/experts was made from another shards than {tmp_path}/base/shards." in str(caught.value)
 
 
@@ -146,7 +146,7 @@ def test_one_seed_serves_shards_of_any_clusters(tmp_path: Path) -> None:
     first = [str(tmp_path / "shared"), str(tmp_path / "k2")]
     make(run_with(tmp_path / "shared", run__shared=first, cluster__n_clusters=2), "seed")
     point = run_with(tmp_path / "k4", run__shared=[str(tmp_path / "shared")], cluster__n_clusters=4)
-    point.begin()
+    point.open()
     make(point, "experts")
 
 
@@ -166,10 +166,10 @@ def checkpoints(folder: Path, shards: str = "first", seed: str = "first", **sett
     run = run_with(folder, **settings)
     make(run, "corpus", "tokenizer", "clusterer")
     make(run, "shards", content=shards)
-    run.start("seed")
+    run.claim("seed")
     of_seed = run.checkpoints("seed")
     make(run, "seed", content=seed)
-    run.start("experts")
+    run.claim("experts")
     of_expert = run.checkpoints("experts/cluster=0003")
     shutil.rmtree(folder)
     return of_seed, of_expert
@@ -198,7 +198,7 @@ def test_checkpoints_of_an_earlier_version_are_where_they_were(tmp_path: Path) -
 def test_the_settings_of_a_stage_name_what_it_was_made_from(tmp_path: Path) -> None:
     run = run_with(tmp_path)
     make(run, "corpus", "tokenizer", "clusterer")
-    run.start("shards")
+    run.claim("shards")
     made_from = json.loads((tmp_path / "shards" / "settings.json").read_text())["made_from"]
     assert made_from == {stage: run.identity(stage) for stage in ("corpus", "tokenizer", "clusterer")}
     assert len(set(made_from.values())) == 3

@@ -85,7 +85,7 @@ def test_a_point_of_another_configuration_is_refused_before_anything_is_made(tmp
         config(tmp_path, train={**tiny_tree(tmp_path, tmp_path)["train"], "controls": ["random"]}), 4, 2048
     )
     folder = swept.uri("clusters=0004", "tokens=2048")
-    Run(replace(with_controls, run=replace(with_controls.run, dir=folder))).start("evaluation")
+    Run(replace(with_controls, run=replace(with_controls.run, dir=folder))).claim("evaluation")
     with pytest.raises(UserError, match=r"tokens=2048 was made with another configuration: train\.controls=\[\]"):
         sweep_clusters(swept)
     assert not files.exists(swept.uri("shared"))
@@ -94,7 +94,7 @@ def test_a_point_of_another_configuration_is_refused_before_anything_is_made(tmp
 def finished(folder: Path, **more: Any) -> str:
     """A run directory with the evaluation of its dense control alone."""
     run = Run(build_config({**tiny_tree(folder, folder.parent / "corpus"), **more}))
-    run.begin()
+    run.open()
     run.finish("controls/dense", {"parameters": 7_000_000})
     files.write_json(run.uri("evaluation", "results.json"), {"rows": [result("dense", 30.0, 1.0, 1)]})
     run.finish("evaluation", {})
@@ -119,7 +119,7 @@ def test_points_share_what_they_can_and_a_second_call_only_adds(
 ) -> None:
     write_corpus(tmp_path / "corpus")
     swept = Run(config(tmp_path, sweep={"clusters": [2, 4], "total_tokens": [2048]}))
-    swept.begin()
+    swept.open()
     sweep_clusters(swept)
     printed = capsys.readouterr().out
     assert "report.html" in printed

@@ -110,11 +110,11 @@ def expert_steps(run: Run, control: str | None = None) -> list[int]:
     total/K, rounded down to whole steps.
     """
     config, folder = run.config, partition_folder(control) if control else "shards"
-    n_clusters = run.need(folder, "partition_corpus")["n_clusters"] if control else config.cluster.n_clusters
+    n_clusters = run.require(folder, "partition_corpus")["n_clusters"] if control else config.cluster.n_clusters
     equal = config.steps_each(n_clusters)
     if config.train.budget == "equal":
         return [equal] * n_clusters
-    manifest = run.need(folder, "partition_corpus")
+    manifest = run.require(folder, "partition_corpus")
     clusters = (manifest if control else manifest["train"])["clusters"]
     return in_proportion(n_clusters * equal, [row["tokens"] for row in clusters])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from typing import Any, NoReturn
@@ -20,11 +20,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cbtm_ray import files, progress
 from cbtm_ray.branch.branches import Branch, control_branches, expert_branches, seed_branch
-from cbtm_ray.branch.training_progress import Board
+from cbtm_ray.branch.training_progress import TrainingProgress
 from cbtm_ray.branch.warm_start import check_warm_start
 from cbtm_ray.branch.worker import train_group
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
+from cbtm_ray.manifests import ModelManifest
 from cbtm_ray.ray_session import TRAINING_ENV, capacity, check_fits
 from cbtm_ray.run import DENSE_FOLDER, Run, Unfinished, expert_folder
 
@@ -50,21 +51,25 @@ def train_branches(
         return
     check_fits("train.gpus_per_expert", "GPU", gpus)
     groups = [group for group in _groups(branches, per_run) if any(branch in waiting for branch in group)]
-    # On the driver's own node: on another it would be lost with it, and the run with the board.
+    # On the driver's own node: the run would fail with any other node that held the actor.
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+    training_progress: Any = ray.remote(num_cpus=0)(TrainingProgress).options(scheduling_strategy=here).remote()
     with progress.experts(title, {branch.spec.name: branch.spec.steps for branch in waiting}) as show:
-        fit = partial(_fit, run, board=board, cpus=cpus, gpus=gpus)
-        failed = _fit_all(groups, fit, slots or _slots(cpus, gpus), board, show)
+        fit = partial(_fit, run, training_progress=training_progress, cpus=cpus, gpus=gpus)
+        failed = _fit_all(groups, fit, slots or _slots(cpus, gpus), training_progress, show)
     if failed:
         _raise_failures(failed, [branch.spec.name for branch in _untrained(run, waiting)])
     _say_epochs(run, waiting)
 
 
 def _fit_all(
-    groups: list[list[Branch]], fit: Callable[..., Any], in_flight: int, board: Any, show: Callable[[Any], None]
+    groups: list[list[Branch]],
+    fit: Callable[..., Any],
+    in_flight: int,
+    training_progress: Any,
+    show: Callable[[Any], None],
 ) -> dict[str, BaseException]:
-    """Fit the groups, `in_flight` at once, and show the board meanwhile. What failed, by the name of the branch or run."""
+    """Fit the groups, `in_flight` at once, and show their progress. Returns failures by name of branch or run."""
     failed: dict[str, BaseException] = {}
     # A pool of daemon threads: fit() never returns once an interrupt has shut Ray down, and must not hold the exit up.
     with ThreadPool(min(in_flight, len(groups))) as pool:
@@ -74,13 +79,13 @@ def _fit_all(
             fits.append(pool.apply_async(fit, (group,), callback=failed.update, error_callback=fail))
         while not all(fit.ready() for fit in fits):
             time.sleep(POLL_S)
-            rows: Any = ray.get(board.rows.remote())
+            rows: Any = ray.get(training_progress.rows.remote())
             show(_with_failed_runs(rows, [group for group in groups if _run_name(group) in failed]))
     return failed
 
 
 def _with_failed_runs(rows: dict[str, dict[str, Any]], failed: list[list[Branch]]) -> dict[str, dict[str, Any]]:
-    """The board's rows; what a run left untrained when it failed for good has failed too, though no worker could say so."""
+    """The rows of progress, with `failed` for every branch that a failed Ray Train run left untrained."""
     names = [branch.spec.name for group in failed for branch in group]
     lost = {
         name: {**rows.get(name, {}), "state": "failed"} for name in names if rows.get(name, {}).get("state") != "done"
@@ -90,7 +95,7 @@ def _with_failed_runs(rows: dict[str, dict[str, Any]], failed: list[list[Branch]
 
 def _say_epochs(run: Run, branches: list[Branch]) -> None:
     """One line if documents were read more than once: an expert's cluster may be smaller than its budget."""
-    epochs = {branch.spec.name: run.need(branch.spec.name, "train_experts")["epochs"] for branch in branches}
+    epochs = {branch.spec.name: run.require(branch.spec.name, "train_experts")["epochs"] for branch in branches}
     most, repeated = max(epochs, key=lambda name: epochs[name]), sum(count > 1 for count in epochs.values())
     if repeated:
         progress.note(
@@ -126,7 +131,7 @@ def _slots(cpus: float, gpus: float) -> int:
     return max(1, int(min(fits, capacity("GPU") / gpus) if gpus else fits))
 
 
-def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) -> dict[str, UserError]:
+def _fit(run: Run, group: list[Branch], training_progress: Any, cpus: float, gpus: float) -> dict[str, UserError]:
     """One Ray Train run, and another when it left a node that will be taken away; what refused its input, by name."""
     storage, name = run.uri("checkpoints", "_ray"), _run_name(group)
     filesystem, path = files.resolve(storage)  # of a URI Ray would make one that knows no other server for gs://
@@ -136,7 +141,7 @@ def _fit(run: Run, group: list[Branch], board: Any, cpus: float, gpus: float) ->
     while left:
         trainer: Any = TorchTrainer(
             train_group,  # type: ignore[arg-type]  # its return value is Result.return_value
-            train_loop_config={"config": run.config, "group": group, "board": board},
+            train_loop_config={"config": run.config, "group": group, "training_progress": training_progress},
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
             run_config=RunConfig(  # type: ignore[call-arg]  # mypy takes it for the older class of this name
                 name=name,
@@ -180,18 +185,18 @@ def seed_cpus(config: Config, nodes: list[dict[str, Any]]) -> float:
 
 def train_seed(run: Run) -> dict[str, Any]:
     """Stage `seed/`: the model that all experts start from."""
-    run.need("shards", "partition_corpus")
+    run.require("shards", "partition_corpus")
     branch = seed_branch(run)
     cpus = seed_cpus(run.config, ray.nodes())
     check_fits("seed_model.cpus", "CPU", cpus)
     train_branches(run, [branch], title="train_seed", cpus=cpus, slots=1)
-    return run.need("seed", "train_seed")
+    return run.require("seed", "train_seed")
 
 
 def train_experts(run: Run) -> dict[str, Any]:
     """Stage `experts/`: K experts, and the dense control of the same total tokens in `controls/dense/`."""
-    run.need("seed", "train_seed")
-    run.start(DENSE_FOLDER)
+    run.require("seed", "train_seed")
+    run.claim(DENSE_FOLDER)
     branches = expert_branches(run)
     asked = run.config.train.clusters
     chosen = None if asked is None else {expert_folder(cluster) for cluster in asked}
@@ -203,7 +208,7 @@ def train_experts(run: Run) -> dict[str, Any]:
             f"train.clusters={list(asked)} are trained. Still missing: {', '.join(missing)}; "
             "the same command without train.clusters trains them."
         )
-    manifests = [run.need(branch.spec.name, "train_experts") for branch in branches]
+    manifests: list[ModelManifest] = [run.require(branch.spec.name, "train_experts") for branch in branches]
     return {
         "experts": len(manifests) - 1,
         "train_tokens": sum(m["train_tokens"] for m in manifests[1:]),
@@ -213,17 +218,19 @@ def train_experts(run: Run) -> dict[str, Any]:
     }
 
 
-def train_control(run: Run, control: str) -> dict[str, Any]:
+def train_control(run: Run, control: str) -> Mapping[str, Any]:
     """Stage `controls/CONTROL/`: the experts of a control, or the one model that is a mixture of experts.
 
     The first one trains those of all controls, so that no slot is idle while one of them ends.
     """
-    run.need("seed", "train_seed")
+    run.require("seed", "train_seed")
     branches = [branch for each in run.config.train.controls for branch in control_branches(run, each)]
     for each in run.config.train.controls:
-        run.start(f"controls/{each}")
+        run.claim(f"controls/{each}")
     _train_beside_each_other(run, sorted(branches, key=lambda branch: -branch.spec.steps), "train_controls")
-    manifests = [run.need(branch.spec.name, "train_experts") for branch in control_branches(run, control)]
+    manifests: list[ModelManifest] = [
+        run.require(branch.spec.name, "train_experts") for branch in control_branches(run, control)
+    ]
     if control == "moe":
         return manifests[0]
     return {

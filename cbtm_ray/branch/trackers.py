@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from cbtm_ray.errors import UserError
 
-Point = dict[str, Any]
+Point = Mapping[str, Any]
 
 
 @contextlib.contextmanager
@@ -27,12 +27,12 @@ def tracking(trackers: tuple[str, ...], run_dir: str, model: str) -> Iterator[Ca
     with contextlib.ExitStack() as stack:
         told = [stack.enter_context(starts[tracker](run_dir, model)) for tracker in trackers]
 
-        def tell(point: Point) -> None:
+        def log_point(point: Point) -> None:
             numbers = {name: value for name, value in point.items() if name != "step" and value is not None}
             for each in told:
                 each(numbers, point["step"])
 
-        yield tell
+        yield log_point
 
 
 @contextlib.contextmanager

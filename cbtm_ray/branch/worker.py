@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,20 +21,21 @@ from cbtm_ray import files
 from cbtm_ray.branch.branches import Branch
 from cbtm_ray.branch.trackers import tracking
 from cbtm_ray.errors import UserError
+from cbtm_ray.manifests import CurvePoint, ModelFields, ModelManifest, TrainedFields
 from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.train import flops, parallel
 from cbtm_ray.train.checkpoints import Checkpoints
 from cbtm_ray.train.packed_sequences import PackedSequences, read_documents
-from cbtm_ray.train.trainer import Leaving, train_model
+from cbtm_ray.train.trainer import Preempted, train_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Post = Callable[[str, dict[str, Any]], Any]
-"""Adds news of a branch to the board."""
+Post = Callable[[str, Mapping[str, Any]], Any]
+"""Posts fields of a branch, by its name, to TrainingProgress."""
 
-UNTRAINED: dict[str, Any] = {"epochs": 0.0, "valid_loss_nats": None, "valid_tokens": 0, "mfu": None, "curve": []}
-"""What the manifest says of training where a seed is taken as it is, for which no document is read."""
+UNTRAINED: TrainedFields = {"epochs": 0.0, "valid_loss_nats": None, "valid_tokens": 0, "mfu": None, "curve": []}
+"""The training fields of the manifest of a branch of zero steps, which reads no documents."""
 
 
 def train_group(task: dict[str, Any]) -> tuple[dict[str, str], bool]:
@@ -44,8 +45,8 @@ def train_group(task: dict[str, Any]) -> tuple[dict[str, str], bool]:
     again is returned, a user's mistake or a full disk; all else is raised, and Ray restarts. So is a full disk where several
     workers train, since it need not be full for all of them.
     """
-    config, board, refused = task["config"], task["board"], dict[str, str]()
-    run, post = Run(config), board.post.remote if parallel.rank() == 0 else _say_nothing
+    config, training_progress, refused = task["config"], task["training_progress"], dict[str, str]()
+    run, post = Run(config), training_progress.post.remote if parallel.rank() == 0 else _ignore
     for branch in task["group"]:
         name = branch.spec.name
         if run.manifest(name) is not None:
@@ -53,13 +54,13 @@ def train_group(task: dict[str, Any]) -> tuple[dict[str, str], bool]:
         post(name, {"state": "running", "node": socket.gethostname()})
         state = "failed"
         try:
-            manifest = _train_branch(run, branch, board, post)
+            manifest = _train_branch(run, branch, training_progress, post)
             if manifest is not None:
-                starts = ray.get(board.starts.remote(name))
+                starts = ray.get(training_progress.starts.remote(name))
                 run.finish(name, {**manifest, "starts": starts, "ended": time.time()})
                 files.delete(run.uri("checkpoints", name))
             state = "done"
-        except Leaving:
+        except Preempted:
             state = "waiting"
             return refused, True
         except UserError as error:
@@ -73,14 +74,14 @@ def train_group(task: dict[str, Any]) -> tuple[dict[str, str], bool]:
     return refused, False
 
 
-def _train_branch(run: Run, branch: Branch, board: Any, post: Post) -> dict[str, Any] | None:
+def _train_branch(run: Run, branch: Branch, training_progress: Any, post: Post) -> ModelManifest | None:
     """Train a branch and write its model's folder; the manifest, of the first worker."""
     from cbtm_ray.models import save_model
 
     spec, started = branch.spec, time.perf_counter()
     with parallel.agreed():
         model, tokenizer = _load(run, branch)
-    trained = _train(run, branch, model, tokenizer.eos_token_id, board, post) if spec.steps else UNTRAINED
+    trained = _train(run, branch, model, tokenizer.eos_token_id, training_progress, post) if spec.steps else UNTRAINED
     whole = parallel.whole_model(model)
     if parallel.rank() > 0:
         return None
@@ -110,8 +111,8 @@ def _load(run: Run, branch: Branch) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 
 def _train(
-    run: Run, branch: Branch, model: PreTrainedModel, end_of_text: int, board: Any, post: Post
-) -> dict[str, Any]:
+    run: Run, branch: Branch, model: PreTrainedModel, end_of_text: int, training_progress: Any, post: Post
+) -> TrainedFields:
     """Train the branch's model in place, from its last checkpoint on; what the manifest says of that."""
     spec, first = branch.spec, parallel.rank() == 0
     with ExitStack() as stack:
@@ -119,13 +120,13 @@ def _train(
             sequences, valid = read_sequences(run, branch, end_of_text)
             checkpoints = stack.enter_context(closing(Checkpoints(run.checkpoints(spec.name))))
             state = checkpoints.last()
-            tell = stack.enter_context(tracking(run.config.train.trackers if first else (), run.dir, spec.name))
+            log_point = stack.enter_context(tracking(run.config.train.trackers if first else (), run.dir, spec.name))
         if first:
-            board.begin.remote(spec.name, socket.gethostname(), state["step"] if state else 0)
+            training_progress.begin.remote(spec.name, socket.gethostname(), state["step"] if state else 0)
 
-        def log(point: dict[str, Any]) -> None:
+        def log(point: CurvePoint) -> None:
             post(spec.name, point)
-            tell(point)
+            log_point(point)
 
         save = partial(_save, run, spec.name, checkpoints)
         curve = train_model(
@@ -141,7 +142,7 @@ def _train(
     }
 
 
-def _manifest(branch: Branch, model: PreTrainedModel, content: str) -> dict[str, Any]:
+def _manifest(branch: Branch, model: PreTrainedModel, content: str) -> ModelFields:
     """What the manifest says of the branch's model and of how much it was trained."""
     spec = branch.spec
     per_token = flops.model_flops_per_token(model, spec.sequence_length)
@@ -180,12 +181,12 @@ def _save(run: Run, name: str, checkpoints: Checkpoints, state: dict[str, Any]) 
     _write_events(run, name, state["curve"])
 
 
-def _write_events(run: Run, name: str, curve: list[dict[str, Any]]) -> None:
+def _write_events(run: Run, name: str, curve: list[CurvePoint]) -> None:
     if run.config.train.tensorboard:
         from cbtm_ray.train.tensorboard import write_events
 
         write_events(curve, run.uri("tensorboard", name))
 
 
-def _say_nothing(name: str, news: dict[str, Any]) -> None:
+def _ignore(name: str, news: Mapping[str, Any]) -> None:
     """What is posted of a branch comes from its first worker."""

@@ -25,7 +25,7 @@ from cbtm_ray import files, progress
 from cbtm_ray.cluster.embed import load_centers, load_embedder
 from cbtm_ray.cluster.embed_workers import map_embedding
 from cbtm_ray.cluster.fit import embed_sample, fit_centers, forget_fit
-from cbtm_ray.cluster.partition import CHUNK_DOCUMENTS, Totals, tools
+from cbtm_ray.cluster.partition import CHUNK_DOCUMENTS, Totals, load_tokenizer_embedder_centers
 from cbtm_ray.cluster.shard_steps import squared_distances
 from cbtm_ray.config import Config
 from cbtm_ray.corpus.build import read_sample
@@ -45,7 +45,7 @@ def partition_control(run: Run, control: str) -> dict[str, Any]:
     Raises:
         UserError: a document has no domain (metadata), or a cluster no document.
     """
-    run.need("shards", "partition_corpus")
+    run.require("shards", "partition_corpus")
     folder = partition_folder(control)
     domains = _domains(run) if control == "metadata" else []
     if control == "unbalanced":
@@ -101,7 +101,7 @@ def _partition_part(row: dict[str, Any], config: Config, control: str, domains: 
         "tokens": np.zeros(n_clusters, np.int64),
     }
     if control == "metadata":
-        _, _, centers_KD = tools(config)
+        _, _, centers_KD = load_tokenizer_embedder_centers(config)
         counts["sums"] = np.zeros((n_clusters, centers_KD.shape[1]))
     named = [SCHEMA.empty_table()]
     filesystem, path = files.resolve(row["uri"])
@@ -130,7 +130,7 @@ def random_clusters(ids: list[str], n_clusters: int, seed: int) -> np.ndarray:
 
 
 def _embed(documents: list[np.ndarray], config: Config) -> np.ndarray:
-    _, embedder, _ = tools(config)
+    _, embedder, _ = load_tokenizer_embedder_centers(config)
     return embedder.transform(documents)
 
 

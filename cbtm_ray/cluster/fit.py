@@ -20,12 +20,13 @@ from cbtm_ray.cluster.shard_steps import SHARD_ROWS
 from cbtm_ray.config import Config
 from cbtm_ray.corpus.build import read_sample
 from cbtm_ray.corpus.tokenizer import encode, load_tokenizer
+from cbtm_ray.manifests import Agreement, ClusterDescription, ClustererManifest
 from cbtm_ray.run import Run
 
 TERMS, NEAREST, MAP_DOCUMENTS = 12, 3, 2000
 
 
-def fit_clusters(run: Run) -> dict[str, Any]:
+def fit_clusters(run: Run) -> ClustererManifest:
     """Stage `clusterer/`: the embedder's table, the K x D centers, and what the clusters look like on the sample."""
     config = run.config
     sample = read_sample(run)
@@ -35,7 +36,7 @@ def fit_clusters(run: Run) -> dict[str, Any]:
     save_embedder(embedder, config.embed, run.uri("clusterer", "embedder"))
     shard_uris = embed_sample(run, embedder, documents, "clusterer")
     clusterer = fit_centers(run, shard_uris, "clusterer", balanced=config.cluster.balanced)
-    manifest = {
+    manifest: ClustererManifest = {
         "n_clusters": config.cluster.n_clusters,
         "balanced": config.cluster.balanced,
         "n_iter": clusterer.n_iter_,
@@ -74,7 +75,7 @@ def forget_fit(run: Run, folder: str) -> None:
     files.delete(run.uri(folder, "_state.npz"))
 
 
-def describe_clusters(clusterer: BalancedKMeans, embeddings_ND: np.ndarray, sample: pa.Table) -> dict[str, Any]:
+def describe_clusters(clusterer: BalancedKMeans, embeddings_ND: np.ndarray, sample: pa.Table) -> ClusterDescription:
     """What a person wants to know of the clusters, on the sample with every document at its nearest center.
 
     Returns:
@@ -112,7 +113,7 @@ def describe_clusters(clusterer: BalancedKMeans, embeddings_ND: np.ndarray, samp
     }
 
 
-def agreement(labels_N: np.ndarray, domains: list[str | None]) -> dict[str, float | None]:
+def agreement(labels_N: np.ndarray, domains: list[str | None]) -> Agreement:
     """Normalized mutual information and purity of clusters against gold domains; None where a document has none."""
     if any(domain is None for domain in domains):
         return {"nmi": None, "purity": None}

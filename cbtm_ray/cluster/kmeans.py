@@ -45,7 +45,7 @@ RandomState = int | np.random.Generator | np.random.RandomState | None
 
 
 @dataclass(frozen=True)
-class Progress:
+class LloydState:
     """Where Lloyd's iterations stand."""
 
     iteration: int
@@ -105,7 +105,9 @@ def start_centers(shards: Shards, counts: list[int], n_clusters: int, random_sta
     return sample[chosen]
 
 
-def lloyd(shards: Shards, state: Progress, *, balanced: bool, max_iter: int, tolerance: float) -> Iterator[Progress]:
+def lloyd(
+    shards: Shards, state: LloydState, *, balanced: bool, max_iter: int, tolerance: float
+) -> Iterator[LloydState]:
     """Lloyd's iterations from `state`, until the centers move by at most `tolerance` (squared, summed) or `max_iter`.
 
     Balanced means are taken with softmax loads within IMBALANCE of equal, which needs K x K numbers from a shard; only
@@ -125,7 +127,7 @@ def lloyd(shards: Shards, state: Progress, *, balanced: bool, max_iter: int, tol
                 moved[j] = row if distance > 0 else moved[j]
         shift = float(((moved - centers).double() ** 2).sum())
         n = float(counts.sum())
-        state = Progress(state.iteration + 1, moved, prices, shift, cost / n, imbalance)
+        state = LloydState(state.iteration + 1, moved, prices, shift, cost / n, imbalance)
         yield state
 
 
@@ -171,17 +173,17 @@ class BalancedKMeans(TransformerMixin, ClusterMixin, BaseEstimator):
         *_, state = self.iterations(shards)
         return self.finish(shards, state)
 
-    def iterations(self, shards: Shards, state: Progress | None = None) -> Iterator[Progress]:
+    def iterations(self, shards: Shards, state: LloydState | None = None) -> Iterator[LloydState]:
         """The start, then the state after each Lloyd iteration; goes on from `state` if given."""
         counts, variance = check_documents(shards, self.n_clusters)
         if state is None:
             centers = start_centers(shards, counts, self.n_clusters, self.random_state)
             prices = torch.zeros(self.n_clusters, dtype=torch.double)
-            state = Progress(0, centers, prices, math.inf, math.inf, math.nan)
+            state = LloydState(0, centers, prices, math.inf, math.inf, math.nan)
         yield state
         yield from lloyd(shards, state, balanced=self.balanced, max_iter=self.max_iter, tolerance=self.tol * variance)
 
-    def finish(self, shards: Shards, state: Progress) -> Self:
+    def finish(self, shards: Shards, state: LloydState) -> Self:
         """Label the documents by the final centers and set the learned attributes."""
         if self.balanced:
             best = assign(shards, state.centers, state.prices, WARM if state.iteration else HOTTEST)

@@ -22,9 +22,9 @@ import ray
 import torch
 
 from cbtm_ray import files
-from cbtm_ray.cluster.kmeans import BalancedKMeans, Progress
+from cbtm_ray.cluster.kmeans import BalancedKMeans, LloydState
 from cbtm_ray.cluster.shard_actor import ShardActor
-from cbtm_ray.cluster.shard_steps import add_up, groups
+from cbtm_ray.cluster.shard_steps import add_up, reduce_groups
 from cbtm_ray.errors import UserError
 from cbtm_ray.ray_session import capacity, check_fits
 
@@ -94,7 +94,7 @@ def fit_distributed(
 
 
 def _start_actors(shard_uris: list[str], n_actors: int, cpus_per_actor: float, gpus_per_actor: float) -> list[Any]:
-    parts = [shard_uris[group] for group in groups(len(shard_uris))]
+    parts = [shard_uris[group] for group in reduce_groups(len(shard_uris))]
     room = [int(capacity(kind) / each) for kind, each in (("CPU", cpus_per_actor), ("GPU", gpus_per_actor)) if each]
     check_fits("cluster.gpus_per_actor", "GPU", gpus_per_actor)
     n_actors = max(1, min(n_actors, len(parts), *room))
@@ -105,14 +105,14 @@ def _start_actors(shard_uris: list[str], n_actors: int, cpus_per_actor: float, g
     return [actor.remote(parts[a:b], before[a], device) for a, b in itertools.pairwise(cuts)]
 
 
-def _save_state(uri: str, identity: str, state: Progress) -> None:
+def _save_state(uri: str, identity: str, state: LloydState) -> None:
     buffer = io.BytesIO()
     scalars = np.array([state.iteration, state.shift, state.cost, state.imbalance])
     np.savez(buffer, identity=identity, centers=state.centers.numpy(), prices=state.prices.numpy(), scalars=scalars)
     files.write_bytes(uri, buffer.getvalue())
 
 
-def _load_state(uri: str, identity: str) -> Progress | None:
+def _load_state(uri: str, identity: str) -> LloydState | None:
     if not files.exists(uri):
         return None
     with np.load(io.BytesIO(files.read_bytes(uri)), allow_pickle=False) as saved:
@@ -124,4 +124,4 @@ def _load_state(uri: str, identity: str) -> Progress | None:
             )
         iteration, shift, cost, imbalance = saved["scalars"].tolist()
         centers, prices = torch.from_numpy(saved["centers"]), torch.from_numpy(saved["prices"])
-    return Progress(int(iteration), centers, prices, shift, cost, imbalance)
+    return LloydState(int(iteration), centers, prices, shift, cost, imbalance)

@@ -31,6 +31,7 @@ from cbtm_ray.corpus.build import corpus_shards, read_again
 from cbtm_ray.corpus.documents import Document, is_held_out
 from cbtm_ray.corpus.tokenizer import encode, load_tokenizer
 from cbtm_ray.errors import UserError
+from cbtm_ray.manifests import CorpusManifest, ShardsManifest, SplitManifest
 from cbtm_ray.run import Run
 
 SPLITS = ("valid", "train")
@@ -47,14 +48,15 @@ SCHEMA = pa.schema(
 )
 
 
-def partition_corpus(run: Run) -> dict[str, Any]:
+def partition_corpus(run: Run) -> ShardsManifest:
     """Stage `shards/{train,valid}/`: documents and tokens of every cluster.
 
     Raises:
         UserError: a stage before is not finished, or an input shard changed after the corpus was built.
     """
-    counted = run.need("corpus", "build_corpus")["shards"]
-    run.need("clusterer", "fit_clusters")
+    corpus_manifest: CorpusManifest = run.require("corpus", "build_corpus")
+    counted = corpus_manifest["shards"]
+    run.require("clusterer", "fit_clusters")
     corpus, _ = corpus_shards(run)
     tasks = [{"index": index, **shard} for index, shard in enumerate(counted)]
     totals = {split: Totals(run.config.cluster.n_clusters) for split in SPLITS}
@@ -66,7 +68,7 @@ def partition_corpus(run: Run) -> dict[str, Any]:
                 totals[split].add(row[split])
             done(number)
     totals["train"].check_none_empty()
-    return {split: total.as_dict() for split, total in totals.items()}
+    return {"train": totals["train"].as_dict(), "valid": totals["valid"].as_dict()}
 
 
 class Totals:
@@ -87,7 +89,7 @@ class Totals:
                 "documents."
             )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> SplitManifest:
         return {
             "documents": int(self.documents_K.sum()),
             "tokens": int(self.tokens_K.sum()),
@@ -121,7 +123,7 @@ def _assign_shard(
     row: dict[str, Any], config: Config, corpus: CorpusConfig, digest: hashlib.blake2b
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The documents of one input shard as rows of the output, each with its split; `digest` takes them in."""
-    tokenizer, embedder, centers_KD = tools(config)
+    tokenizer, embedder, centers_KD = load_tokenizer_embedder_centers(config)
     documents = read_again(row, corpus)
     for chunk in iter(lambda: list(itertools.islice(documents, CHUNK_DOCUMENTS)), []):
         tokens = encode(tokenizer, [document.text for document in chunk])
@@ -178,7 +180,7 @@ def _output_row(document: Document, tokens: np.ndarray, cluster: int) -> dict[st
 
 
 @functools.lru_cache(maxsize=1)
-def tools(config: Config) -> tuple[PreTrainedTokenizerBase, Embedder, torch.Tensor]:
+def load_tokenizer_embedder_centers(config: Config) -> tuple[PreTrainedTokenizerBase, Embedder, torch.Tensor]:
     """Tokenizer, embedder and centers, loaded once a worker process."""
     run = Run(config)
     tokenizer = load_tokenizer(run.uri("tokenizer"))

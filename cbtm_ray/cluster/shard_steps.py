@@ -118,10 +118,10 @@ class LocalShards:
 
     def total(self, step: Callable[..., tuple], *args: Any) -> tuple:
         results = self.each(step, *args)
-        return add_up([add_up(results[group]) for group in groups(len(results))])
+        return add_up([add_up(results[group]) for group in reduce_groups(len(results))])
 
 
-def groups(n_shards: int) -> list[slice]:
+def reduce_groups(n_shards: int) -> list[slice]:
     """The shards in at most GROUPS runs of neighbors, whose sums are what crosses the network.
 
     Whoever adds up sums the shards of a group first and then the groups, so that the number of actors does not change a

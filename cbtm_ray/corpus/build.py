@@ -25,13 +25,14 @@ from cbtm_ray.corpus.documents import Document, is_held_out, read_shard, unit_ha
 from cbtm_ray.corpus.installed_docs import package_documents
 from cbtm_ray.corpus.shards import Shard, list_shards
 from cbtm_ray.errors import UserError
+from cbtm_ray.manifests import CorpusCounts, CorpusManifest
 from cbtm_ray.run import Run
 
 COUNTS = ("train_documents", "valid_documents", "empty_documents", "train_bytes", "valid_bytes")
 SAMPLE_SCHEMA = pa.schema([("id", pa.string()), ("domain", pa.string()), ("text", pa.string())])
 
 
-def build_corpus(run: Run) -> dict[str, Any]:
+def build_corpus(run: Run) -> CorpusManifest:
     """Stage `corpus/`: the shards with counts and digests, and `sample.parquet`, a uniform sample of training documents.
 
     The sample holds the documents with the smallest hash of (seed, id), the same whatever order the shards come in.
@@ -58,7 +59,7 @@ def build_corpus(run: Run) -> dict[str, Any]:
     documents = _fetch(sample, ordered, corpus)
     with files.writing(run.uri("corpus", "sample.parquet")) as stream:
         pq.write_table(pa.Table.from_pylist(documents, SAMPLE_SCHEMA), stream)
-    totals = {key: sum(row[key] for row in ordered) for key in COUNTS}
+    totals: CorpusCounts = {key: sum(row[key] for row in ordered) for key in COUNTS}  # type: ignore[assignment]
     content = files.fingerprint([row["digest"] for row in ordered])
     return {**totals, "sample_documents": len(documents), "content": content, "shards": ordered}
 

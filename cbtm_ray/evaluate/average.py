@@ -27,7 +27,7 @@ def average_experts(run: Run) -> dict[str, Any]:
     `uniform` weighs all experts alike; `routing` by the mean weight that the ensemble's chosen routing gives them over the
     held-out documents it was tuned on (BTM, section 3: weights from a sample of the domain that the model is meant for).
     """
-    run.need("evaluation", "evaluate_mixture")
+    run.require("evaluation", "evaluate_mixture")
     ensemble, documents = ensemble_system(run), held_out_documents(run)
     logprobs = score_models(run, [DENSE_FOLDER, *ensemble.experts])
     [measured] = measure(run, documents, logprobs, [ensemble])

@@ -24,7 +24,7 @@ def make_task(run: Run) -> dict[str, Any]:
     Raises:
         UserError: the held-out documents are not of two domains.
     """
-    run.need("shards", "partition_corpus")
+    run.require("shards", "partition_corpus")
     documents = held_out_documents(run)
     counts = Counter(domain for domain in documents.domains if domain)
     labels = sorted(sorted(counts, key=lambda domain: (-counts[domain], domain))[:MAX_LABELS])

@@ -29,9 +29,9 @@ from cbtm_ray.corpus.tokenizer import encode
 from cbtm_ray.errors import UserError
 from cbtm_ray.merge.mixture import mix_logprobs
 from cbtm_ray.merge.routers import Route
-from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.merge.scores import ScoredHalf
 
-SPLITS = ("train", "test")
+TASK_SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Prompts:
         chosen = scores_S.reshape(self.n_seeds, len(self.answers), -1).argmax(axis=2)
         return (chosen == self.answers).mean(axis=1)
 
-    def mixture_accuracies(self, held_out: HeldOut, route: Route) -> dict[tuple[str, str], np.ndarray]:
+    def mixture_accuracies(self, held_out: ScoredHalf, route: Route) -> dict[tuple[str, str], np.ndarray]:
         """Accuracies of a mixture, by weights and scoring: the weights of the whole prompt held for the label, and running on
         from token to token. The empty text is scored with the same weights."""
         weights_TK = route.weights(held_out)
@@ -117,7 +117,8 @@ def read_task(uri: str) -> Task:
     if len(labels) < 2:
         raise UserError(f"evaluate.fewshot={uri!r} has the labels {labels}, at least 2 are needed. Add examples.")
     examples = {
-        wanted: [(text, labels.index(label)) for text, label, split in rows if split == wanted] for wanted in SPLITS
+        wanted: [(text, labels.index(label)) for text, label, split in rows if split == wanted]
+        for wanted in TASK_SPLITS
     }
     return Task(task_name(uri), labels, examples)
 
@@ -129,14 +130,14 @@ def _example(uri: str, number: int, line: bytes) -> tuple[str, str, str]:
     except ValueError as error:
         raise UserError(f"{where} is not JSON: {error}. Correct it.") from error
     found: list[Any] = [row.get(key) if isinstance(row, dict) else None for key in ("text", "label", "split")]
-    if not all(isinstance(value, str) and value.strip() for value in found) or found[2] not in SPLITS:
+    if not all(isinstance(value, str) and value.strip() for value in found) or found[2] not in TASK_SPLITS:
         raise UserError(f"{where} must have a text, a label and a split ('train' or 'test'), all strings. Correct it.")
     return found[0], found[1], found[2]
 
 
 def check_shots(task: Task, shots: int) -> None:
     """UserError if the task has fewer examples than a prompt shows, or none to answer."""
-    train, test = (task.examples[split] for split in SPLITS)
+    train, test = (task.examples[split] for split in TASK_SPLITS)
     if len(train) < shots or not test:
         raise UserError(
             f"evaluate.fewshot: {task.name} has {len(train)} examples of 'train' and {len(test)} of 'test'; "
@@ -165,7 +166,7 @@ def make_prompts(
         UserError: too few examples, or the sequence is too short for the labels.
     """
     check_shots(task, shots)
-    train, test = (task.examples[split] for split in SPLITS)
+    train, test = (task.examples[split] for split in TASK_SPLITS)
     asked = [test[i] for i in np.random.default_rng(random_state).permutation(len(test))[:examples]]
     labels, [new_line, empty_line] = encode(tokenizer, task.labels), encode(tokenizer, ["\n", "\n\n"])
     longest = max(len(label) for label in labels)

@@ -17,7 +17,7 @@ from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.evaluate.result_rows import Summary
 from cbtm_ray.merge.mixture import mix_logprobs
 from cbtm_ray.merge.routers import ROUTERS, Route
-from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.train.loss import TokenLoss
 
 BOOTSTRAP = 1000
@@ -71,12 +71,12 @@ def _batches(windows: list[tuple[int, np.ndarray]], batch_tokens: int) -> Iterat
         yield batch
 
 
-def mixture_logprobs(held_out: HeldOut, route: Route) -> np.ndarray:
+def mixture_logprobs(held_out: ScoredHalf, route: Route) -> np.ndarray:
     """The mixture's log-probability of every token, (T,)."""
     return mix_logprobs(held_out.logprobs_TK, route.weights(held_out))
 
 
-def tune(held_out: HeldOut, config: EvaluateConfig, routing: str) -> dict[int, Route]:
+def tune(held_out: ScoredHalf, config: EvaluateConfig, routing: str) -> dict[int, Route]:
     """For every top_k that the router can mix: the route of least loss on these documents, which are not those reported on.
 
     A pass over the documents for each candidate gives the losses of all sizes together.

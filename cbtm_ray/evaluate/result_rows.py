@@ -106,15 +106,6 @@ class Evaluation(TypedDict):
     fewshot: list[FewshotRow]
 
 
-class CurvePoint(TypedDict):
-    """A point of a training curve; `tokens` are those seen so far."""
-
-    step: int
-    tokens: int
-    loss_nats: float
-    tokens_per_s: float
-
-
 def missing_keys(row: Mapping[str, object], kind: Any) -> list[str]:
     """The keys that a row of this kind (a TypedDict) must have and has not."""
     return [key for key in kind.__annotations__ if key in kind.__required_keys__ and key not in row]

@@ -15,15 +15,16 @@ import numpy as np
 
 from cbtm_ray import files
 from cbtm_ray.branch.upcycle import TOP_K
-from cbtm_ray.config import SPLIT_CONTROLS, EvaluateConfig, task_name
+from cbtm_ray.config import PARTITION_CONTROLS, EvaluateConfig, task_name
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.evaluate import perplexity
 from cbtm_ray.evaluate.result_rows import DomainRow, DomainSummary, Evaluation, FewshotRow, ResultRow, SampleToken
 from cbtm_ray.evaluate.scoring import HeldOutDocuments, fewshot_prompts, held_out_documents, score_models
 from cbtm_ray.evaluate.systems import Measured, control_system, ensemble_system, measure, system_distances
+from cbtm_ray.manifests import ModelManifest
 from cbtm_ray.merge.routers import ROUTERS, Route
-from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run
 
 SAMPLE_TOKENS = 300
@@ -56,10 +57,10 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
         UserError: `evaluate.routings` and `evaluate.top_k` leave nothing to report of the ensemble.
     """
     config, controls = run.config.evaluate, run.config.train.controls
-    systems = [ensemble_system(run), *(control_system(run, name) for name in controls if name in SPLIT_CONTROLS)]
+    systems = [ensemble_system(run), *(control_system(run, name) for name in controls if name in PARTITION_CONTROLS)]
     singles = {"seed": "seed", "dense": DENSE_FOLDER, **({"moe": MOE_FOLDER} if "moe" in controls else {})}
     names = [*singles.values(), *(name for system in systems for name in system.experts)]
-    models = {name: run.need(name, "train_experts") for name in names}
+    models: dict[str, ModelManifest] = {name: run.require(name, "train_experts") for name in names}
     documents, logprobs = held_out_documents(run), score_models(run, names)
     reported_T = documents.token_mask(tuning=False)
     summarize = partial(documents.summarize, dense_R=logprobs[DENSE_FOLDER][reported_T])
@@ -95,7 +96,7 @@ def _results(run: Run, documents: HeldOutDocuments, singles: list[ResultRow], mi
     }
 
 
-def _single_row(system: str, manifest: dict[str, Any], summary: DomainSummary) -> ResultRow:
+def _single_row(system: str, manifest: ModelManifest, summary: DomainSummary) -> ResultRow:
     return {
         "system": system,
         "n_clusters": manifest.get("experts", 1),
@@ -109,7 +110,7 @@ def _single_row(system: str, manifest: dict[str, Any], summary: DomainSummary) -
 
 
 def _mix(
-    measured: Measured, config: EvaluateConfig, models: dict[str, dict[str, Any]], summarize: Summarize
+    measured: Measured, config: EvaluateConfig, models: dict[str, ModelManifest], summarize: Summarize
 ) -> Mixtures:
     """Every router of a system tuned for every top_k, and the rows of those that are reported."""
     manifests = [models[name] for name in measured.system.experts]
@@ -123,7 +124,7 @@ def _mix(
     return Mixtures(measured, routers, routes, [_mixture_row(measured, each, manifests, summarize) for each in routes])
 
 
-def _mixture_row(measured: Measured, route: Route, manifests: list[dict[str, Any]], summarize: Summarize) -> ResultRow:
+def _mixture_row(measured: Measured, route: Route, manifests: list[ModelManifest], summarize: Summarize) -> ResultRow:
     return {
         "system": measured.system.name,
         "n_clusters": len(manifests),
@@ -195,7 +196,7 @@ def _fewshot_rows(run: Run, task: str, singles: dict[str, str], mixtures: list[M
     for mixture, distances_TK in zip(mixtures, system_distances(run, systems, prompts.tokens), strict=True):
         system = mixture.measured.system
         experts_TK = np.stack([logprobs[name] for name in system.experts], axis=1)
-        held_out = HeldOut(prompts.lengths, experts_TK, distances_TK)
+        held_out = ScoredHalf(prompts.lengths, experts_TK, distances_TK)
         for route in mixture.routes:
             mixed = partial(
                 row, system=system.name, n_clusters=len(system.experts), routing=route.routing, top_k=route.top_k
@@ -221,12 +222,12 @@ def _domain_rows(
     ]
 
 
-def _sample(run: Run, documents: HeldOutDocuments, reported: HeldOut, route: Route) -> list[SampleToken]:
+def _sample(run: Run, documents: HeldOutDocuments, reported: ScoredHalf, route: Route) -> list[SampleToken]:
     """The reported document closest to 300 tokens, with the expert of most weight for each token."""
     index = int(np.argmin(np.abs(reported.lengths - SAMPLE_TOKENS)))
     rows = list(reported.documents())[index]
     lengths = reported.lengths[index : index + 1]
-    weights_TK = route.weights(HeldOut(lengths, reported.logprobs_TK[rows], reported.squared_distances_TK[rows]))
+    weights_TK = route.weights(ScoredHalf(lengths, reported.logprobs_TK[rows], reported.squared_distances_TK[rows]))
     tokens = documents.tokens[int(np.flatnonzero(~documents.for_tuning)[index])][:SAMPLE_TOKENS]
     tokenizer = load_tokenizer(run.uri("tokenizer"))
     return [

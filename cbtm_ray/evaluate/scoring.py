@@ -28,7 +28,7 @@ from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.evaluate import perplexity
 from cbtm_ray.evaluate.fewshot import Prompts, make_prompts, read_task
 from cbtm_ray.evaluate.result_rows import DomainSummary
-from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.models import load_model
 from cbtm_ray.ray_session import check_fits
 from cbtm_ray.run import Run
@@ -49,10 +49,10 @@ class HeldOutDocuments:
         """Tokens of one half, bool (T,)."""
         return np.repeat(self.for_tuning == tuning, [len(tokens) for tokens in self.tokens])
 
-    def half(self, logprobs_TK: np.ndarray, distances_TK: np.ndarray, *, tuning: bool) -> HeldOut:
+    def half(self, logprobs_TK: np.ndarray, distances_TK: np.ndarray, *, tuning: bool) -> ScoredHalf:
         """What the mixtures of one half are computed from, out of the log-probabilities and distances of all tokens."""
         mask_T = self.token_mask(tuning=tuning)
-        return HeldOut(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T])
+        return ScoredHalf(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T])
 
     def summarize(self, logprobs_R: np.ndarray, dense_R: np.ndarray) -> DomainSummary:
         """Perplexity and its like, over all and for each gold domain, from the log-probabilities of the reported tokens alone,

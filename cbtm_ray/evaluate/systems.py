@@ -14,7 +14,7 @@ from cbtm_ray.cluster.controls import control_centers
 from cbtm_ray.cluster.embed import load_centers, load_embedder
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.evaluate.scoring import HeldOutDocuments, context_distances
-from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.run import Run, expert_folder, partition_folder
 
 CONTROL_ROUTINGS = {
@@ -42,8 +42,8 @@ class Measured:
     """A system's experts on the two halves of the held-out documents."""
 
     system: System
-    tuning: HeldOut
-    reported: HeldOut
+    tuning: ScoredHalf
+    reported: ScoredHalf
 
 
 def ensemble_system(run: Run) -> System:
@@ -54,7 +54,7 @@ def ensemble_system(run: Run) -> System:
 
 def control_system(run: Run, control: str) -> System:
     """The experts of a control and what can route to them: its own centers, the experts' likelihoods alone, or nothing."""
-    n_clusters = run.need(partition_folder(control), "partition_corpus")["n_clusters"]
+    n_clusters = run.require(partition_folder(control), "partition_corpus")["n_clusters"]
     experts = [expert_folder(cluster, control) for cluster in range(n_clusters)]
     centers_KD = None if control == "random" else control_centers(run, control)
     return System(control, experts, centers_KD, CONTROL_ROUTINGS[control])

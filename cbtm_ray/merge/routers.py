@@ -22,7 +22,7 @@ import numpy as np
 
 from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.merge.scores import (
-    HeldOut,
+    ScoredHalf,
     Settings,
     evidence,
     hold_after_prefix,
@@ -70,14 +70,14 @@ class Router:
         wanted = {*config.top_k, n_experts} - ({n_experts} if self.holds else set())
         return [top_k for top_k in self.sizes(n_experts, config) if top_k in wanted]
 
-    def evidence_TK(self, held_out: HeldOut, gamma: float) -> np.ndarray:
+    def evidence_TK(self, held_out: ScoredHalf, gamma: float) -> np.ndarray:
         """The evidence for every expert before every token; each document starts anew."""
         if self.evidence is None:
             return np.zeros_like(held_out.logprobs_TK)
         return np.concatenate([evidence(held_out.logprobs_TK[rows], gamma) for rows in held_out.documents()])
 
     def scores_TK(
-        self, held_out: HeldOut, evidence_TK: np.ndarray, settings: Settings, prefix_tokens: int
+        self, held_out: ScoredHalf, evidence_TK: np.ndarray, settings: Settings, prefix_tokens: int
     ) -> np.ndarray:
         """Scores of every expert before every token, -inf where it does not read the prefix; not held yet."""
         distances_TK = held_out.squared_distances_TK
@@ -88,7 +88,7 @@ class Router:
                 scores_TK[prefix][~nearest(distances_TK[prefix], int(settings["prefix_experts"]))] = -np.inf
         return scores_TK
 
-    def order_TK(self, held_out: HeldOut, scores_TK: np.ndarray, prefix_tokens: int) -> np.ndarray:
+    def order_TK(self, held_out: ScoredHalf, scores_TK: np.ndarray, prefix_tokens: int) -> np.ndarray:
         """The experts before every token, best first; held ones in the order of the prefix's end."""
         order_TK = np.argsort(-scores_TK, axis=1, kind="stable")
         if self.holds:
@@ -153,7 +153,7 @@ class Route:
         """Tokens after which the experts stay, None: never."""
         return self.prefix_tokens if self.router.holds else None
 
-    def weights(self, held_out: HeldOut) -> np.ndarray:
+    def weights(self, held_out: ScoredHalf) -> np.ndarray:
         """Weights of the experts for every token, (T, K)."""
         evidence_TK = self.router.evidence_TK(held_out, self.gamma)
         scores_TK = self.router.scores_TK(held_out, evidence_TK, self.settings, self.prefix_tokens)
@@ -162,7 +162,7 @@ class Route:
             scores_TK = np.concatenate(held)
         return sparse_weights(scores_TK, self.top_k)
 
-    def experts_run(self, held_out: HeldOut) -> float:
+    def experts_run(self, held_out: ScoredHalf) -> float:
         """Experts that run for a token, on average: those that are mixed, and those whose likelihood is evidence."""
         n_experts, lengths = held_out.logprobs_TK.shape[1], held_out.lengths
         if self.router.evidence != "experts":
@@ -176,7 +176,7 @@ class Route:
         return float(prefixes * readers + (1 - prefixes) * self.top_k)
 
 
-def prefix_readers(held_out: HeldOut, n_nearest: int, prefix_tokens: int) -> float:
+def prefix_readers(held_out: ScoredHalf, n_nearest: int, prefix_tokens: int) -> float:
     """Experts that read a token of a prefix, on average, where only those nearest to its contexts read it.
 
     Nearest before which token changes with the token, and an expert that comes late reads what it missed.

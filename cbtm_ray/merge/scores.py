@@ -21,7 +21,7 @@ Settings: TypeAlias = dict[str, float]
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ScoredHalf:
     """Scored documents: everything the mixtures of an evaluation are computed from."""
 
     lengths: np.ndarray

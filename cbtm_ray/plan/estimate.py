@@ -16,7 +16,7 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
-from cbtm_ray.config import SPLIT_CONTROLS, Config
+from cbtm_ray.config import PARTITION_CONTROLS, Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.plan.sizes import clusterer_bytes, dimensions, seed_model, upcycled
 from cbtm_ray.train import flops
@@ -198,7 +198,7 @@ def make_plan(config: Config, devices: Devices) -> Plan:
     n_experts = n_clusters if train.clusters is None else len(set(train.clusters))
     skewed = [training(n_clusters * steps - (n_clusters - 1))] + [training(1)] * (n_experts - 1)
     moe = _training(config, upcycled(model, n_clusters), n_clusters * steps) if "moe" in train.controls else None
-    n_control_experts = n_clusters * len(set(train.controls) & set(SPLIT_CONTROLS))
+    n_control_experts = n_clusters * len(set(train.controls) & set(PARTITION_CONTROLS))
     in_runs = partial(_in_runs, per_run=train.experts_per_run)
     controls: list[TrainRun] = [[moe]] if moe else []
     controls += in_runs([training(steps, held_out=False)] * n_control_experts)

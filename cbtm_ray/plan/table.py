@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from cbtm_ray.config import SPLIT_CONTROLS, Config
+from cbtm_ray.config import PARTITION_CONTROLS, Config
 from cbtm_ray.errors import UserError, refuse
 from cbtm_ray.load_config import load_config
 from cbtm_ray.plan.estimate import PEAK_TFLOPS, SHARD_BYTES_PER_TOKEN, Devices, Plan, Training, make_plan
@@ -88,7 +88,7 @@ def _training_rows(plan: Plan) -> list[Row]:
         found.append(("  by size", f"1 to {largest:,} steps", "each expert, by its cluster's tokens: not known yet"))
     if train.clusters is not None:
         found.append(("  train.clusters", f"{len(plan.trainings) - 1} experts", "now; all else later, and not below"))
-    for control in (control for control in train.controls if control in SPLIT_CONTROLS):
+    for control in (control for control in train.controls if control in PARTITION_CONTROLS):
         domains = "; as many domains as clusters assumed" if control == "metadata" else ""
         found.append((f"control {control}", f"{n_clusters} experts", f"of the same steps{domains}"))
     if plan.moe:

@@ -20,7 +20,6 @@ from matplotlib.axes import Axes
 
 from cbtm_ray.errors import UserError
 from cbtm_ray.evaluate.result_rows import (
-    CurvePoint,
     DomainRow,
     FewshotRow,
     ResultRow,
@@ -29,6 +28,7 @@ from cbtm_ray.evaluate.result_rows import (
     missing_keys,
     row_name,
 )
+from cbtm_ray.manifests import CurvePoint
 from cbtm_ray.merge.routers import ROUTERS
 from cbtm_ray.report import plots
 

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from cbtm_ray.evaluate.result_rows import CurvePoint, ResultRow
+from cbtm_ray.evaluate.result_rows import ResultRow
+from cbtm_ray.manifests import CurvePoint
 
 PALETTE = ("#3d7fd6", "#d2691e", "#2a9a6c", "#c4457f", "#8b66d0", "#a88500", "#1497ac", "#cf4d40", "#6c8f2b", "#8f7063")
 MARKERS = "os^DvPX<>*h"

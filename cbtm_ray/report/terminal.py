@@ -11,9 +11,10 @@ from rich.table import Table
 
 from cbtm_ray import files, progress
 from cbtm_ray.branch.branches import control_branches
-from cbtm_ray.config import SPLIT_CONTROLS
-from cbtm_ray.evaluate.result_rows import CurvePoint, Evaluation, FewshotRow, Summary, system_name
+from cbtm_ray.config import PARTITION_CONTROLS
+from cbtm_ray.evaluate.result_rows import Evaluation, FewshotRow, Summary, system_name
 from cbtm_ray.load_config import dump_config
+from cbtm_ray.manifests import ClustererManifest, CurvePoint, ShardsManifest
 from cbtm_ray.report.page import ReportData, fewshot_by_system, fewshot_columns, render_report, verdict
 from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, expert_folder
 
@@ -26,15 +27,15 @@ def curves(run: Run) -> dict[str, list[CurvePoint]]:
     if "moe" in run.config.train.controls:
         folders["moe"] = MOE_FOLDER
     folders |= {f"expert {cluster:04d}": expert_folder(cluster) for cluster in range(run.config.cluster.n_clusters)}
-    return {name: run.need(folder, "train_experts")["curve"] for name, folder in folders.items()}
+    return {name: run.require(folder, "train_experts")["curve"] for name, folder in folders.items()}
 
 
 def control_curves(run: Run) -> dict[str, list[CurvePoint]]:
     """Training curves of the controls' experts: random NNNN and so on."""
     return {
-        f"{control} {branch.cluster:04d}": run.need(branch.spec.name, "train_experts")["curve"]
+        f"{control} {branch.cluster:04d}": run.require(branch.spec.name, "train_experts")["curve"]
         for control in run.config.train.controls
-        if control in SPLIT_CONTROLS
+        if control in PARTITION_CONTROLS
         for branch in control_branches(run, control)
     }
 
@@ -53,8 +54,8 @@ def write_report(run: Run, summaries: dict[str, str]) -> None:
 
 def collect(run: Run, summaries: dict[str, str]) -> ReportData:
     """All that the report shows, out of the manifests and results of a finished run."""
-    found = run.need("clusterer", "fit_clusters")
-    shards = run.need("shards", "partition_corpus")
+    found: ClustererManifest = run.require("clusterer", "fit_clusters")
+    shards: ShardsManifest = run.require("shards", "partition_corpus")
     evaluation: Evaluation = files.read_json(run.uri("evaluation", "results.json"))
     chosen = next(row for row in evaluation["rows"] if row.get("chosen"))
     counted = {row["cluster"]: row for row in shards["train"]["clusters"]}
@@ -62,7 +63,7 @@ def collect(run: Run, summaries: dict[str, str]) -> ReportData:
         title=f"C-BTM run {run.dir.rstrip('/').rpartition('/')[2]}",
         config_yaml=dump_config(run.config),
         stages=[
-            {"stage": stage, "seconds": run.need(stage, "run_all")["seconds"], "summary": summary}
+            {"stage": stage, "seconds": run.require(stage, "run_all")["seconds"], "summary": summary}
             for stage, summary in summaries.items()
         ],
         clusters=[{**cluster, **counted[cluster["cluster"]]} for cluster in found["clusters"]],
@@ -127,7 +128,7 @@ def _fewshot_table(rows: list[FewshotRow]) -> Table:
 def print_average(run: Run) -> None:
     """The averages' perplexity beside the dense control's, a model of the same size and cost."""
     table = _table(PERPLEXITY, ("model", "weights of the experts"), ("perplexity", "ratio to dense"))
-    for row in run.need("average", "average_experts")["rows"]:
+    for row in run.require("average", "average_experts")["rows"]:
         weights = f"{min(row['weights']):.3f} to {max(row['weights']):.3f}" if row["weights"] else "-"
         table.add_row(row["folder"], weights, *_measures(row))
     progress.console.print(table)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def parameters(model: PreTrainedModel) -> int:
+def matmul_parameters(model: PreTrainedModel) -> int:
     """Parameters that take part in a matrix product for every token: all but the input table, unless it is the output too.
 
     Of a mixture of experts those of as many experts as a token is sent to.
@@ -33,7 +33,7 @@ def infer_flops_per_token(n_parameters: int, n_layers: int, hidden_size: int, co
 def model_flops_per_token(model: PreTrainedModel, context: int) -> float:
     """`infer_flops_per_token` with the model's own sizes."""
     config: Any = model.config
-    return infer_flops_per_token(parameters(model), config.num_hidden_layers, config.hidden_size, context)
+    return infer_flops_per_token(matmul_parameters(model), config.num_hidden_layers, config.hidden_size, context)
 
 
 def train_flops(flops_per_token: float, tokens: int) -> float:

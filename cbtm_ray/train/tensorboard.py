@@ -6,19 +6,18 @@ The writer is tensorboardX, which Ray Train brings; the viewer is the package te
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import (
-    SummaryWriter,
-)  # its writer alone, which Ray Train brings; the viewer is the package tensorboard
+from tensorboardX import SummaryWriter
 
 from cbtm_ray import files
 
 FIELDS = ("loss_nats", "valid_loss_nats", "learning_rate", "tokens_per_s", "mfu")
 
 
-def write_events(curve: list[dict[str, Any]], folder_uri: str) -> None:
+def write_events(curve: Sequence[Mapping[str, Any]], folder_uri: str) -> None:
     """Write the whole curve by step, over what was written of it before. Time is that of training, from 0."""
     seconds, tokens = 0.0, 0
     with tempfile.TemporaryDirectory() as folder:

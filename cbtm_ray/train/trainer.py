@@ -18,6 +18,7 @@ import torch
 
 from cbtm_ray.config import TrainConfig
 from cbtm_ray.errors import UserError
+from cbtm_ray.manifests import CurvePoint
 from cbtm_ray.train import flops, parallel
 from cbtm_ray.train.loss import TokenLoss
 from cbtm_ray.train.packed_sequences import PackedSequences
@@ -58,7 +59,7 @@ def learning_rate(spec: TrainSpec, step: int) -> float:
     return train.learning_rate * (train.final_lr_fraction + (1 - train.final_lr_fraction) * shape)
 
 
-class Leaving(Exception):
+class Preempted(Exception):
     """The machine will be taken away: the state was saved, and training goes on from it elsewhere."""
 
 
@@ -84,7 +85,7 @@ class Trainer:
         self.step = 0
         self._reader = ThreadPoolExecutor(1)
         self._ahead: Future[torch.Tensor] | None = None
-        self.curve: list[dict[str, Any]] = []
+        self.curve: list[CurvePoint] = []
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
 
     def _check(self) -> None:
@@ -159,14 +160,14 @@ class Trainer:
     def point_is_due(self) -> bool:
         return self.evaluation_is_due() or self.step % self.spec.train.log_every == 0
 
-    def add_point(self, tokens_per_s: float) -> dict[str, Any]:
+    def add_point(self, tokens_per_s: float) -> CurvePoint:
         """Close a stretch of the curve: the mean loss since the last point, and the held-out loss if it is due.
 
         Raises:
             UserError: the loss is not a finite number.
         """
         first = self.curve[-1]["step"] if self.curve else 0
-        point = {
+        point: CurvePoint = {
             "step": self.step,
             "tokens": self.step * self.spec.tokens_per_step,
             "loss_nats": parallel.mean(self.loss_sum).item() / (self.step - first),
@@ -175,8 +176,9 @@ class Trainer:
             "mfu": flops.utilization(
                 self.model, self.spec.sequence_length, self.spec.train.precision, tokens_per_s / parallel.workers()
             ),
-            **({"valid_loss_nats": self.evaluate()} if self.evaluation_is_due() else {}),
         }
+        if self.evaluation_is_due():
+            point["valid_loss_nats"] = self.evaluate()
         for name, loss in (("loss", point["loss_nats"]), ("held-out loss", point.get("valid_loss_nats"))):
             if loss is not None and not math.isfinite(loss):
                 raise self._diverged(f"the {name} is {loss}")
@@ -215,9 +217,9 @@ def train_model(
     valid: PackedSequences | None = None,
     state: dict[str, Any] | None,
     save: Callable[[dict[str, Any]], None],
-    log: Callable[[dict[str, Any]], None],
+    log: Callable[[CurvePoint], None],
     leaving: Callable[[], bool] = lambda: False,
-) -> list[dict[str, Any]]:
+) -> list[CurvePoint]:
     """Train `model` in place to `spec.steps`, and return its curve. Called by all workers of a process group, if there is one.
 
     Args:
@@ -234,7 +236,7 @@ def train_model(
         device's peak is not known), and at some valid_loss_nats (None without held-out documents)}.
 
     Raises:
-        Leaving: the machine is leaving; the state has been given to `save`.
+        Preempted: the machine is leaving; the state has been given to `save`.
         UserError: the loss or a weight is not a finite number, or the input does not suit the model.
     """
     trainer = Trainer(model, sequences, spec, valid)
@@ -263,7 +265,7 @@ def _save_if_due(trainer: Trainer, save: Callable[[dict[str, Any]], None], leavi
         if parallel.rank() == 0:
             save(state)
     if left:
-        raise Leaving
+        raise Preempted
 
 
 def make_optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.AdamW:

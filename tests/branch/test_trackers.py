@@ -18,8 +18,8 @@ MISSING = [name for name in ("mlflow", "wandb") if importlib.util.find_spec(name
 
 
 def test_nobody_is_told_unless_asked() -> None:
-    with tracking((), "runs/one", "experts/cluster=0000") as tell:
-        tell(CURVE[0])
+    with tracking((), "runs/one", "experts/cluster=0000") as log_point:
+        log_point(CURVE[0])
 
 
 @pytest.mark.parametrize("tracker", MISSING)
@@ -33,9 +33,9 @@ def test_mlflow_keeps_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tmp_path.as_uri())
-    with tracking(("mlflow",), "/runs/one", "experts/cluster=0000") as tell:
+    with tracking(("mlflow",), "/runs/one", "experts/cluster=0000") as log_point:
         for point in CURVE:
-            tell(point)
+            log_point(point)
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("/runs/one").experiment_id])
     assert (run.info.run_name, run.info.status) == ("experts/cluster=0000", "FINISHED")
@@ -48,9 +48,9 @@ def test_wandb_keeps_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    with tracking(("wandb",), "/runs/one", "experts/cluster=0000") as tell:
+    with tracking(("wandb",), "/runs/one", "experts/cluster=0000") as log_point:
         for point in CURVE:
-            tell(point)
+            log_point(point)
     (written,) = tmp_path.rglob("run-*.wandb")
     content = written.read_bytes()
     assert all(word in content for word in (b"valid_loss_nats", b"2.75", b"experts/cluster=0000"))

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from cbtm_ray import files
 from cbtm_ray.branch.branches import Branch, expert_branches
 from cbtm_ray.branch.launch import _fit
-from cbtm_ray.branch.training_progress import Board
+from cbtm_ray.branch.training_progress import TrainingProgress
 from cbtm_ray.branch.worker import read_sequences, train_group
 from cbtm_ray.corpus.tokenizer import load_tokenizer, train_tokenizer
 from cbtm_ray.models import load_model, new_model, save_model
@@ -158,13 +158,15 @@ def named(run: Run, name: str, **changes: Any) -> Branch:
 
 
 @pytest.fixture
-def board(ray_cluster: str) -> Any:
-    return ray.remote(num_cpus=0)(Board).remote()
+def training_progress(ray_cluster: str) -> Any:
+    return ray.remote(num_cpus=0)(TrainingProgress).remote()
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_what_an_expert_refuses_is_said_by_name_and_the_next_one_is_trained(board: Any, tmp_path: Path) -> None:
+def test_what_an_expert_refuses_is_said_by_name_and_the_next_one_is_trained(
+    training_progress: Any, tmp_path: Path
+) -> None:
     """One Ray Train run for all four."""
     run, _ = seeded_run(tmp_path, steps=12)
     write_shards(run, 1, [], [(7, [5, 5000] * 40)])
@@ -177,7 +179,7 @@ def test_what_an_expert_refuses_is_said_by_name_and_the_next_one_is_trained(boar
         named(run, "extra/seed", init=str(tmp_path / "other")),
         sound,
     ]
-    refused = {name: str(error) for name, error in _fit(run, group, board, 1, 0).items()}
+    refused = {name: str(error) for name, error in _fit(run, group, training_progress, 1, 0).items()}
     assert set(refused) == {"extra/rate", "extra/token", "extra/seed"}
     known = len(load_tokenizer(run.uri("tokenizer")))
     assert re.match(r"extra/rate: .* at step \d+\. Lower the learning rate \(peak 1e\+30\) or", refused["extra/rate"])
@@ -195,11 +197,13 @@ def write_nested_tokens(run: Run) -> None:
 
 
 @pytest.mark.ray
-def test_a_value_error_is_no_refusal_of_an_expert(board: Any, tmp_path: Path) -> None:
+def test_a_value_error_is_no_refusal_of_an_expert(training_progress: Any, tmp_path: Path) -> None:
     run, _ = seeded_run(tmp_path, steps=1)
     write_nested_tokens(run)
     with pytest.raises(ValueError, match="setting an array element with a sequence"):
-        train_group({"config": run.config, "board": board, "group": [named(run, "extra/nested")]})
+        train_group(
+            {"config": run.config, "training_progress": training_progress, "group": [named(run, "extra/nested")]}
+        )
 
 
 @pytest.mark.slow
@@ -217,9 +221,11 @@ def test_a_job_that_ends_with_a_value_error_shows_its_traceback_and_no_refusal(t
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is not None, reason="only where MLflow is not installed")
-def test_a_tracker_that_the_first_of_two_workers_cannot_use_is_refused_by_both(board: Any, tmp_path: Path) -> None:
+def test_a_tracker_that_the_first_of_two_workers_cannot_use_is_refused_by_both(
+    training_progress: Any, tmp_path: Path
+) -> None:
     run, _ = seeded_run(tmp_path, steps=12, workers_per_expert=2, trackers=["mlflow"])
-    refused = _fit(run, [named(run, "extra/tracked"), named(run, "extra/next")], board, 2, 0)
+    refused = _fit(run, [named(run, "extra/tracked"), named(run, "extra/next")], training_progress, 2, 0)
     assert set(refused) == {"extra/tracked", "extra/next"}
     assert all(str(error).startswith("train.trackers names 'mlflow', which this") for error in refused.values())
 
@@ -227,7 +233,7 @@ def test_a_tracker_that_the_first_of_two_workers_cannot_use_is_refused_by_both(b
 @pytest.mark.slow
 @pytest.mark.ray
 def test_an_expert_whose_disk_is_full_goes_on_from_its_last_checkpoint_once_there_is_room(
-    board: Any, tmp_path: Path
+    training_progress: Any, tmp_path: Path
 ) -> None:
     run, _ = seeded_run(tmp_path, steps=40)
     branch = named(run, "small/expert", spec={"checkpoint_every": 10})
@@ -235,7 +241,7 @@ def test_an_expert_whose_disk_is_full_goes_on_from_its_last_checkpoint_once_ther
     size_kib = checkpoint_kib(load_model(branch.init), sequences, branch.spec, tmp_path / "one")
     disk = Path(run.uri("checkpoints", "small"))
     with small_disk(disk, size_kib * 5 // 2):
-        refused = _fit(run, [branch], board, 1, 0)
+        refused = _fit(run, [branch], training_progress, 1, 0)
         expected = (
             f"run.dir={run.dir}: no space left on the device. Free some, or give another run.dir; what is finished"
         )
@@ -243,6 +249,6 @@ def test_an_expert_whose_disk_is_full_goes_on_from_its_last_checkpoint_once_ther
         kept = sorted(path.name for path in (disk / "expert").iterdir())
         assert kept == ["step=0000000010.pt", "step=0000000020.pt"]
         enlarge(disk, 10 * size_kib)
-        assert _fit(run, [branch], board, 1, 0) == {}
-    assert [start["step"] for start in run.need(branch.spec.name, "train_experts")["starts"]] == [0, 20]
+        assert _fit(run, [branch], training_progress, 1, 0) == {}
+    assert [start["step"] for start in run.require(branch.spec.name, "train_experts")["starts"]] == [0, 20]
     check_as_undisturbed(run, branch, tmp_path / "undisturbed")

@@ -20,7 +20,7 @@ from cbtm_ray.branch.upcycle import upcycle
 from cbtm_ray.branch.worker import read_sequences
 from cbtm_ray.cluster.controls import control_centers, partition_control, random_clusters
 from cbtm_ray.cluster.embed import load_clusterer
-from cbtm_ray.config import CONTROLS, SPLIT_CONTROLS
+from cbtm_ray.config import CONTROLS, PARTITION_CONTROLS
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.evaluate.results import held_out_documents
@@ -63,7 +63,7 @@ def parted_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> R
             train=dataclasses.replace(config.train, controls=CONTROLS, experts_per_run=8),
         )
     )
-    run.begin()
+    run.open()
     run_job(run, "partition_corpus")
     (folder / "before.json").write_text(json.dumps(times))
     return run
@@ -98,7 +98,7 @@ def test_what_was_finished_is_left_as_it_was(controls_run: Run) -> None:
 def test_every_training_document_has_its_cluster_of_every_control(parted_run: Run) -> None:
     rows = shard_rows(parted_run)
     ids = [row["id"] for row in rows]
-    found = {control: partition_rows(parted_run, control) for control in SPLIT_CONTROLS}
+    found = {control: partition_rows(parted_run, control) for control in PARTITION_CONTROLS}
     assert all([row["id"] for row in named] == ids for named in found.values())
     clusters = {control: [row["cluster"] for row in named] for control, named in found.items()}
     assert clusters["random"] == random_clusters(ids, 2, parted_run.config.run.seed).tolist()
@@ -116,7 +116,7 @@ def test_every_training_document_has_its_cluster_of_every_control(parted_run: Ru
 def test_the_clusters_of_a_control_are_all_documents_once(parted_run: Run) -> None:
     every = sorted(row["tokens"] for row in shard_rows(parted_run))
     for control, n_clusters in SPLITS.items():
-        manifest = parted_run.need(partition_folder(control), "partition_corpus")
+        manifest = parted_run.require(partition_folder(control), "partition_corpus")
         assert manifest["n_clusters"] == n_clusters
         uris = parted_run.uri("shards"), "train"
         partition_uri = parted_run.uri(partition_folder(control))

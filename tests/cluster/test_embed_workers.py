@@ -15,7 +15,7 @@ from cbtm_ray.cluster.embed import load_clusterer
 from cbtm_ray.cluster.embed_workers import map_embedding
 from cbtm_ray.cluster.fit import fit_clusters
 from cbtm_ray.cluster.partition import partition_corpus
-from cbtm_ray.config import EmbedConfig, RunConfig
+from cbtm_ray.config import EmbedConfig, RunSettings
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
@@ -32,7 +32,7 @@ def test_documents_go_to_the_nearest_center_of_the_chosen_embedder(
     embed = EmbedConfig(embedder="word_tfidf", dimensions=8)
     if embedder == "sentence":
         embed = EmbedConfig(embedder="sentence", encoder=minilm_folder(), encoder_tokens=32)
-    run = Run(dataclasses.replace(finished_run.config, run=RunConfig(dir=str(tmp_path)), embed=embed))
+    run = Run(dataclasses.replace(finished_run.config, run=RunSettings(dir=str(tmp_path)), embed=embed))
     for folder in ("corpus", "tokenizer"):
         shutil.copytree(finished_run.uri(folder), run.uri(folder))
     found = run.stage("clusterer", lambda: fit_clusters(run))[0]

@@ -351,7 +351,7 @@ def test_threads_do_not_change_the_result() -> None:
 
 def test_empty_cluster_moves_to_the_farthest_document() -> None:
     points = torch.tensor([[0.0], [1.0], [10.0]])
-    start = kmeans.Progress(0, torch.tensor([[0.0], [99.0]]), torch.zeros(2), np.inf, np.inf, np.nan)
+    start = kmeans.LloydState(0, torch.tensor([[0.0], [99.0]]), torch.zeros(2), np.inf, np.inf, np.nan)
     shards = LocalShards([Shard(points)])
     first, *_, last = kmeans.lloyd(shards, start, balanced=False, max_iter=9, tolerance=0.0)
     assert first.centers[:, 0].tolist() == pytest.approx([11 / 3, 10.0])

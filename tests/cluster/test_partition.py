@@ -22,7 +22,7 @@ from cbtm_ray.cluster import partition
 from cbtm_ray.cluster.embed import load_clusterer
 from cbtm_ray.cluster.embed_workers import map_embedding
 from cbtm_ray.cluster.partition import partition_corpus
-from cbtm_ray.config import RunConfig
+from cbtm_ray.config import RunSettings
 from cbtm_ray.corpus.tokenizer import encode, load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.pipeline import run_job
@@ -38,7 +38,7 @@ def parts(run: Run, split: str) -> list[Path]:
 
 def copied_up_to_shards(finished_run: Run, folder: Path) -> Run:
     """The run before its shards were made."""
-    run = Run(dataclasses.replace(finished_run.config, run=RunConfig(dir=str(folder))))
+    run = Run(dataclasses.replace(finished_run.config, run=RunSettings(dir=str(folder))))
     for stage in ("corpus", "tokenizer", "clusterer"):
         shutil.copytree(finished_run.uri(stage), run.uri(stage))
     return run
@@ -75,7 +75,7 @@ def test_row_groups_hold_one_cluster_each_and_an_expert_reads_its_own(finished_r
         for group in range(metadata.num_row_groups):
             statistics = metadata.row_group(group).column(column).statistics
             assert statistics.min == statistics.max
-    counted = finished_run.need("shards", "partition_corpus")["train"]["clusters"]
+    counted = finished_run.require("shards", "partition_corpus")["train"]["clusters"]
     for cluster in counted:
         documents = list(read_documents(finished_run.uri("shards"), "train", cluster["cluster"]))
         assert (len(documents), sum(map(len, documents))) == (cluster["documents"], cluster["tokens"])
@@ -95,7 +95,7 @@ def test_a_corpus_that_changed_is_refused_by_the_name_of_its_shard(
     finished_run: Run, tmp_path: Path, change: str
 ) -> None:
     run = copied_up_to_shards(finished_run, tmp_path / "run")
-    shard = finished_run.need("corpus", "build_corpus")["shards"][2]
+    shard = finished_run.require("corpus", "build_corpus")["shards"][2]
     lines = Path(shard["uris"][0]).read_text().splitlines()
     changed = tmp_path / "part-2.jsonl"
     kept = lines[:-5] if change == "fewer documents" else [*lines[:-1], lines[-1].replace("the", "teh", 1)]

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.ray
 
 
 def test_counts_split_and_sample_are_those_of_the_documents(finished_run: Run) -> None:
-    manifest = finished_run.need("corpus", "build_corpus")
+    manifest = finished_run.require("corpus", "build_corpus")
     settings = finished_run.config.corpus
     ids = [f"d{index:04d}" for index in range(240)]
     train = [i for i in ids if not is_held_out(i, settings, 0)]

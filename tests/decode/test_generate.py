@@ -19,7 +19,7 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.evaluate import perplexity
 from cbtm_ray.merge.ensemble import Ensemble, load_ensemble
 from cbtm_ray.merge.routers import ROUTERS
-from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.run import Run
 from tests.support.tiny_ensemble import drain, make_ensemble, make_request, text_logprobs, tokens_of, with_experts
 
@@ -43,7 +43,7 @@ def evaluated_logprobs(ensemble: Ensemble, tokens: list[int], top_k: int) -> np.
     embeddings_TD = torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens_T))
     distances_TK = squared_distances(embeddings_TD, ensemble.centers_KD).numpy()
     return perplexity.mixture_logprobs(
-        HeldOut(np.array([len(tokens)]), logprobs_TK, distances_TK), ensemble.routes[top_k]
+        ScoredHalf(np.array([len(tokens)]), logprobs_TK, distances_TK), ensemble.routes[top_k]
     )
 
 

@@ -19,7 +19,7 @@ from cbtm_ray.evaluate.fewshot import Prompts, Task, make_prompts, read_task
 from cbtm_ray.evaluate.perplexity import score_documents
 from cbtm_ray.evaluate.scoring import fewshot_prompts
 from cbtm_ray.merge.routers import Route
-from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.report import terminal
@@ -148,7 +148,7 @@ def test_weights_are_held_from_the_prompt_or_run_on() -> None:
     empty = [[0.5, 0.5], [0.9, 0.1], [0.5, 0.5], [0.09, 0.95]]
     logprobs_TK = np.log(with_text + empty).astype(np.float32)
     route = Route(routing="embedding", top_k=1, settings={"temperature": 1.0}, prefix_tokens=1)
-    found = prompts.mixture_accuracies(HeldOut(prompts.lengths, logprobs_TK, distances_TK), route)
+    found = prompts.mixture_accuracies(ScoredHalf(prompts.lengths, logprobs_TK, distances_TK), route)
     assert {key: accuracies.tolist() for key, accuracies in found.items()} == {
         ("held", "likelihood"): [1.0],
         ("held", "calibrated"): [0.0],  # 0.9 / 0.9 against 0.1 / 0.09
@@ -167,7 +167,7 @@ def fewshot_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> 
     task = str(folder / "fewshot" / "domains.jsonl")
     asked = dataclasses.replace(config.evaluate, fewshot=(task,), fewshot_shots=1, fewshot_examples=8)
     run = Run(dataclasses.replace(config, evaluate=asked))
-    run.begin()
+    run.open()
     run_job(run, "evaluate_mixture")
     return run
 

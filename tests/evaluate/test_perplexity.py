@@ -21,7 +21,7 @@ from cbtm_ray.evaluate.perplexity import mixture_logprobs, nested_mixtures, scor
 from cbtm_ray.evaluate.scoring import held_out_documents
 from cbtm_ray.load_config import build_config
 from cbtm_ray.merge.routers import ROUTERS, Route, prefix_readers
-from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.run import Run
 from tests.support.tiny import tiny_tree
 
@@ -101,11 +101,11 @@ def test_dropout_takes_no_part_in_scores() -> None:
     np.testing.assert_array_equal(first, second)
 
 
-def held_out(n_experts: int = 3, lengths: tuple[int, ...] = (5, 9)) -> HeldOut:
+def held_out(n_experts: int = 3, lengths: tuple[int, ...] = (5, 9)) -> ScoredHalf:
     random = np.random.default_rng(1)
     total = sum(lengths)
     logprobs_TK = np.log(random.uniform(0.05, 0.9, (total, n_experts))).astype(np.float32)
-    return HeldOut(np.array(lengths), logprobs_TK, random.uniform(0, 2, (total, n_experts)).astype(np.float32))
+    return ScoredHalf(np.array(lengths), logprobs_TK, random.uniform(0, 2, (total, n_experts)).astype(np.float32))
 
 
 SETTINGS = {"temperature": 0.3, "beta": 1.0, "gamma": 0.9}
@@ -125,7 +125,7 @@ def test_a_mixture_of_one_expert_is_that_expert(routing: str) -> None:
 @pytest.mark.parametrize("routing", ["embedding", "posterior", "prefix"])
 def test_permuting_the_experts_changes_nothing(routing: str) -> None:
     given, order = held_out(), [2, 0, 1]
-    permuted = HeldOut(given.lengths, given.logprobs_TK[:, order], given.squared_distances_TK[:, order])
+    permuted = ScoredHalf(given.lengths, given.logprobs_TK[:, order], given.squared_distances_TK[:, order])
     results = [mixture_logprobs(h, route(routing, 2)) for h in (given, permuted)]
     np.testing.assert_allclose(results[0], results[1], atol=1e-5)
 
@@ -140,8 +140,8 @@ def test_tuning_finds_the_temperature_that_trusts_a_good_embedding() -> None:
     near = np.tile([0.0, 1.0], (40, 1)).astype(np.float32)
     logprobs_TK = np.log(np.tile([0.9, 0.01], (40, 1))).astype(np.float32)
     lengths = np.array([20, 20])
-    assert tune(HeldOut(lengths, logprobs_TK, near), CONFIG, "embedding")[2].settings == {"temperature": 0.01}
-    misled = HeldOut(lengths, logprobs_TK, 1 - near)
+    assert tune(ScoredHalf(lengths, logprobs_TK, near), CONFIG, "embedding")[2].settings == {"temperature": 0.01}
+    misled = ScoredHalf(lengths, logprobs_TK, 1 - near)
     assert tune(misled, CONFIG, "embedding")[2].settings == {"temperature": 1.0}
 
 
@@ -235,7 +235,7 @@ def test_one_pass_gives_the_mixture_of_every_top_k(routing: str) -> None:
 def test_posterior_routing_turns_to_the_expert_that_explains_the_past() -> None:
     """The embedding is undecided; expert 1 gave token 0 probability 1/2 and expert 0 only 1/8: weights 1/5 and 4/5."""
     logprobs_TK = np.log([[1 / 8, 1 / 2], [1 / 10, 1 / 5]]).astype(np.float32)
-    given = HeldOut(np.array([2]), logprobs_TK, np.ones((2, 2), np.float32))
+    given = ScoredHalf(np.array([2]), logprobs_TK, np.ones((2, 2), np.float32))
     weights = route("posterior", 2, prefix_tokens=9).weights(given)
     np.testing.assert_allclose(weights, [[0.5, 0.5], [0.2, 0.8]], rtol=1e-5)
     mixed = mixture_logprobs(given, route("posterior", 2, prefix_tokens=9))
@@ -245,7 +245,7 @@ def test_posterior_routing_turns_to_the_expert_that_explains_the_past() -> None:
 def test_without_centers_all_weigh_alike_or_by_their_likelihood_of_the_whole_past() -> None:
     """Probabilities 1/8 and 3/8, then 1/3 and 2/3: the posterior of expert 0 is 1/4, then (1/24) / (1/24 + 1/4) = 1/7."""
     logprobs_TK = np.log([[1 / 8, 3 / 8], [1 / 3, 2 / 3], [1, 1], [1 / 2, 1 / 2]]).astype(np.float32)
-    given = HeldOut(np.array([3, 1]), logprobs_TK, np.zeros((4, 0), np.float32))
+    given = ScoredHalf(np.array([3, 1]), logprobs_TK, np.zeros((4, 0), np.float32))
     uniform = Route(routing="uniform", top_k=2, settings={}, prefix_tokens=9).weights(given)
     np.testing.assert_array_equal(uniform, np.full((4, 2), 0.5))
     bayes = Route(routing="bayes", top_k=2, settings={}, prefix_tokens=9).weights(given)
@@ -256,7 +256,7 @@ def test_without_centers_all_weigh_alike_or_by_their_likelihood_of_the_whole_pas
 def test_routing_without_centers_has_nothing_to_tune(routing: str, sizes: list[int]) -> None:
     """Of experts that weigh alike none is better than another: only all of them are a mixture worth a row."""
     given = held_out()
-    bare = HeldOut(given.lengths, given.logprobs_TK, np.zeros((14, 0), np.float32))
+    bare = ScoredHalf(given.lengths, given.logprobs_TK, np.zeros((14, 0), np.float32))
     assert {top_k: found.settings for top_k, found in tune(bare, CONFIG, routing).items()} == {k: {} for k in sizes}
 
 
@@ -264,7 +264,7 @@ def test_legacy_distances_are_for_embedding_routing_alone_and_are_kept_in_its_se
     given = held_out()
     legacy = tune(given, EvaluateConfig(legacy_d4=True, temperatures=(0.3,)), "embedding")[3]
     assert legacy.settings == {"temperature": 0.3, "legacy_d4": True}
-    squared = HeldOut(given.lengths, given.logprobs_TK, given.squared_distances_TK**2)
+    squared = ScoredHalf(given.lengths, given.logprobs_TK, given.squared_distances_TK**2)
     plain = Route(routing="embedding", top_k=3, settings={"temperature": 0.3}, prefix_tokens=32)
     np.testing.assert_allclose(legacy.weights(given), plain.weights(squared), rtol=1e-6)
     assert not np.allclose(legacy.weights(given), plain.weights(given))
@@ -314,7 +314,7 @@ def nearest_prefix(readers: int, top_k: int, prefix_tokens: int) -> Route:
 
 def test_a_prefix_that_all_experts_read_is_prefix_routing() -> None:
     random = np.random.default_rng(0)
-    held_out = HeldOut(np.array([9, 3, 6]), -random.random((18, 4)), random.random((18, 4)))
+    held_out = ScoredHalf(np.array([9, 3, 6]), -random.random((18, 4)), random.random((18, 4)))
     route = nearest_prefix(4, 2, 5)
     prefix = Route(routing="prefix", top_k=2, settings=route.settings, prefix_tokens=5)
     assert np.array_equal(route.weights(held_out), prefix.weights(held_out))
@@ -324,7 +324,7 @@ def test_only_the_nearest_experts_read_the_prefix_and_one_of_them_stays() -> Non
     """Expert 2 explains the text best and is far from the prefix's contexts; it is near only when the choice is made."""
     near_TK = np.array([[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2], [2, 1, 0]], np.float32)
     logprobs_TK = np.tile(np.log([0.1, 0.2, 0.9]), (5, 1))
-    held_out = HeldOut(np.array([5]), logprobs_TK, near_TK)
+    held_out = ScoredHalf(np.array([5]), logprobs_TK, near_TK)
     assert nearest_prefix(2, 1, 2).weights(held_out).argmax(axis=1).tolist() == [0, 1, 1, 1, 1]
     assert (nearest_prefix(2, 2, 2).weights(held_out)[:, 2] == 0).all()
     assert nearest_prefix(2, 1, 4).weights(held_out).argmax(axis=1).tolist()[-1] == 2
@@ -335,17 +335,17 @@ def test_only_the_nearest_experts_read_the_prefix_and_one_of_them_stays() -> Non
 def test_experts_that_come_near_late_read_what_they_missed() -> None:
     """Expert 0 is near for the first token, 1 for the second and third, 2 where the choice is made; 3 never."""
     near_TK = np.array([[0, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]], np.float32)
-    held_out = HeldOut(np.array([5, 2]), np.zeros((7, 4)), np.concatenate([near_TK, near_TK[:2]]))
+    held_out = ScoredHalf(np.array([5, 2]), np.zeros((7, 4)), np.concatenate([near_TK, near_TK[:2]]))
     assert prefix_readers(held_out, 1, 3) == pytest.approx((1 + 3 + 3 + 1 + 2) / (3 + 2))
     assert prefix_readers(held_out, 4, 3) == 4
     assert nearest_prefix(1, 1, 3).experts_run(held_out) == pytest.approx((5 * 2 + 2 * 1) / 7)
-    with_empty = HeldOut(np.array([5, 0, 2]), held_out.logprobs_TK, held_out.squared_distances_TK)
+    with_empty = ScoredHalf(np.array([5, 0, 2]), held_out.logprobs_TK, held_out.squared_distances_TK)
     assert prefix_readers(with_empty, 1, 3) == 2
 
 
 def test_tuning_agrees_with_the_mixture_for_the_nearest_prefix() -> None:
     random = np.random.default_rng(1)
-    held_out = HeldOut(np.array([9, 3, 6]), -random.random((18, 4)), random.random((18, 4)).astype(np.float32))
+    held_out = ScoredHalf(np.array([9, 3, 6]), -random.random((18, 4)), random.random((18, 4)).astype(np.float32))
     config = EvaluateConfig(temperatures=(0.1, 1.0), betas=(1.0,), gammas=(0.5, 0.9), prefix_experts=2, prefix_tokens=4)
     routes = tune(held_out, config, "nearest_prefix")
     assert list(routes) == [1, 2]

@@ -106,7 +106,7 @@ def test_experts_of_a_node_that_dies_go_on_elsewhere(
         lost.kill()
         killed_at = time.time()
     experts = expert_branches(run)[1:]
-    starts = [run.need(branch.spec.name, "train_experts")["starts"] for branch in experts]
+    starts = [run.require(branch.spec.name, "train_experts")["starts"] for branch in experts]
     assert sum(len(each) - 1 for each in starts) == training > 0
     for again in (each[1] for each in starts if len(each) > 1):
         assert again["at"] > killed_at
@@ -137,7 +137,7 @@ def test_an_expert_whose_node_is_announced_to_go_moves_at_once_and_repeats_no_st
         told_at = time.time()
         wait_for(lambda: trainers(other) or process.poll() is not None, "training on the other node")
     branch = expert_branches(run)[1]
-    first, second = run.need(branch.spec.name, "train_experts")["starts"]
+    first, second = run.require(branch.spec.name, "train_experts")["starts"]
     at, step = next((at, now["cluster=0000"]) for at, now in seen if now.get("cluster=0000", 0) % 499)
     assert first["step"] == 0
     assert second["step"] == step

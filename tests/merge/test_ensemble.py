@@ -16,7 +16,7 @@ from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.errors import UserError
 from cbtm_ray.evaluate import perplexity
 from cbtm_ray.merge.ensemble import Ensemble, tuned_routes
-from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.merge.scores import ScoredHalf
 from serve.app import served_routing
 from serve.arguments import AppArguments
 from tests.support.tiny_ensemble import make_ensemble, text_logprobs
@@ -24,14 +24,14 @@ from tests.support.tiny_ensemble import make_ensemble, text_logprobs
 CONFIG = EvaluateConfig(top_k=(1, 4), prefix_tokens=6, prefix_experts=2)
 
 
-def held_out(ensemble: Ensemble, texts: list[np.ndarray]) -> HeldOut:
+def held_out(ensemble: Ensemble, texts: list[np.ndarray]) -> ScoredHalf:
     scores = [
         perplexity.score_documents(model, texts, sequence_length=60, end_of_text=0, batch_tokens=1000)
         for model in ensemble.experts.values()
     ]
     embeddings_TD = np.concatenate([ensemble.embedder.prefix_embeddings(text) for text in texts])
     distances_TK = squared_distances(torch.from_numpy(embeddings_TD), ensemble.centers_KD).numpy()
-    return HeldOut(np.array([len(text) for text in texts]), np.stack(scores, axis=1), distances_TK)
+    return ScoredHalf(np.array([len(text) for text in texts]), np.stack(scores, axis=1), distances_TK)
 
 
 def finish_evaluation(folder: Path, results: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from cbtm_ray.cluster.shard_steps import squared_distances
 from cbtm_ray.config import EvaluateConfig, Routing
 from cbtm_ray.merge.context_router import ContextRouter
 from cbtm_ray.merge.routers import ROUTERS, Route
-from cbtm_ray.merge.scores import HeldOut
+from cbtm_ray.merge.scores import ScoredHalf
 
 CONFIG = EvaluateConfig(top_k=(1, 2, 5, 9), prefix_experts=2)
 SETTINGS = {"temperature": 0.5, "beta": 0.3, "gamma": 0.8, "legacy_d4": True, "prefix_experts": 2.0}
@@ -54,7 +54,7 @@ class Text:
         self.logprobs_TK = -random.exponential(2, (n_tokens, n_experts)).astype(np.float32)
         contexts_TD = torch.from_numpy(self.embedder.prefix_embeddings(self.tokens))
         distances_TK = squared_distances(contexts_TD, torch.from_numpy(self.centers_KD)).numpy()
-        self.held_out = HeldOut(np.array([n_tokens]), self.logprobs_TK, distances_TK)
+        self.held_out = ScoredHalf(np.array([n_tokens]), self.logprobs_TK, distances_TK)
 
     def router(self, route: Route) -> ContextRouter:
         active = range(len(self.centers_KD))

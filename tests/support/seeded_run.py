@@ -70,6 +70,6 @@ def check_as_undisturbed(run: Run, branch: Branch, folder: Path) -> None:
     timed = ("tokens_per_s", "mfu")
     ours, theirs = (
         [{key: value for key, value in point.items() if key not in timed} for point in each]
-        for each in (run.need(branch.spec.name, "train_experts")["curve"], curve)
+        for each in (run.require(branch.spec.name, "train_experts")["curve"], curve)
     )
     assert ours == theirs

@@ -11,7 +11,7 @@ import torch
 
 from cbtm_ray.errors import UserError
 from cbtm_ray.train.checkpoints import Checkpoints
-from cbtm_ray.train.trainer import Leaving, train_model
+from cbtm_ray.train.trainer import Preempted, train_model
 from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, train, without_speed
 
 
@@ -84,7 +84,7 @@ def test_a_notice_brings_a_checkpoint_at_once_and_ends_the_training_here() -> No
         return asked[-1] >= 7
 
     spec = changed(SPEC, steps=16, checkpoint_every=10)
-    with pytest.raises(Leaving):
+    with pytest.raises(Preempted):
         train_model(
             make_model(), make_sequences(), spec, state=None, save=lambda state: saved.append(state["step"]),
             log=lambda point: None, leaving=leaving,

@@ -14,7 +14,7 @@ from torch import distributed, multiprocessing
 
 from cbtm_ray.errors import UserError
 from cbtm_ray.train import parallel
-from cbtm_ray.train.trainer import Leaving, Trainer, train_model
+from cbtm_ray.train.trainer import Preempted, Trainer, train_model
 from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, make_valid, train, without_speed
 
 SHORT = changed(SPEC, steps=6, checkpoint_every=3, log_every=2, evaluate_every=3, evaluate_sequences=4)
@@ -50,7 +50,7 @@ def notice_of_one(rank: int) -> list[int]:
             make_model(), make_sequences(), changed(SHORT, notice_every=2), state=None,
             save=lambda state: saved.append(state["step"]), log=lambda point: None, leaving=lambda: rank == 1,
         )  # fmt: skip
-    except Leaving:
+    except Preempted:
         return saved
     return [-1]
 
