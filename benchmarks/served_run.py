@@ -16,7 +16,7 @@ from cbtm_ray.config import EmbedConfig
 from cbtm_ray.corpus.installed_docs import package_documents
 from cbtm_ray.corpus.tokenizer import encode, save_tokenizer, train_tokenizer
 from cbtm_ray.models import save_model
-from cbtm_ray.run import DENSE_FOLDER, expert_folder
+from cbtm_ray.stages import DENSE_FOLDER, expert_folder
 
 PACKAGE, PACKAGE_BYTES = "numpy", 1_500_000
 DIMENSIONS = 100

@@ -40,7 +40,7 @@ from cbtm_ray.decode.sequence import Request
 from cbtm_ray.merge.context_router import ContextRouter
 from cbtm_ray.merge.ensemble import load_ensemble
 from cbtm_ray.ray_session import ray_session
-from cbtm_ray.run import DENSE_FOLDER
+from cbtm_ray.stages import DENSE_FOLDER
 from serve.app import build
 from serve.arguments import AppArguments
 

@@ -40,7 +40,8 @@ from cbtm_ray.manifests import CurvePoint
 from cbtm_ray.ray_session import TRAINING_ENV
 from cbtm_ray.run import Run
 from cbtm_ray.train.packed_sequences import PackedSequences
-from cbtm_ray.train.trainer import Trainer, TrainSpec, learning_rate, make_optimizer, train_model
+from cbtm_ray.train.spec import TrainSpec, learning_rate
+from cbtm_ray.train.trainer import Trainer, make_optimizer, train_model
 
 SIZES: dict[str, dict[str, Any]] = {
     "1M": {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,

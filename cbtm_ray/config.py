@@ -1,7 +1,7 @@
 """The configuration of a run: a tree of frozen dataclasses, read from strict YAML.
 
 Every field says what it is and in which unit. Bounds are part of the types, so that a wrong value is refused where
-the configuration is built. A new field is part of what the stages of its section depend on (`run.STAGE_SETTINGS`), unless
+the configuration is built. A new field is part of what the stages of its section depend on (`stages.STAGE_SETTINGS`), unless
 its type is marked `Execution`; and a new field of `train` also of what the seed does, unless it is marked `ExpertsOnly`.
 """
 

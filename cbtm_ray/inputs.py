@@ -6,7 +6,8 @@ from cbtm_ray import files
 from cbtm_ray.corpus.installed_docs import package_folder
 from cbtm_ray.corpus.shards import list_shards
 from cbtm_ray.errors import UserError
-from cbtm_ray.run import SHAREABLE, Run
+from cbtm_ray.run import Run
+from cbtm_ray.stages import SHAREABLE
 
 MODELS = ("embed.encoder", "seed_model.name_or_path")
 

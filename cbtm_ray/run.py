@@ -21,68 +21,10 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from cbtm_ray import files
-from cbtm_ray.config import CONTROLS, EXECUTION_FIELDS, EXPERTS_ONLY_FIELDS, PARTITION_CONTROLS, Config
+from cbtm_ray.config import EXECUTION_FIELDS, Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import config_tree, dump_config
-
-_TRAINING = ("train", "-train.controls", "tokens.sequence_length")
-
-STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
-    "corpus": ("run", "corpus"),
-    "tokenizer": ("tokens.tokenizer", "tokens.vocab_size"),
-    "clusterer": ("embed", "cluster"),
-    "shards": (),
-    "seed": ("seed_model", "train", *(f"-{name}" for name in sorted(EXPERTS_ONLY_FIELDS)), "tokens.sequence_length"),
-    "experts": _TRAINING,
-    "controls/dense": _TRAINING,
-    **{f"shards/controls/{split}": () for split in PARTITION_CONTROLS},
-    **{f"controls/{control}": _TRAINING for control in CONTROLS},
-    "evaluation": ("evaluate", "tokens.sequence_length", "train.controls"),
-    "average": (),
-    "fewshot": ("evaluate.max_documents",),
-}  # fmt: skip
-"""What each stage depends on in the configuration, beyond what the stages before it do: fields, or sections less -fields.
-
-Each control is a stage of its own, so that a finished run can be given another one."""
-
-_PARTITION, _MODELS = ("corpus", "tokenizer", "clusterer"), ("tokenizer", "shards", "seed")
-
-MADE_FROM: dict[str, tuple[str, ...]] = {
-    "corpus": (),
-    "tokenizer": ("corpus",),
-    "clusterer": ("corpus", "tokenizer"),
-    "shards": _PARTITION,
-    "seed": ("corpus", "tokenizer"),
-    "experts": _MODELS,
-    "controls/dense": _MODELS,
-    **{f"shards/controls/{split}": (*_PARTITION, "shards") for split in PARTITION_CONTROLS},
-    **{f"controls/{split}": (*_MODELS, f"shards/controls/{split}") for split in PARTITION_CONTROLS},
-    "controls/moe": _MODELS,
-    "evaluation": ("tokenizer", "clusterer", "shards", "seed", "experts", "controls/dense",
-                   *(f"shards/controls/{split}" for split in PARTITION_CONTROLS),
-                   *(f"controls/{control}" for control in CONTROLS)),
-    "average": ("tokenizer", "clusterer", "shards", "experts", "controls/dense", "evaluation"),
-    "fewshot": ("tokenizer", "shards"),
-}  # fmt: skip
-"""The stages that each stage reads. The seed reads all documents of the shards, whatever their clusters: the seed of a sweep
-serves every number of clusters."""
-
-
-SHAREABLE = ("corpus", "tokenizer", "clusterer", "shards", "seed")
-"""Stages that a run may take from another; a control's partition is kept beside the shards that it is one of."""
-
-
-DENSE_FOLDER, MOE_FOLDER = "controls/dense", "controls/moe"
-
-
-def expert_folder(cluster: int, control: str | None = None) -> str:
-    """Folder of an expert's model in the run directory."""
-    return f"{f'controls/{control}' if control else 'experts'}/cluster={cluster:04d}"
-
-
-def partition_folder(control: str) -> str:
-    """Folder of the control's cluster of every document."""
-    return f"shards/controls/{control}"
+from cbtm_ray.stages import MADE_FROM, SHAREABLE, STAGE_SETTINGS, before
 
 
 class Unfinished(Exception):
@@ -120,7 +62,7 @@ class Run:
 
     def _all_settings(self, stage: str) -> dict[str, Any]:
         """Those of the stage and of all stages that it comes after."""
-        return {name: value for each in (*_before(stage), stage) for name, value in self.settings(each).items()}
+        return {name: value for each in (*before(stage), stage) for name, value in self.settings(each).items()}
 
     def identity(self, stage: str) -> str | None:
         """A hash of the settings, the inputs and the content of a stage; None while it is unfinished."""
@@ -179,7 +121,7 @@ class Run:
 
     def _with_later(self, stages: set[str]) -> str:
         """The folders of stages, and those that there are of the stages made from them."""
-        affected = [each for each in STAGE_SETTINGS if not stages.isdisjoint((*_before(each), each))]
+        affected = [each for each in STAGE_SETTINGS if not stages.isdisjoint((*before(each), each))]
         there = [self.uri(each) for each in affected if self._is_begun(each)]
         return ", ".join(uri for uri in there if not any(uri.startswith(f"{other}/") for other in there))
 
@@ -255,11 +197,6 @@ class Run:
             self._untie()
             raise
         return self.finish(name, {**manifest, "seconds": round(time.perf_counter() - started, 1)}), True
-
-
-def _before(stage: str) -> list[str]:
-    """All stages that a stage comes after, in their order."""
-    return list(dict.fromkeys(each for name in MADE_FROM[stage] for each in (*_before(name), name)))
 
 
 def _identity(folder: str) -> str | None:

@@ -29,7 +29,8 @@ from cbtm_ray.load_config import build_config, config_tree
 from cbtm_ray.ray_session import check_installed
 from cbtm_ray.report import plots
 from cbtm_ray.report.page import page_template
-from cbtm_ray.run import DENSE_FOLDER, Run
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER
 
 Row = dict[str, Any]
 

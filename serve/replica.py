@@ -25,7 +25,7 @@ from cbtm_ray.decode.remote import RemoteScorer, ScoreRequest
 from cbtm_ray.decode.sequence import Request, Step
 from cbtm_ray.merge.ensemble import load_ensemble
 from cbtm_ray.models import load_model
-from cbtm_ray.run import DENSE_FOLDER
+from cbtm_ray.stages import DENSE_FOLDER
 
 from .placement import DENSE_MODEL, ENSEMBLE, Layout
 from .remote_experts import REPLICA_LOST, RemoteClient, RemoteServer

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cbtm_ray import files, pipeline
 from cbtm_ray.load_config import build_config, config_tree
 from cbtm_ray.report.terminal import curves
-from cbtm_ray.run import DENSE_FOLDER, MADE_FROM, Run, expert_folder
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER, MADE_FROM, expert_folder
 from tests.support.artifacts import artifacts
 from tests.support.tiny import tiny_tree, write_corpus
 

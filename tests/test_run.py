@@ -12,7 +12,7 @@ import pytest
 from cbtm_ray.config import EXECUTION_FIELDS
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import config_tree, load_config
-from cbtm_ray.run import STAGE_SETTINGS
+from cbtm_ray.stages import STAGE_SETTINGS
 from tests.support.tiny import never, run_with
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from cbtm_ray import files
 from cbtm_ray.errors import UserError
-from cbtm_ray.run import MADE_FROM, STAGE_SETTINGS, Run, _before
+from cbtm_ray.run import Run, _before
+from cbtm_ray.stages import MADE_FROM, STAGE_SETTINGS
 from tests.support.tiny import never, run_with
 
 

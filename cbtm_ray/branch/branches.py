@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cbtm_ray import files
-from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, expert_folder, partition_folder
-from cbtm_ray.train.trainer import TrainSpec
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER, MOE_FOLDER, expert_folder, partition_folder
+from cbtm_ray.train.spec import TrainSpec
 
 
 @dataclass(frozen=True, kw_only=True)

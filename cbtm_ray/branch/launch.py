@@ -27,7 +27,8 @@ from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.manifests import ModelManifest
 from cbtm_ray.ray_session import TRAINING_ENV, capacity, check_fits
-from cbtm_ray.run import DENSE_FOLDER, Run, Unfinished, expert_folder
+from cbtm_ray.run import Run, Unfinished
+from cbtm_ray.stages import DENSE_FOLDER, expert_folder
 
 POLL_S = 0.5
 

@@ -32,7 +32,8 @@ from cbtm_ray.corpus.build import read_sample
 from cbtm_ray.corpus.documents import unit_hash
 from cbtm_ray.corpus.tokenizer import encode, load_tokenizer
 from cbtm_ray.errors import UserError
-from cbtm_ray.run import Run, partition_folder
+from cbtm_ray.run import Run
+from cbtm_ray.stages import partition_folder
 
 SCHEMA = pa.schema([("id", pa.string()), ("cluster", pa.int32())])
 HASH_OFFSET = 2

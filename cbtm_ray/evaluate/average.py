@@ -18,7 +18,8 @@ from cbtm_ray.evaluate.systems import Measured, ensemble_system, measure
 from cbtm_ray.merge.mixture import average_weights
 from cbtm_ray.merge.routers import Route
 from cbtm_ray.models import save_model
-from cbtm_ray.run import DENSE_FOLDER, Run
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER
 
 
 def average_experts(run: Run) -> dict[str, Any]:

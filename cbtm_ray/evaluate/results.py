@@ -25,7 +25,8 @@ from cbtm_ray.evaluate.systems import Measured, control_system, ensemble_system,
 from cbtm_ray.manifests import ModelManifest
 from cbtm_ray.merge.routers import ROUTERS, Route
 from cbtm_ray.merge.scores import ScoredHalf
-from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER, MOE_FOLDER
 
 SAMPLE_TOKENS = 300
 

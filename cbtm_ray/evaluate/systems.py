@@ -15,7 +15,8 @@ from cbtm_ray.cluster.embed import load_centers, load_embedder
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.evaluate.scoring import HeldOutDocuments, context_distances
 from cbtm_ray.merge.scores import ScoredHalf
-from cbtm_ray.run import Run, expert_folder, partition_folder
+from cbtm_ray.run import Run
+from cbtm_ray.stages import expert_folder, partition_folder
 
 CONTROL_ROUTINGS = {
     "random": ("uniform", "bayes"),

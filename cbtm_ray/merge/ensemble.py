@@ -19,7 +19,7 @@ from cbtm_ray.merge.context_router import ContextRouter
 from cbtm_ray.merge.paging import PagedExperts
 from cbtm_ray.merge.routers import Route
 from cbtm_ray.models import load_model_config
-from cbtm_ray.run import expert_folder
+from cbtm_ray.stages import expert_folder
 
 
 @dataclass(frozen=True, kw_only=True)

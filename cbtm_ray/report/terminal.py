@@ -16,7 +16,8 @@ from cbtm_ray.evaluate.result_rows import Evaluation, FewshotRow, Summary, syste
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.manifests import ClustererManifest, CurvePoint, ShardsManifest
 from cbtm_ray.report.page import ReportData, fewshot_by_system, fewshot_columns, render_report, verdict
-from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, expert_folder
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER, MOE_FOLDER, expert_folder
 
 PERPLEXITY = "Held-out perplexity, with 95 % intervals over documents"
 

@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,41 +21,10 @@ from cbtm_ray.manifests import CurvePoint
 from cbtm_ray.train import flops, parallel
 from cbtm_ray.train.loss import TokenLoss
 from cbtm_ray.train.packed_sequences import PackedSequences
+from cbtm_ray.train.spec import TrainSpec, learning_rate
 
 if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what it takes seconds to import
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSpec:
-    """One training run: the seed's, an expert's or a control's."""
-
-    name: str
-    """Folder in the run directory, and the name in logs."""
-    steps: int
-    """Optimizer steps."""
-    sequence_length: int
-    """Tokens in a sequence."""
-    train: TrainConfig
-    """How to train; the seed's has the learning rates of `seed_model`."""
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.train.batch_size * self.sequence_length
-
-    def valid_sequences(self, valid: PackedSequences) -> int:
-        """How many of the held-out sequences are read."""
-        return min(valid.per_epoch, self.train.evaluate_sequences)
-
-
-def learning_rate(spec: TrainSpec, step: int) -> float:
-    """Learning rate of a step counted from 0: linear warm-up from above 0 to the peak, then decay to the final share."""
-    train = spec.train
-    if step < train.warmup_steps:
-        return train.learning_rate * (step + 1) / train.warmup_steps
-    progress = (step - train.warmup_steps) / max(spec.steps - train.warmup_steps, 1)
-    shape = 1 - progress if train.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return train.learning_rate * (train.final_lr_fraction + (1 - train.final_lr_fraction) * shape)
 
 
 class Preempted(Exception):

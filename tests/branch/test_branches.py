@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from cbtm_ray.branch.branches import control_branches, expert_branches, in_proportion, seed_branch
 from cbtm_ray.config import Config
-from cbtm_ray.run import DENSE_FOLDER, Run, expert_folder, partition_folder
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER, expert_folder, partition_folder
 from tests.support.tiny import one_cluster
 
 

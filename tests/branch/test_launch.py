@@ -33,7 +33,8 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
-from cbtm_ray.run import DENSE_FOLDER, Run, Unfinished, expert_folder
+from cbtm_ray.run import Run, Unfinished
+from cbtm_ray.stages import DENSE_FOLDER, expert_folder
 from cbtm_ray.train.packed_sequences import read_documents
 from tests.support.seeded_run import seeded_run, train_here
 from tests.support.tiny import one_cluster

@@ -31,7 +31,8 @@ from cbtm_ray.models import load_model, new_model, save_model
 from cbtm_ray.run import Run
 from cbtm_ray.train.checkpoints import Checkpoints
 from cbtm_ray.train.packed_sequences import PackedSequences
-from cbtm_ray.train.trainer import Trainer, TrainSpec, train_model
+from cbtm_ray.train.spec import TrainSpec
+from cbtm_ray.train.trainer import Trainer, train_model
 from tests.support.local_head import free_ports
 from tests.support.s3 import CREDENTIALS
 from tests.support.seeded_run import check_as_undisturbed, seeded_run, write_shards

@@ -15,7 +15,8 @@ from cbtm_ray.branch.warm_start import check_warm_start
 from cbtm_ray.config import Config, EmbedConfig
 from cbtm_ray.corpus.tokenizer import save_tokenizer, train_tokenizer
 from cbtm_ray.errors import UserError
-from cbtm_ray.run import DENSE_FOLDER, Run, expert_folder
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER, expert_folder
 
 NAMES = [DENSE_FOLDER, expert_folder(0), expert_folder(1)]
 

@@ -28,7 +28,8 @@ from cbtm_ray.evaluate.scoring import logprobs_uri
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_all, run_job
 from cbtm_ray.report import terminal
-from cbtm_ray.run import DENSE_FOLDER, MOE_FOLDER, Run, expert_folder, partition_folder
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER, MOE_FOLDER, expert_folder, partition_folder
 from cbtm_ray.train.packed_sequences import PackedSequences, read_documents
 from cbtm_ray.train.trainer import train_model
 from tests.support.tiny import DOMAINS

@@ -25,7 +25,8 @@ from cbtm_ray.decode.sequence import Request, Step
 from cbtm_ray.decode.text import TextAssembler
 from cbtm_ray.merge.ensemble import load_ensemble
 from cbtm_ray.models import save_model
-from cbtm_ray.run import Run, expert_folder
+from cbtm_ray.run import Run
+from cbtm_ray.stages import expert_folder
 
 pytestmark = pytest.mark.ray  # for the finished run; the job itself does without
 

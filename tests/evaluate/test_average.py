@@ -11,7 +11,8 @@ from cbtm_ray import files
 from cbtm_ray.errors import UserError
 from cbtm_ray.evaluate.scoring import held_out_documents, logprobs_uri
 from cbtm_ray.pipeline import run_job
-from cbtm_ray.run import DENSE_FOLDER, Run, expert_folder
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER, expert_folder
 
 pytestmark = pytest.mark.ray
 

@@ -23,7 +23,8 @@ from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.models import load_model
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.report import terminal
-from cbtm_ray.run import DENSE_FOLDER, Run
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER
 
 TOKENIZER = train_tokenizer([], 258)  # a token a byte
 TASK = Task(

@@ -36,7 +36,8 @@ from cbtm_ray.plan.estimate import (
 )
 from cbtm_ray.plan.sizes import clusterer_bytes
 from cbtm_ray.plan.table import clock, main, size
-from cbtm_ray.run import Run, expert_folder
+from cbtm_ray.run import Run
+from cbtm_ray.stages import expert_folder
 from cbtm_ray.train import flops
 from cbtm_ray.train.packed_sequences import PackedSequences
 from cbtm_ray.train.trainer import Trainer

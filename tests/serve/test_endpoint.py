@@ -34,7 +34,8 @@ from cbtm_ray.merge.ensemble import Ensemble, load_ensemble
 from cbtm_ray.merge.routers import Route
 from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.models import load_model
-from cbtm_ray.run import DENSE_FOLDER, Run
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER
 from serve.answer import chat_prompt
 from serve.app import build
 from serve.arguments import AppArguments

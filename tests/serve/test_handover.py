@@ -24,7 +24,8 @@ from cbtm_ray.decode.engine import generate
 from cbtm_ray.decode.sampling import Sampling
 from cbtm_ray.decode.sequence import Request, Step
 from cbtm_ray.merge.ensemble import Ensemble, load_ensemble
-from cbtm_ray.run import DENSE_FOLDER, Run
+from cbtm_ray.run import Run
+from cbtm_ray.stages import DENSE_FOLDER
 from serve.app import build
 from serve.arguments import AppArguments
 from tests.support.serving import stop_serve

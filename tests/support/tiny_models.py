@@ -23,7 +23,8 @@ from transformers import (
 
 from cbtm_ray.config import TrainConfig
 from cbtm_ray.train.packed_sequences import PackedSequences
-from cbtm_ray.train.trainer import TrainSpec, train_model
+from cbtm_ray.train.spec import TrainSpec
+from cbtm_ray.train.trainer import train_model
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
 MODELS = {

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbtm_ray.errors import UserError
-from cbtm_ray.train.trainer import Trainer, learning_rate, make_optimizer, train_model
+from cbtm_ray.train.spec import learning_rate
+from cbtm_ray.train.trainer import Trainer, make_optimizer, train_model
 from tests.support.tiny_models import SPEC, changed, make_model, make_sequences, train, without_speed
 
 
