@@ -190,7 +190,7 @@ class TrainConfig:
     clusters: Execution[Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None] = None
     """Clusters whose experts to train now, the controls and the other experts later. None: all experts and the controls."""
     controls: ExpertsOnly[tuple[Control, ...]] = ()
-    """What else to train on the same budget each: experts of documents split by chance, by k-means without balance, or by
+    """Controls to train, each on the same budget: experts of documents split by chance, by k-means without balance, or by
     `corpus.domain_column`; and one mixture of experts, the seed upcycled to `cluster.n_clusters` experts of which two run.
     They may be added to a finished run, whose evaluation is then to be redone."""
     batch_size: Count = 16
@@ -237,7 +237,7 @@ class TrainConfig:
     tensorboard: Execution[bool] = False
     """Write every curve to `run.dir`/tensorboard too, with each checkpoint and at the end."""
     trackers: Execution[tuple[Literal["mlflow", "wandb"], ...]] = ()
-    """Who is told every point of every curve as it comes; to be installed and set up on the nodes, see `trackers.py`."""
+    """Experiment trackers that receive every point of every curve; set up on every node, see `trackers.py`."""
     checkpoint_every: Execution[Count] = 200
     """Optimizer steps between two checkpoints: what a killed worker loses at most."""
     notice_every: Execution[Count] = 10

@@ -80,7 +80,7 @@ def _gcs_server() -> dict[str, Any]:
 
 
 def refusal(error: BaseException) -> str | None:
-    """What an object store said, in one line with what to do; None for an error of another kind."""
+    """An object store's error as one line with what to do; None for an error of another kind."""
     said = str(error).splitlines()[0] if str(error) else ""
     if not isinstance(error, OSError) or not re.search(r"AWS Error|google::cloud|^Bucket '", said):
         return None
@@ -236,7 +236,7 @@ def local_folder(uri: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def folder_or_name(uri_or_name: str) -> Iterator[str]:
-    """What `from_pretrained` takes: `local_folder` of what exists, and anything else as the name on the hub that it is."""
+    """The argument for `from_pretrained`: `local_folder` if the name exists as a folder, else the name itself, for the hub."""
     with local_folder(uri_or_name) if exists(uri_or_name) else contextlib.nullcontext(uri_or_name) as found:
         yield found
 

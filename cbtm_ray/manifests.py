@@ -21,7 +21,7 @@ class CorpusManifest(CorpusCounts):
 
 
 class Agreement(TypedDict):
-    """Of clusters with the gold domains; None without them."""
+    """Agreement of the clusters with the gold domains; None without gold domains."""
 
     nmi: float | None
     purity: float | None

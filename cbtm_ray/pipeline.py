@@ -79,11 +79,11 @@ EXTRA_JOBS: dict[str, list[Stage]] = {
     "average_experts": [("average", average.average_experts, "uniform and by routing weights")],
     "make_fewshot_task": [("fewshot", domain_task.make_task, "{examples} examples; for evaluate.fewshot: {task}")],
 }
-"""What a finished run can be asked for beyond `run_all`."""
+"""Jobs on a finished run, beyond `run_all`."""
 
 
 def stages(run: Run, job: str) -> list[Stage]:
-    """What a job does in this run."""
+    """The stages of a job in this run."""
     listed = (JOBS | EXTRA_JOBS)[job]
     if job not in CONTROL_STAGES:
         return listed

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar or a table of experts, one summary line a stage, and a note where due."""
+"""The terminal during a run: a progress bar or a table of experts, one summary line for each stage, and notes."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from cbtm_ray.stages import MADE_FROM, SHAREABLE, STAGE_SETTINGS, before
 
 
 class Unfinished(Exception):
-    """What was asked for is done, but not the whole stage; the message says what is missing."""
+    """The part that was asked for is done, but not the whole stage; the message names the missing parts."""
 
 
 class Run:
@@ -61,7 +61,7 @@ class Run:
         }
 
     def _all_settings(self, stage: str) -> dict[str, Any]:
-        """Those of the stage and of all stages that it comes after."""
+        """The settings of the stage and of all stages before it."""
         return {name: value for each in (*before(stage), stage) for name, value in self.settings(each).items()}
 
     def identity(self, stage: str) -> str | None:
@@ -104,7 +104,7 @@ class Run:
         return any(files.exists(self.uri(stage, name)) for name in ("settings.json", "manifest.json"))
 
     def _made_with(self, stage: str) -> dict[str, Any] | None:
-        """What the stage's folder is tied to, or None if it is tied to nothing."""
+        """The settings and inputs that the stage's folder is tied to, or None if it has none yet."""
         uri = self.uri(stage, "settings.json")
         return files.read_json(uri) if files.exists(uri) else None
 
@@ -136,7 +136,7 @@ class Run:
             files.write_bytes(self.uri("config.yaml"), dump_config(self.config).encode())
 
     def manifest(self, *folder: str) -> dict[str, Any] | None:
-        """What a finished folder says of itself, or None while it is unfinished."""
+        """The manifest of a finished folder, or None while it is unfinished."""
         uri = self.uri(*folder, "manifest.json")
         return files.read_json(uri) if files.exists(uri) else None
 
@@ -209,7 +209,7 @@ def _identity(folder: str) -> str | None:
 
 
 def no_space_left(run_dir: str) -> str:
-    """What to tell a user whose disk is full."""
+    """The message for a full disk."""
     return (
         f"run.dir={run_dir}: no space left on the device. Free some, or give another run.dir; what is finished is kept, "
         "and the same command continues."

@@ -20,7 +20,7 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "average": (),
     "fewshot": ("evaluate.max_documents",),
 }  # fmt: skip
-"""What each stage depends on in the configuration, beyond what the stages before it do: fields, or sections less -fields.
+"""The configuration fields that each stage itself depends on: fields, or sections less -fields. Earlier stages have their own.
 
 Each control is a stage of its own, so that a finished run can be given another one."""
 

@@ -113,7 +113,7 @@ def _dense_row(config: Config, uri: str) -> Row:
 
 
 def _held_out_settings(run: Run) -> Row:
-    """What decides which tokens are measured."""
+    """The settings that decide which tokens are measured."""
     most = {"evaluate.max_documents": run.config.evaluate.max_documents}
     return {**run.settings("corpus"), **run.settings("tokenizer"), **most}
 
@@ -136,7 +136,7 @@ def sweep_rows(result: Row) -> list[Row]:
 
 
 def sweep_name(row: Row) -> str:
-    """What a row of the sweep is of."""
+    """The name of a row of the sweep."""
     return f"dense, {row['parameters']:,} parameters" if "run" in row else row_name(cast(ResultRow, row))
 
 

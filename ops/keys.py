@@ -67,7 +67,7 @@ def _ec2_keys(shape: Any) -> Any:
 
 @functools.cache
 def _compute_engine() -> Keys:
-    """What a request may set of Compute Engine's Instance, as google-api-python-client describes it.
+    """The fields of Compute Engine's Instance that a request may set, from google-api-python-client.
 
     Without types: Compute Engine takes 200 for "200", and a list of one mapping, as Ray's own files have, for the mapping.
     """
@@ -104,7 +104,7 @@ _PROVIDER = _any(
     "type", "region", "availability_zone", "cache_stopped_nodes", "use_internal_ips", "use_external_head_ip",
     "disable_node_updaters", "disable_launch_config_check", "foreground_node_launch", "worker_liveness_check",
 )  # fmt: skip
-"""What Ray 2.60's autoscaler reads of the provider whatever the cloud."""
+"""The provider keys that Ray 2.60's autoscaler reads for every cloud."""
 
 PROVIDER: dict[str, Keys] = {
     "aws": {
@@ -145,7 +145,7 @@ _POD: dict[str, Keys] = {
         "containers": {**_CONTAINER, "resources": {"limits": None, "requests": None, "claims": None}},
     },
 }  # fmt: skip
-"""Of a pod, as KubeRay's CustomResourceDefinitions repeat Kubernetes' own."""
+"""The keys of a pod, as KubeRay's CustomResourceDefinitions repeat Kubernetes' own."""
 
 _CLUSTER: dict[str, Keys] = {
     **_any("headServiceAnnotations", "historyServerOptions", "managedBy", "networkPolicy", "rayVersion", "suspend"),

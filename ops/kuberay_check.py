@@ -126,7 +126,7 @@ def _check_entrypoint(entrypoint: str) -> None:
 
 
 def _check_serve_config(text: str) -> None:
-    """What Ray Serve would be given: its own schemas, which pass over unknown keys, then the keys, then our arguments."""
+    """Check the Serve configuration: Ray's own schemas, which ignore unknown keys, then the keys, then our arguments."""
     from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
     from serve.arguments import AppArguments

@@ -39,7 +39,7 @@ def main(description: str, arguments: list[str] | None = None) -> int:
 
 
 def check_file(path: str) -> str:
-    """What the file describes, in a line.
+    """One line that describes the file.
 
     Raises:
         UserError: one line that names the field, its value, what is allowed and what to do.

@@ -85,7 +85,7 @@ async def choice_pieces(
 def sequence_request(
     request: CompletionRequest | ChatRequest, prompt: list[int], *, max_tokens: int, top_k: int, seed: int
 ) -> Request:
-    """What the engine is asked for one choice.
+    """The engine's request for one choice.
 
     Raises:
         UserError: the strategy does not go with the rest.

@@ -1,4 +1,4 @@
-"""Experts spread over groups: which group decodes a request, and what it is told beforehand."""
+"""Placement of experts in groups: the group that decodes a request, and the request that it gets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Layout:
 
     @property
     def names(self) -> list[str]:
-        """Of the deployments."""
+        """Names of the deployments."""
         if len(self.clusters) == 1:
             return ["ExpertGroup"]
         return [f"ExpertGroup{index}" for index in range(len(self.clusters))]

@@ -18,7 +18,7 @@ from .placement import Layout
 logger = logging.getLogger("ray.serve")
 
 REPLICA_LOST = (RayActorError, ReplicaUnavailableError)
-"""What a call raises whose replica dies under it."""
+"""The errors of a call whose replica dies."""
 MAX_ATTEMPTS = 3
 
 

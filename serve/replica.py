@@ -93,7 +93,7 @@ class ExpertGroup:
                 raise RuntimeError("a loop of the expert group has failed") from task.exception()
 
     async def describe(self) -> dict[str, int]:
-        """What the replica is at: pid, running and waiting (sequences); since it started, tokens (decoded) and reads (for
+        """State of the replica: pid, running and waiting (sequences); since it started, tokens (decoded) and reads (for
         gateways and other groups)."""
         engines = self.engines.values()
         return {
@@ -112,7 +112,7 @@ class ExpertGroup:
         return {expert: of_V[range(len(tokens)), tokens].tolist() for expert, of_V in zip(experts, rows, strict=True)}
 
     async def read(self, reads: list[ScoreRequest]) -> list[np.ndarray]:
-        """What experts of this group predict after tokens of texts that another group decodes."""
+        """Log-probabilities of this group's experts, for sequences that another group decodes."""
         return await self.remote_server.read(reads)
 
     async def generate(self, model: str, request: Request) -> AsyncIterator[list[Step]]:
@@ -219,7 +219,7 @@ async def _made(steps: asyncio.Queue[Step | BaseException]) -> list[Step]:
 
 
 def _metrics() -> dict[str, Any]:
-    """What Prometheus finds on the node's metrics port, beside Serve's own."""
+    """Metrics on the node's Prometheus port, beside Serve's own."""
     return {
         "tokens": metrics.Counter("cbtm_tokens", "Tokens generated, or scored for echo.", ("model",)),
         "expert_tokens": metrics.Counter("cbtm_expert_tokens", "Tokens by the expert behind them.", ("expert",)),

@@ -105,7 +105,7 @@ def _say_epochs(run: Run, branches: list[Branch]) -> None:
 
 
 def _groups(branches: list[Branch], per_run: int) -> list[list[Branch]]:
-    """What one run trains: at most `per_run` neighbors, experts with experts and never with the dense control.
+    """The branches of each Ray Train run: at most `per_run` neighbors, experts with experts and never with the dense control.
 
     The same whatever is finished, and so is its name.
     """

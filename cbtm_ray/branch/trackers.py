@@ -18,10 +18,10 @@ Point = Mapping[str, Any]
 
 @contextlib.contextmanager
 def tracking(trackers: tuple[str, ...], run_dir: str, model: str) -> Iterator[Callable[[Point], None]]:
-    """What to call with every point of the curve of `model`, a folder of the run; the trackers' runs end with the block.
+    """A function that logs a point of the curve of `model`, a folder of the run. The trackers' runs end with the block.
 
     Raises:
-        UserError: a tracker is not installed on this node, or does not know whom to tell.
+        UserError: a tracker is not installed on this node, or has no server or account configured.
     """
     starts = {"mlflow": _mlflow, "wandb": _wandb}
     with contextlib.ExitStack() as stack:

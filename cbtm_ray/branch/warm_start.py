@@ -44,7 +44,7 @@ def check_models(run: Run, names: list[str]) -> None:
 
 
 def _different(run: Run, other: str) -> str | None:
-    """What the runs do not agree on, so that clusters of one number have other documents or tokens other numbers."""
+    """The settings in which the two runs differ, so that their cluster numbers or token ids do not mean the same."""
     ours, theirs = (load_tokenizer(uri) for uri in (run.uri("tokenizer"), files.join(other, "tokenizer")))
     if ours.get_vocab() != theirs.get_vocab():
         return "tokenizer"
@@ -58,7 +58,7 @@ def _different(run: Run, other: str) -> str | None:
 
 
 def _decisive(uri: str) -> Any:
-    """What a file of a clusterer says of the embeddings; neither how fast they came nor where an encoder was found."""
+    """The content of a file of a clusterer, without settings that do not change the embeddings (batch size, GPUs, folder)."""
     folder, _, name = uri.rpartition("/")
     if name == "embedder.json":
         return {**saved_settings(folder), "encoder": None}

@@ -1,4 +1,4 @@
-"""What a Ray Train worker runs: one branch after the other, from its last checkpoint to its Hugging Face folder.
+"""The train loop of a Ray Train worker: one branch after the other, from its last checkpoint to its Hugging Face folder.
 
 The controllers of the runs import this file too, so what takes seconds to import is imported inside the functions.
 """
@@ -143,7 +143,7 @@ def _train(
 
 
 def _manifest(branch: Branch, model: PreTrainedModel, content: str) -> ModelFields:
-    """What the manifest says of the branch's model and of how much it was trained."""
+    """The manifest's fields about the model and the amount of training."""
     spec = branch.spec
     per_token = flops.model_flops_per_token(model, spec.sequence_length)
     train_tokens = spec.steps * spec.tokens_per_step
@@ -189,4 +189,4 @@ def _write_events(run: Run, name: str, curve: list[CurvePoint]) -> None:
 
 
 def _ignore(name: str, news: Mapping[str, Any]) -> None:
-    """What is posted of a branch comes from its first worker."""
+    """Only the first worker of a branch posts."""

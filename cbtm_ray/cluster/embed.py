@@ -41,7 +41,7 @@ class Context(Protocol):
 
 
 class Embedder(Protocol):
-    """What every embedder can do."""
+    """Embeds documents, prefixes of a document, and a growing context."""
 
     def transform(self, documents: list[np.ndarray]) -> np.ndarray:
         """Embeddings of whole documents, float32 (N, D)."""

@@ -76,7 +76,7 @@ def forget_fit(run: Run, folder: str) -> None:
 
 
 def describe_clusters(clusterer: BalancedKMeans, embeddings_ND: np.ndarray, sample: pa.Table) -> ClusterDescription:
-    """What a person wants to know of the clusters, on the sample with every document at its nearest center.
+    """Describe the clusters for a reader, on the sample with every document at its nearest center.
 
     Returns:
         clusters: for each its documents, top terms, nearest texts and gold domains; nmi and purity against the gold

@@ -17,7 +17,7 @@ from cbtm_ray.merge.mixture import mix_logprobs
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to decode, and how."""
+    """One request: prompt, sampling settings and limits."""
 
     prompt: list[int]
     max_tokens: int
@@ -73,7 +73,7 @@ def remaining(request: Request, steps: list[Step]) -> Request:
 
 
 class ExpertState:
-    """What one expert has read of a sequence, and what it predicted."""
+    """One expert on one sequence: its KV cache position, and its log-probabilities of the tokens so far."""
 
     def __init__(self) -> None:
         self.length = 0

@@ -1,4 +1,4 @@
-"""What evaluation/results.json and the report hold, and how its systems are called.
+"""The rows of evaluation/results.json and of the report, and the names of their systems.
 
 mypy checks the keys where rows are written and read, `missing_keys` those of rows out of a file.
 """
@@ -48,10 +48,10 @@ class ResultRow(DomainSummary):
     train_flops: float
     infer_flops_per_token: float
     settings: NotRequired[dict[str, float]]
-    """Of the router, tuned for this top_k."""
+    """The settings of the router, tuned for this top_k."""
     tuning_loss_nats: NotRequired[float]
     chosen: NotRequired[bool]
-    """Of the ensemble with the least loss on the tuning documents."""
+    """True for the mixture of the ensemble with the least loss on the tuning documents."""
 
 
 class DomainRow(TypedDict):
@@ -62,7 +62,7 @@ class DomainRow(TypedDict):
     dense_ppl: float
     cbtm_ppl: float
     weights: list[float]
-    """Of the experts, mean over the tokens."""
+    """Mean weight of each expert over the tokens."""
 
 
 class SampleToken(TypedDict):
@@ -119,12 +119,12 @@ def experts_name(row: ResultRow | FewshotRow) -> str:
 
 
 def system_name(row: ResultRow | FewshotRow) -> str:
-    """What a row is of, without its routing."""
+    """The name of a row's system, without its routing."""
     if row["system"] in SYSTEM_NAMES:
         return SYSTEM_NAMES[row["system"]]
     return experts_name(row) if row["system"] == "cbtm" else f"{row['system']}, {experts_name(row)}"
 
 
 def row_name(row: ResultRow | FewshotRow) -> str:
-    """What a row is of, with its routing: 'top-2 of 8 experts, posterior'."""
+    """The name of a row's system with its routing: 'top-2 of 8 experts, posterior'."""
     return system_name(row) if row["routing"] is None else f"{system_name(row)}, {row['routing']}"

@@ -42,7 +42,7 @@ class Mixtures:
     routers: dict[str, dict[int, Route]]
     """Every router by name and top_k, tuned for it."""
     routes: list[Route]
-    """Those of them that are reported."""
+    """The routes that are reported."""
     rows: list[ResultRow]
     """One a route."""
 

@@ -50,7 +50,7 @@ class HeldOutDocuments:
         return np.repeat(self.for_tuning == tuning, [len(tokens) for tokens in self.tokens])
 
     def half(self, logprobs_TK: np.ndarray, distances_TK: np.ndarray, *, tuning: bool) -> ScoredHalf:
-        """What the mixtures of one half are computed from, out of the log-probabilities and distances of all tokens."""
+        """The log-probabilities and distances of the tokens of one half."""
         mask_T = self.token_mask(tuning=tuning)
         return ScoredHalf(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T])
 

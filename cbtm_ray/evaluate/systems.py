@@ -64,7 +64,7 @@ def control_system(run: Run, control: str) -> System:
 def measure(
     run: Run, documents: HeldOutDocuments, logprobs: dict[str, np.ndarray], systems: list[System]
 ) -> list[Measured]:
-    """What the mixtures of every system are computed from, out of the models' log-probabilities by folder."""
+    """The log-probabilities and distances of every system's experts, on both halves."""
     found = []
     for system, distances_TK in zip(systems, system_distances(run, systems, documents.tokens), strict=True):
         experts_TK = np.stack([logprobs[name] for name in system.experts], axis=1)

@@ -27,9 +27,9 @@ class Ensemble:
     """The experts of a run, and what routes to them."""
 
     experts: Mapping[int, PreTrainedModel]
-    """Those that are here, by cluster: in a service that is spread out, not all."""
+    """The experts in this process, by cluster. A service that is spread over replicas has only some here."""
     model_config: PretrainedConfig
-    """Of every expert: they differ in their weights only."""
+    """The configuration of every expert: experts differ in their weights only."""
     embedder: Embedder
     centers_KD: torch.Tensor
     end_of_text: int
@@ -47,7 +47,7 @@ class Ensemble:
         return int(self.model_config.max_position_embeddings)
 
     def router(self, top_k: int, active: Iterable[int]) -> ContextRouter:
-        """What routes a text, which is empty yet, to `top_k` of the active experts."""
+        """A router of a new, empty context to `top_k` of the active experts."""
         return ContextRouter(self.routes[top_k], self.embedder.context(), self.centers_KD.double().numpy(), active)
 
 
@@ -88,7 +88,7 @@ def tuned_routes(run_dir: str, routing: str) -> dict[int, Route]:
 
 
 def evaluate_again(run_dir: str) -> str:
-    """What to tell a user whose evaluation lacks something."""
+    """The end of a message about a missing evaluation: how to evaluate again."""
     return f"delete {files.join(run_dir, 'evaluation')} and run: python -m jobs.evaluate_mixture --config FILE"
 
 

@@ -91,6 +91,6 @@ def _check_alike(first: PreTrainedModel, model: PreTrainedModel, index: int) -> 
 
 
 def _identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What must be equal: the configuration, and every tensor's shape by name."""
+    """The properties that must be equal: the configuration, and the shape of every tensor by name."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_ARCHITECTURE}
     return config | {f"shape of {name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}

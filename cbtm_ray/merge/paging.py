@@ -33,7 +33,7 @@ class PagedExperts(Mapping[int, PreTrainedModel]):
 
     @property
     def loaded(self) -> list[int]:
-        """Those in memory, the one to give way first."""
+        """Experts in memory, least recently used first."""
         return list(self._loaded)
 
     def __getitem__(self, cluster: int) -> PreTrainedModel:

@@ -42,7 +42,7 @@ class Router:
     """Settings that are chosen on held-out text, of temperature, beta and gamma; what is missing is as in `routing_scores`,
     and gamma is 1."""
     evidence: Literal["experts"] | None = None
-    """What e_j is. 'experts': the log-probability of a token by the expert itself, which has to run for it. None: 0."""
+    """The evidence e_j. 'experts': the log-probability of a token by the expert itself, which has to run for it. None: 0."""
     holds: bool = False
     """Whether the best `top_k` experts at the end of the prefix stay for good."""
     nearest: bool = False
@@ -66,7 +66,7 @@ class Router:
         return range(1, readers + 1)
 
     def reported_sizes(self, n_experts: int, config: EvaluateConfig) -> list[int]:
-        """Those of `evaluate.top_k`, and all experts; but holding all of them leaves none out, which is posterior routing."""
+        """The sizes in `evaluate.top_k`, and K. Holding all K experts would be posterior routing, so K is left out there."""
         wanted = {*config.top_k, n_experts} - ({n_experts} if self.holds else set())
         return [top_k for top_k in self.sizes(n_experts, config) if top_k in wanted]
 

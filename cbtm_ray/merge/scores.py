@@ -59,7 +59,7 @@ def routing_scores(squared_distances: np.ndarray, evidence: np.ndarray, settings
 
 
 def evidence(logprobs_TK: np.ndarray, gamma: float) -> np.ndarray:
-    """What each expert's likelihood of one document's past says for it, forgetting by `gamma` a token.
+    """The evidence for each expert: its discounted log-likelihood of the document so far, by `gamma` a token.
 
     Row t is sum over s < t of gamma^(t-1-s) * logprobs[s]; row 0 is zero.
     """

@@ -1,4 +1,4 @@
-"""What a run will take, before it runs: tokens, FLOPs, hours, cost, bytes. Every formula stands here with its source.
+"""The plan of a run before it starts: tokens, FLOPs, hours, cost, bytes. Every formula stands here with its source.
 
     K experts, P parameters, D embedding dimensions, G workers or devices
 
@@ -33,12 +33,12 @@ STATE_BYTES = 16
 CHECKPOINT_BYTES = 12
 """Bytes a parameter in a checkpoint: all of that but the gradient. The last two of a training are kept."""
 SHARD_BYTES_PER_TOKEN = 1.3
-"""Of the token shards, compressed, ids and all: 5.4 MB for the quickstart's 4.2 million tokens."""
+"""Bytes of the token shards for each token, compressed, with document ids: 5.4 MB for the quickstart's 4.2 million tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:
-    """What the run is given."""
+    """The devices of the run."""
 
     name: str
     count: int
@@ -47,7 +47,7 @@ class Devices:
     utilization: float
     """Share of the peak that training reaches."""
     price_per_hour: float
-    """Of one device, in any currency."""
+    """Price of one device for an hour, in any currency."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,12 @@ class Training:
 
 
 TrainRun = list[Training]
-"""What one Ray Train run trains, one after the other."""
+"""The models that one Ray Train run trains, one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a configuration trains on these devices; what follows from that by a formula is a property."""
+    """The trainings of a configuration on these devices. Figures that a formula derives from them are properties."""
 
     config: Config
     devices: Devices
@@ -83,7 +83,7 @@ class Plan:
     moe: Training | None
     """The mixture of experts among the controls."""
     expert_runs: list[TrainRun]
-    """Those of `train.clusters` alone, if it is set."""
+    """Only the experts of `train.clusters`, if it is set."""
     skewed_runs: list[TrainRun]
     """The same if one cluster had nearly all tokens: the bound of `train.budget=by_size` before the corpus is clustered."""
     control_runs: list[TrainRun]
@@ -130,11 +130,11 @@ class Plan:
 
     @property
     def device_hours(self) -> float:
-        """Those that the runs hold."""
+        """Device-hours that the Ray Train runs occupy."""
         return self.share * (self.seed_s + sum(map(self.run_s, self.first_runs + self.control_runs))) / 3600
 
     def state_bytes(self, training: Training) -> float:
-        """What a GPU holds of a training, or of as many as share it; what a worker holds on CPUs."""
+        """Bytes of training state on a GPU, for all trainings that share it; on CPUs, in a worker."""
         train = self.config.train
         beside = max(1, int(1 / train.gpus_per_expert)) if train.gpus_per_expert else 1
         parts = train.workers_per_expert if train.parallel == "fsdp" else 1
@@ -147,7 +147,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of the largest models that are trained at once. Controls are trained after the experts."""
+        """Bytes of the checkpoints of the largest models that are trained at once. Controls are trained after the experts."""
         together = (
             sorted((run[0].parameters for run in runs), reverse=True) for runs in (self.first_runs, self.control_runs)
         )
@@ -160,7 +160,7 @@ class Plan:
         return CHECKPOINT_BYTES * sum(t.parameters * (max(t.steps - 1, 0) // every) for t in self.trainings)
 
     def worker_bytes(self, training: Training) -> float:
-        """What each worker of a training sends to the others, at most.
+        """Bytes that each worker of a training sends to the others, at most.
 
         DDP: a ring all-reduce of float32 gradients each step. FSDP2, for each part of the batch: float32 weights gathered
         for the forward pass and for the backward pass, and gradients scattered, each (G - 1) / G of their bytes.
@@ -178,7 +178,7 @@ class Plan:
 
     @property
     def gradient_bytes(self) -> float:
-        """What each device would send for that: a ring all-reduce of float32 gradients each step."""
+        """Bytes that each device would send for it: a ring all-reduce of float32 gradients each step."""
         steps = self.dense.steps / self.devices.count
         return steps * all_reduce_bytes(4 * self.dense.parameters, self.devices.count)
 
@@ -219,7 +219,7 @@ def make_plan(config: Config, devices: Devices) -> Plan:
 
 
 def _training(config: Config, model: PreTrainedModel, steps: int, held_out: bool = True) -> Training:
-    """Of this many steps; `held_out`: with losses on held-out documents, of which a control's experts have none."""
+    """A training of `steps` steps. `held_out` adds the held-out losses; experts of controls have none."""
     train, context = config.train, config.tokens.sequence_length
     per_token, tokens = flops.model_flops_per_token(model, context), steps * train.batch_size * context
     counted = flops.train_flops(per_token, tokens)
@@ -258,5 +258,5 @@ def makespan(durations: list[float], slots: int) -> float:
 
 
 def all_reduce_bytes(n_bytes: int, workers: int) -> float:
-    """What each worker sends in a ring all-reduce (Patarasuk and Yuan 2009): 2 (G - 1) / G of the data."""
+    """Bytes that each worker sends in a ring all-reduce (Patarasuk and Yuan 2009): 2 (G - 1) / G of the data."""
     return 2 * (workers - 1) / workers * n_bytes

@@ -1,4 +1,4 @@
-"""What a plan counts with: models without their weights, and the network bytes of the clustering.
+"""Sizes for the plan: models without their weights, and the network bytes of the clustering.
 
     K clusters, N documents in the sample, D embedding dimensions
 
@@ -42,7 +42,7 @@ def seed_model(config: Config) -> PreTrainedModel:
 
 
 def _new_architecture(config: Config) -> LlamaConfig:
-    """What `models.new_model` makes, as far as its size goes."""
+    """The model that `models.new_model` makes, on the meta device: its size without its weights."""
     sizes = config.seed_model
     return LlamaConfig(
         vocab_size=_vocabulary(config),
@@ -72,7 +72,7 @@ def _read_config(name: str, field: str) -> PretrainedConfig:
 
 
 def _vocabulary(config: Config) -> int:
-    """Of a trained tokenizer, what is asked for: a corpus of few words may give less."""
+    """Vocabulary size. For a tokenizer yet to be trained it is the size asked for; a corpus of few words may give less."""
     if config.tokens.tokenizer == "train":
         return config.tokens.vocab_size
     return len(load_tokenizer(config.tokens.tokenizer))

@@ -45,7 +45,7 @@ _ROWS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """What the page shows, as plain values."""
+    """The data that the page shows, as plain values."""
 
     title: str
     """Heading of the page, e.g. the run's name."""
@@ -173,7 +173,7 @@ def fewshot_by_system(rows: list[FewshotRow]) -> dict[tuple[Any, ...], list[Fews
 
 
 def fewshot_columns(rows: list[FewshotRow]) -> list[str]:
-    """What the rows of each system are of."""
+    """A description of each system in the rows."""
     return list(dict.fromkeys(f"{row['task']}, {row['scoring']}" for row in rows))
 
 

@@ -1,4 +1,4 @@
-"""What a run found: the table in the terminal, metrics.jsonl, and the data of report.html."""
+"""The results of a run: the table in the terminal, metrics.jsonl, and the data of report.html."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Trainer:
             check_compiler(self.model.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes on any number of workers. All must ask for it; worker 0 gets it."""
+        """The state for `load_state_dict`, on any number of workers. All workers must call it; worker 0 gets the state."""
         model, optimizer = parallel.state_of(self.model, self.optimizer)
         return {
             "model": model,
