@@ -11,8 +11,8 @@ import pytest
 
 from cbtm_ray import files
 from cbtm_ray.errors import UserError
-from cbtm_ray.run import Run, _before
-from cbtm_ray.stages import MADE_FROM, STAGE_SETTINGS
+from cbtm_ray.run import Run
+from cbtm_ray.stages import MADE_FROM, STAGE_SETTINGS, before
 from tests.support.tiny import never, run_with
 
 
@@ -37,7 +37,7 @@ def test_every_stage_says_what_it_is_made_from() -> None:
     assert MADE_FROM.keys() == STAGE_SETTINGS.keys()
     for stage, inputs in MADE_FROM.items():
         assert MADE_FROM.keys() >= set(inputs)
-        assert stage not in _before(stage)
+        assert stage not in before(stage)
 
 
 def test_a_field_of_a_deleted_stage_is_known_to_the_stages_after_it(tmp_path: Path) -> None:
