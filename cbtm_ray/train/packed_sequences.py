@@ -117,6 +117,17 @@ def read_documents(
         yield from _as_documents(batch.column(0))
 
 
+def held_out_sequences(
+    shards_uri: str, cluster: int | None, *, sequence_length: int, end_of_text: int, seed: int
+) -> PackedSequences | None:
+    """One cluster's held-out documents, or all (None), as sequences: shorter ones if the documents are, None without any."""
+    documents = list(read_documents(shards_uri, "valid", cluster))
+    if not documents:
+        return None
+    length = min(sequence_length, sum(len(tokens) + 1 for tokens in documents))
+    return PackedSequences(documents, sequence_length=length, end_of_text=end_of_text, seed=seed)
+
+
 def _read_by_partition(part_uri: str, partition_uri: str, cluster: int | None) -> Iterator[np.ndarray]:
     """The cluster's documents of one shard, whose rows the partition names in the same order, each with its cluster."""
     filesystem, path = files.resolve(part_uri)
