@@ -11,8 +11,12 @@ from cbtm_ray.run import SHAREABLE, Run
 MODELS = ("embed.encoder", "seed_model.name_or_path")
 
 
-def check_inputs(run: Run) -> None:
-    """Look for the documents, models, runs and few-shot tasks that the unfinished stages of a run begin with.
+def check_inputs(run: Run, *, local_files_only: bool = False) -> None:
+    """Look for the documents, models, runs and few-shot tasks that the unfinished stages of a run begin with, and whether they
+    suit the configuration and each other.
+
+    Args:
+        local_files_only: as of `check_models`.
 
     Raises:
         UserError: one is not there, or not what it should be; or a package is not installed on this machine.
@@ -22,6 +26,16 @@ def check_inputs(run: Run) -> None:
     _check_shared(run)
     _check_warm_start(run)
     _check_fewshot(run)
+    _check_models(run, local_files_only)
+
+
+def _check_models(run: Run, local_files_only: bool) -> None:
+    config = run.config
+    named = config.embed.encoder, config.seed_model.name_or_path, *config.evaluate.fewshot
+    if any(named) or config.tokens.tokenizer != "train" or run.manifest("shards") is not None:
+        from cbtm_ray.model_checks import check_models  # brings torch and transformers
+
+        check_models(run, local_files_only=local_files_only)
 
 
 def _check_corpus(run: Run) -> None:

@@ -95,7 +95,7 @@ def _load(run: Run, branch: Branch) -> tuple[PreTrainedModel, PreTrainedTokenize
     """The model that the branch begins with, on the device to train on, and the run's tokenizer."""
     from cbtm_ray.branch.upcycle import upcycle
     from cbtm_ray.corpus.tokenizer import load_tokenizer
-    from cbtm_ray.models import check_tokenizer, load_model, new_model
+    from cbtm_ray.models import check_seed, check_tokenizer, load_model, new_model
 
     config, tokenizer = run.config, load_tokenizer(run.uri("tokenizer"))
     if branch.init is None:
@@ -103,6 +103,7 @@ def _load(run: Run, branch: Branch) -> tuple[PreTrainedModel, PreTrainedTokenize
     else:
         model = load_model(branch.init)
         check_tokenizer(branch.init, tokenizer)
+        check_seed(model)
     if branch.upcycled_experts:
         model = upcycle(model, branch.upcycled_experts, config.run.seed)
     torch.nn.Module.to(model, ray.train.torch.get_device() if config.train.gpus_per_expert else "cpu")

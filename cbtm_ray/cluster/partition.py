@@ -32,6 +32,7 @@ from cbtm_ray.corpus.documents import Document, is_held_out
 from cbtm_ray.corpus.tokenizer import encode, load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
+from cbtm_ray.train.packed_sequences import check_long_enough
 
 SPLITS = ("valid", "train")
 CHUNK_DOCUMENTS = 512
@@ -51,7 +52,8 @@ def partition_corpus(run: Run) -> dict[str, Any]:
     """Stage `shards/{train,valid}/`: documents and tokens of every cluster.
 
     Raises:
-        UserError: a stage before is not finished, or an input shard changed after the corpus was built.
+        UserError: a stage before is not finished, an input shard changed after the corpus was built, or a cluster is shorter
+            than a training sequence.
     """
     counted = run.need("corpus", "build_corpus")["shards"]
     run.need("clusterer", "fit_clusters")
@@ -66,7 +68,9 @@ def partition_corpus(run: Run) -> dict[str, Any]:
                 totals[split].add(row[split])
             done(number)
     totals["train"].check_none_empty()
-    return {split: total.as_dict() for split, total in totals.items()}
+    counts = {split: total.as_dict() for split, total in totals.items()}
+    check_long_enough(counts["train"]["clusters"], run.config.tokens.sequence_length)
+    return counts
 
 
 class Totals:

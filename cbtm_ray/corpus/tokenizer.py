@@ -61,6 +61,11 @@ def _open_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder_or_name)
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """V: one more than the largest id. `len(tokenizer)` counts the tokens, which are fewer where ids are left out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, uri: str) -> str:
     """Write a tokenizer's folder; a hash of its vocabulary."""
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ from cbtm_ray.config import Config, task_name
 from cbtm_ray.corpus.documents import unit_hash
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.evaluate import perplexity
-from cbtm_ray.evaluate.fewshot import Prompts, make_prompts, read_task
+from cbtm_ray.evaluate.fewshot import Prompts, configured_prompts
 from cbtm_ray.evaluate.result_rows import DomainSummary
 from cbtm_ray.merge.scores import HeldOut
 from cbtm_ray.models import load_model
@@ -109,17 +109,8 @@ def _take_rows(
 
 
 def fewshot_prompts(run: Run, task: str) -> Prompts:
-    """The prompts of one of `evaluate.fewshot`."""
-    config = run.config.evaluate
-    return make_prompts(
-        read_task(task),
-        load_tokenizer(run.uri("tokenizer")),
-        shots=config.fewshot_shots,
-        seeds=config.fewshot_seeds,
-        examples=config.fewshot_examples,
-        sequence_length=run.config.tokens.sequence_length,
-        random_state=run.config.run.seed,
-    )
+    """The prompts of one of `evaluate.fewshot`, of the run's own tokens."""
+    return configured_prompts(task, load_tokenizer(run.uri("tokenizer")), run.config)
 
 
 def logprobs_uri(run: Run, name: str, task: str | None = None) -> str:
