@@ -13,7 +13,7 @@ from cbtm_ray.branch import launch
 from cbtm_ray.cluster import controls, fit, partition
 from cbtm_ray.config import CONTROLS, SPLIT_CONTROLS, Control
 from cbtm_ray.corpus import build
-from cbtm_ray.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
+from cbtm_ray.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from cbtm_ray.evaluate import average, domain_task, results
 from cbtm_ray.model_checks import check_fewshot
 from cbtm_ray.ray_session import check_installed
@@ -34,7 +34,7 @@ def make_tokenizer(run: Run) -> dict[str, Any]:
         check_fewshot(run, tokenizer)
     else:
         tokenizer = load_tokenizer(wanted.tokenizer)
-    return {"vocabulary": vocabulary_size(tokenizer), "content": save_tokenizer(tokenizer, run.uri("tokenizer"))}
+    return {"vocabulary": len(tokenizer), "content": save_tokenizer(tokenizer, run.uri("tokenizer"))}
 
 
 JOBS: dict[str, list[Stage]] = {

@@ -79,4 +79,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndar
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    end, end_id = str(tokenizer.eos_token), tokenizer.eos_token_id
+    for index, text in enumerate(texts):
+        if len(end) > 1 and end in text and end_id in encoded[index]:  # a piece of the vocabulary too, as of T5's
+            first, *rest = text.split(end)
+            pieces = [first, *(piece for part in rest for piece in (end[:-1], end[-1] + part))]
+            encoded[index] = [token for ids in encode(tokenizer, pieces) for token in ids]
     return [np.asarray(ids, dtype=np.int32) for ids in encoded]
