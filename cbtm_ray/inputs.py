@@ -26,16 +26,9 @@ def check_inputs(run: Run, *, local_files_only: bool = False) -> None:
     _check_shared(run)
     _check_warm_start(run)
     _check_fewshot(run)
-    _check_models(run, local_files_only)
+    from cbtm_ray.model_checks import check_models  # brings torch and transformers
 
-
-def _check_models(run: Run, local_files_only: bool) -> None:
-    config = run.config
-    named = config.embed.encoder, config.seed_model.name_or_path, *config.evaluate.fewshot
-    if any(named) or config.tokens.tokenizer != "train" or run.manifest("shards") is not None:
-        from cbtm_ray.model_checks import check_models  # brings torch and transformers
-
-        check_models(run, local_files_only=local_files_only)
+    check_models(run, local_files_only=local_files_only)
 
 
 def _check_corpus(run: Run) -> None:

@@ -17,6 +17,7 @@ from cbtm_ray.config import Config
 from cbtm_ray.corpus.tokenizer import load_tokenizer, vocabulary_size
 from cbtm_ray.errors import UserError
 from cbtm_ray.evaluate.fewshot import configured_prompts
+from cbtm_ray.merge.routers import check_reported
 from cbtm_ray.models import check_seed, check_tokenizer, empty_model, load_model, load_model_config, most_positions
 from cbtm_ray.run import Run, partition_folder
 from cbtm_ray.train.packed_sequences import check_long_enough
@@ -34,6 +35,8 @@ def check_models(run: Run, *, local_files_only: bool = False) -> None:
     logging.set_verbosity_error()  # of a model that is refused, the one line is what to read
     logging.disable_progress_bar()
     config, tokenizer = run.config, _tokenizer(run)
+    if run.manifest("evaluation") is None:
+        check_reported(config.evaluate, config.cluster.n_clusters)
     if config.embed.encoder and run.manifest("clusterer") is None and _is_here(config.embed.encoder, local_files_only):
         from cbtm_ray.cluster.sentence_encoder import load_encoder  # seconds
 

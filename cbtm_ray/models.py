@@ -46,7 +46,7 @@ def new_model(
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def load_model(uri_or_name: str, *, local_files_only: bool = False) -> PreTrainedModel:
+def load_model(uri_or_name: str) -> PreTrainedModel:
     """A causal LM in float32 from a folder, a URI of one, or a Hugging Face name; of a multimodal model the part for text.
 
     Raises:
@@ -54,9 +54,8 @@ def load_model(uri_or_name: str, *, local_files_only: bool = False) -> PreTraine
         OSError: its store cannot be reached.
     """
     with files.loading(uri_or_name, f"no causal language model can be loaded from {uri_or_name!r}") as found:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            found, dtype=torch.float32, output_loading_info=True, local_files_only=local_files_only
-        )
+        both: Any = AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32, output_loading_info=True)
+        model, loaded = both
         if missing := sorted(loaded["missing_keys"]):
             raise UserError(
                 f"{uri_or_name!r} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]}, which "

@@ -200,3 +200,10 @@ def test_a_cluster_shorter_than_a_sequence_is_refused_before_it_is_trained_on(tm
         "tokens.sequence_length=32 must be at most the tokens of a cluster's documents: cluster 1 has 31."
         in refusal(run)
     )
+
+
+@pytest.mark.parametrize("evaluate", [{"routings": ["prefix"], "top_k": [2, 4]}, {"routings": ["prefix"], "top_k": []}])
+def test_an_evaluation_with_nothing_to_report_is_refused_before_anything_is_trained(
+    tmp_path: Path, evaluate: dict[str, Any]
+) -> None:
+    assert "of 2 experts leaves nothing to report. Add 'posterior'" in refusal(run_with(tmp_path, evaluate=evaluate))

@@ -113,7 +113,7 @@ def test_a_piece_of_the_vocabulary_that_is_the_end_of_text_does_not_end_a_text_e
     first, second, alone = encode(tokenizer, ["the </s> sea", "the sea", "</s>"])
     assert not any(tokenizer.eos_token_id in ids for ids in (first, second, alone))
     assert second.tolist() == [2, 3]
-    assert [2, 5, 6, 3] == [token for token in first if token != 4]
+    assert [token for token in first if token != 4] == [2, 5, 6, 3]
 
 
 @pytest.fixture(scope="module")

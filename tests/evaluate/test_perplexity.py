@@ -216,6 +216,17 @@ def test_no_documents_have_no_scores(model: LlamaForCausalLM) -> None:
     assert score_documents(model, [], sequence_length=8, end_of_text=0, batch_tokens=9).shape == (0,)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"temperatures": (1e-6,)}, {"temperatures": (1e6,)}, {"betas": (1e6,)}, {"gammas": (0.0,)}, {"gammas": (1.0,)}],
+)
+@pytest.mark.parametrize("routing", ["embedding", "posterior", "prefix"])
+def test_settings_at_their_bounds_give_probabilities(routing: str, fields: dict[str, tuple[float]]) -> None:
+    given = held_out(lengths=(20, 30))
+    for found in tune(given, EvaluateConfig(**fields), routing).values():
+        assert np.isfinite(mixture_logprobs(given, found)).all()
+
+
 def test_candidates_by_hand() -> None:
     config = EvaluateConfig(temperatures=(0.1, 1.0), betas=(0.5,), gammas=(0.9, 0.8))
     assert ROUTERS["embedding"].candidates(config) == [{"temperature": 0.1}, {"temperature": 1.0}]
