@@ -18,6 +18,7 @@ def main(description: str, job: str, arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--check", action="store_true", help="check the configuration and what it names, and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields to set over the file's")
     options = parser.parse_args(arguments)
     try:
@@ -26,6 +27,11 @@ def main(description: str, job: str, arguments: list[str] | None = None) -> int:
             print(dump_config(config), end="")
             return 0
         run = Run(config)
+        if options.check:
+            run.check()
+            check_inputs(run)
+            progress.note("The configuration and all that it names are in order. Nothing was started.")
+            return 0
         run.open()
         check_inputs(run)
         with ray_session():

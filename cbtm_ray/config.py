@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -23,10 +23,21 @@ def _no_boolean(value: object) -> object:
     return value
 
 
+def _as_ray_counts(gpus: float) -> float:
+    if 0 < gpus < LEAST_SHARE or (gpus > 1 and gpus % 1):
+        raise PydanticCustomError("gpus", f"must be 0, a share from {LEAST_SHARE:.4f} to 1, or a whole number")
+    return gpus
+
+
+LEAST_SHARE = 1e-4
+"""Of a CPU or GPU: the least that Ray counts."""
 _NUMBER = BeforeValidator(_no_boolean)
 Count = Annotated[int, Field(ge=1, strict=True)]
 NonNegative = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER]
+Cpus = Annotated[float, Field(ge=LEAST_SHARE, allow_inf_nan=False), _NUMBER]
+Gpus = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER, AfterValidator(_as_ray_counts)]
+Tunable = Annotated[float, Field(ge=1e-6, le=1e6), _NUMBER]
 FromZero = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
 BelowOne = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
@@ -101,7 +112,7 @@ class CorpusConfig:
 class TokensConfig:
     tokenizer: Text = "train"
     """'train' (byte-level BPE on the corpus sample), or a Hugging Face folder or name."""
-    vocab_size: Annotated[int, Field(ge=258, strict=True)] = 2048
+    vocab_size: Annotated[int, Field(ge=258, le=2**24, strict=True)] = 2048
     """Vocabulary size of a trained tokenizer; a loaded one keeps its own."""
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 256
     """Tokens in a training sequence and in an evaluation window."""
@@ -123,8 +134,8 @@ class EmbedConfig:
     """sentence: tokens between two readings of a growing context."""
     batch_documents: Execution[Count] = 32
     """sentence: documents that the encoder reads at once."""
-    gpus: Execution[FromZero] = 0
-    """sentence: GPUs of one worker that embeds documents, fractions allowed."""
+    gpus: Execution[Gpus] = 0
+    """sentence: GPUs of one worker that embeds documents; fractions of one are allowed."""
 
     def __post_init__(self) -> None:
         if (self.embedder == "sentence") != (self.encoder is not None):
@@ -145,8 +156,8 @@ class ClusterConfig:
     """Stop when the centers move less than this: summed squared shift over the embeddings' variance."""
     actors: Execution[Annotated[int, Field(ge=1, le=16, strict=True)]] = 2
     """Ray actors that hold the embeddings while fitting, at most 16."""
-    gpus_per_actor: Execution[FromZero] = 0
-    """GPUs of one such actor, fractions allowed."""
+    gpus_per_actor: Execution[Gpus] = 0
+    """GPUs of one such actor; fractions of one are allowed."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -176,6 +187,11 @@ class SeedModelConfig:
             raise ValueError("a new seed model needs seed_model.train_tokens >= 1, or set seed_model.name_or_path")
         if self.hidden_size % self.n_heads:
             raise ValueError(f"seed_model.hidden_size={self.hidden_size} must be a multiple of n_heads={self.n_heads}")
+        if self.name_or_path is None and (width := self.hidden_size // self.n_heads) > 1 and width % 2:
+            raise ValueError(
+                f"seed_model.hidden_size={self.hidden_size} over n_heads={self.n_heads} makes heads of {width}, which must be "
+                "even for rotary positions"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -224,10 +240,10 @@ class TrainConfig:
     experts_per_run: Execution[Count] = 1
     """Experts that one Ray Train run trains one after the other. Starting a run costs 10 to 20 s of a CPU: a share that
     counts only where experts train for seconds. A run that fails for good leaves its later experts untrained too."""
-    cpus_per_expert: Execution[Positive] = 1
+    cpus_per_expert: Execution[Cpus] = 1
     """CPUs of one expert's training."""
-    gpus_per_expert: Execution[FromZero] = 0
-    """GPUs of one expert's training, fractions allowed."""
+    gpus_per_expert: Execution[Gpus] = 0
+    """GPUs of one expert's training; fractions of one are allowed."""
     workers_per_expert: Execution[Count] = 1
     """Workers that share the batch, the CPUs and the GPUs of one expert (and of the seed and each control) equally."""
     parallel: Execution[Literal["ddp", "fsdp"]] = "ddp"
@@ -257,10 +273,15 @@ class TrainConfig:
                 f"train.batch_size={self.batch_size} must be a multiple of "
                 f"train.workers_per_expert={self.workers_per_expert}"
             )
-        if self.workers_per_expert > 1 and 0 < self.gpus_per_expert < self.workers_per_expert:
+        if self.workers_per_expert > 1 and self.gpus_per_expert % self.workers_per_expert:
             raise ValueError(
                 f"train.gpus_per_expert={self.gpus_per_expert:g} must be 0 or give each of "
-                f"train.workers_per_expert={self.workers_per_expert} a GPU of its own"
+                f"train.workers_per_expert={self.workers_per_expert} a GPU of its own, or the same number more"
+            )
+        if self.cpus_per_expert / self.workers_per_expert < LEAST_SHARE:
+            raise ValueError(
+                f"train.cpus_per_expert={self.cpus_per_expert:g} must give each of "
+                f"train.workers_per_expert={self.workers_per_expert} at least {LEAST_SHARE:.4f}"
             )
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
@@ -280,13 +301,13 @@ class EvaluateConfig:
     )
     """Routers of the ensemble to tune and report (see `routers.py`), and so those it can be served with. Controls have
     their own. nearest_prefix is left out where `prefix_experts` is None."""
-    max_documents: Count = 2000
-    """At most this many held-out documents, those with the smallest hash."""
-    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1.0)
+    max_documents: Annotated[int, Field(ge=2, strict=True)] = 2000
+    """At most this many held-out documents, those with the smallest hash: half of them tune, half are reported on."""
+    temperatures: Annotated[tuple[Tunable, ...], Field(min_length=1)] = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1.0)
     """Candidates for T in softmax(-d^2 / T); chosen on one half of the held-out documents, reported on the other."""
     legacy_d4: bool = False
     """Embedding routing as the paper's released code has it, softmax(-d^4 / T); posterior and prefix routing keep d^2."""
-    betas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0)
+    betas: Annotated[tuple[Tunable, ...], Field(min_length=1)] = (0.5, 1.0)
     """Candidates for posterior routing's weight of the experts' evidence."""
     gammas: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.9, 0.95, 0.98)
     """Candidates for posterior routing's forgetting, per token."""

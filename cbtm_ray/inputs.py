@@ -12,8 +12,12 @@ from cbtm_ray.stages import SHAREABLE
 MODELS = ("embed.encoder", "seed_model.name_or_path")
 
 
-def check_inputs(run: Run) -> None:
-    """Look for the documents, models, runs and few-shot tasks that the unfinished stages of a run begin with.
+def check_inputs(run: Run, *, local_files_only: bool = False) -> None:
+    """Look for the documents, models, runs and few-shot tasks that the unfinished stages of a run begin with, and whether they
+    suit the configuration and each other.
+
+    Args:
+        local_files_only: as of `check_models`.
 
     Raises:
         UserError: one is not there, or not what it should be; or a package is not installed on this machine.
@@ -23,6 +27,9 @@ def check_inputs(run: Run) -> None:
     _check_shared(run)
     _check_warm_start(run)
     _check_fewshot(run)
+    from cbtm_ray.model_checks import check_models  # brings torch and transformers
+
+    check_models(run, local_files_only=local_files_only)
 
 
 def _check_corpus(run: Run) -> None:

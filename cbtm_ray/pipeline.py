@@ -15,6 +15,7 @@ from cbtm_ray.config import CONTROLS, PARTITION_CONTROLS, Control
 from cbtm_ray.corpus import build
 from cbtm_ray.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from cbtm_ray.evaluate import average, domain_task, results
+from cbtm_ray.model_checks import check_fewshot
 from cbtm_ray.ray_session import check_installed
 from cbtm_ray.report import terminal
 from cbtm_ray.run import Run
@@ -30,6 +31,7 @@ def make_tokenizer(run: Run) -> dict[str, Any]:
     if wanted.tokenizer == "train":
         texts = build.read_sample(run)["text"].to_pylist()
         tokenizer = train_tokenizer(texts, wanted.vocab_size)
+        check_fewshot(run, tokenizer)
     else:
         tokenizer = load_tokenizer(wanted.tokenizer)
     return {"vocabulary": len(tokenizer), "content": save_tokenizer(tokenizer, run.uri("tokenizer"))}

@@ -62,6 +62,13 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "run" / "corpus").exists()
 
 
+def test_checking_starts_and_writes_nothing(capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path) -> None:
+    assert main("", "run_all", ["--config", config, "--check"]) == 0
+    assert capsys.readouterr().out == "The configuration and all that it names are in order. Nothing was started.\n"
+    assert "corpus.paths: /nowhere holds" in refusal(capsys, config, "--check", "corpus.paths=[/nowhere]")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str], config: str, full_disk: Path) -> None:
     message = f"run.dir={full_disk}/run: no space left on the device. Free some, or give another run.dir"
     assert message in refusal(capsys, config, f"run.dir={full_disk}/run")

@@ -106,13 +106,41 @@ def test_a_control_or_router_that_cannot_be_is_refused(sections: dict[str, Any],
         ),
         (
             {"batch_size": 16, "workers_per_expert": 4, "gpus_per_expert": 2},
-            r"^train\.gpus_per_expert=2 must be 0 or give each of train\.workers_per_expert=4 a GPU of its own\.$",
+            r"^train\.gpus_per_expert=2 must be 0 or give each of train\.workers_per_expert=4 a GPU of its own, or the ",
+        ),
+        (
+            {"batch_size": 16, "workers_per_expert": 2, "gpus_per_expert": 3},
+            r"^train\.gpus_per_expert=3 must be 0 or give each of train\.workers_per_expert=2 a GPU of its own, or the ",
+        ),
+        (
+            {"batch_size": 16, "workers_per_expert": 2, "cpus_per_expert": 1e-4},
+            r"^train\.cpus_per_expert=0\.0001 must give each of train\.workers_per_expert=2 at least 0\.0001\.$",
         ),
     ],
 )
 def test_workers_share_batches_and_gpus_evenly(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_config(tree(train=fields))
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "within", "beyond"),
+    [
+        ("train", "gpus_per_expert", 1e-4, 9e-5),
+        ("train", "gpus_per_expert", 2.0, 1.5),
+        ("cluster", "gpus_per_actor", 1.0, 1.5),
+        ("train", "cpus_per_expert", 1e-4, 9e-5),
+        ("evaluate", "temperatures", [1e-6, 1e6], [9e-7]),
+        ("evaluate", "betas", [1e-6, 1e6], [1e300]),
+        ("evaluate", "max_documents", 2, 1),
+        ("tokens", "vocab_size", 2**24, 2**24 + 1),
+        ("seed_model", "hidden_size", 4, 6),
+    ],
+)
+def test_what_a_stage_could_not_work_with_is_out_of_bounds(section: str, field: str, within: Any, beyond: Any) -> None:
+    build_config(tree(**{section: {field: within}}))
+    with pytest.raises(UserError, match=rf"^{section}\.{field}"):
+        build_config(tree(**{section: {field: beyond}}))
 
 
 def test_there_are_no_controls_but_those_asked_for() -> None:

@@ -61,8 +61,22 @@ def test_what_is_not_there_is_refused_by_its_field(
         check_inputs(run_with(tmp_path, **sections))
 
 
-def test_a_name_that_the_hub_may_have_passes(tmp_path: Path) -> None:
-    check_inputs(run_with(tmp_path, tokens={"tokenizer": "someone/tokenizer"}, seed_model={"name_or_path": "model"}))
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"tokens": {"tokenizer": "no/tokenizer"}}, r"^tokens\.tokenizer='no/tokenizer' cannot be loaded: "),
+        (
+            {"seed_model": {"name_or_path": "no/model"}},
+            r"^seed_model\.name_or_path='no/model' is no causal language model",
+        ),
+    ],
+)
+def test_a_name_that_neither_the_hub_nor_its_cache_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, dict[str, Any]], message: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=message):
+        check_inputs(run_with(tmp_path, **sections))
 
 
 @pytest.mark.parametrize(

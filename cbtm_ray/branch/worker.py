@@ -25,7 +25,7 @@ from cbtm_ray.manifests import CurvePoint, ModelFields, ModelManifest, TrainedFi
 from cbtm_ray.run import Run, no_space_left
 from cbtm_ray.train import flops, parallel
 from cbtm_ray.train.checkpoints import Checkpoints
-from cbtm_ray.train.packed_sequences import PackedSequences, read_documents
+from cbtm_ray.train.packed_sequences import PackedSequences, held_out_sequences, read_documents
 from cbtm_ray.train.trainer import Preempted, train_model
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _load(run: Run, branch: Branch) -> tuple[PreTrainedModel, PreTrainedTokenize
     """The model that the branch begins with, on the device to train on, and the run's tokenizer."""
     from cbtm_ray.branch.upcycle import upcycle
     from cbtm_ray.corpus.tokenizer import load_tokenizer
-    from cbtm_ray.models import check_tokenizer, load_model, new_model
+    from cbtm_ray.models import check_seed, check_tokenizer, load_model, new_model
 
     config, tokenizer = run.config, load_tokenizer(run.uri("tokenizer"))
     if branch.init is None:
@@ -104,6 +104,7 @@ def _load(run: Run, branch: Branch) -> tuple[PreTrainedModel, PreTrainedTokenize
     else:
         model = load_model(branch.init)
         check_tokenizer(branch.init, tokenizer)
+        check_seed(model)
     if branch.upcycled_experts:
         model = upcycle(model, branch.upcycled_experts, config.run.seed)
     torch.nn.Module.to(model, ray.train.torch.get_device() if config.train.gpus_per_expert else "cpu")
@@ -161,19 +162,14 @@ def _manifest(branch: Branch, model: PreTrainedModel, content: str) -> ModelFiel
 
 
 def read_sequences(run: Run, branch: Branch, end_of_text: int) -> tuple[PackedSequences, PackedSequences | None]:
-    """Training sequences of the branch's cluster, and held-out ones: shorter if its held-out documents are, None without.
-
-    A control's partition is one of training documents alone.
-    """
+    """Training sequences of the branch's cluster, and held-out ones; a control's partition has training documents alone."""
     shards, partition_uri = run.uri("shards"), run.uri(branch.partition) if branch.partition else None
     train = read_documents(shards, "train", branch.cluster, partition_uri)
-    held_out = [] if partition_uri else list(read_documents(shards, "valid", branch.cluster))
-    length, seed = branch.spec.sequence_length, run.config.run.seed
-    sequences = PackedSequences(train, sequence_length=length, end_of_text=end_of_text, seed=seed)
-    if not held_out:
-        return sequences, None
-    length = min(length, sum(len(tokens) + 1 for tokens in held_out))
-    return sequences, PackedSequences(held_out, sequence_length=length, end_of_text=end_of_text, seed=seed)
+    packed: Any = {
+        "sequence_length": branch.spec.sequence_length, "end_of_text": end_of_text, "seed": run.config.run.seed,
+    }  # fmt: skip
+    valid = None if partition_uri else held_out_sequences(shards, branch.cluster, **packed)
+    return PackedSequences(train, **packed), valid
 
 
 def _save(run: Run, name: str, checkpoints: Checkpoints, state: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from cbtm_ray.corpus.tokenizer import encode, load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
 from cbtm_ray.stages import partition_folder
+from cbtm_ray.train.packed_sequences import check_long_enough
 
 SCHEMA = pa.schema([("id", pa.string()), ("cluster", pa.int32())])
 HASH_OFFSET = 2
@@ -44,7 +45,7 @@ def partition_control(run: Run, control: str) -> dict[str, Any]:
     """Stage `shards/controls/CONTROL/`: the cluster of every training document; and centers, but for random.
 
     Raises:
-        UserError: a document has no domain (metadata), or a cluster no document.
+        UserError: a document has no domain (metadata), or a cluster no document or too few tokens.
     """
     run.require("shards", "partition_corpus")
     folder = partition_folder(control)
@@ -63,10 +64,12 @@ def partition_control(run: Run, control: str) -> dict[str, Any]:
                 sums[row["uri"]] = row["sums"]
             done(number)
     totals.check_none_empty()
+    counts = totals.as_dict()
+    check_long_enough(counts["clusters"], run.config.tokens.sequence_length, control, domains)
     if control == "metadata":
         sums_KD = np.sum([sums[task["uri"]] for task in tasks], axis=0)  # in the order of the shards, whoever was first
         files.write_array(run.uri(folder, "centers.npy"), (sums_KD / totals.documents_K[:, None]).astype(np.float32))
-    return {"n_clusters": n_clusters, "domains": domains, **totals.as_dict()}
+    return {"n_clusters": n_clusters, "domains": domains, **counts}
 
 
 def _domains(run: Run) -> list[str]:

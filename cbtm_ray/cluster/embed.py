@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import files
 from cbtm_ray.config import EXECUTION_FIELDS, EmbedConfig
+from cbtm_ray.corpus.tokenizer import vocabulary_size
 from cbtm_ray.errors import UserError
 
 
@@ -236,11 +237,14 @@ def load_centers(folder_uri: str) -> torch.Tensor:
 
 
 def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Tokens that say nothing of the topic: English stop words, and all without a letter. Bool (V,)."""
+    """Tokens that say nothing of the topic: English stop words, and all without a letter; ids without a token. Bool (V,)."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-    words = (str(tokenizer.decode([token])).strip().lower() for token in range(len(tokenizer)))
-    return np.array([word in ENGLISH_STOP_WORDS or not any(c.isalpha() for c in word) for word in words])
+    silent_V = np.ones(vocabulary_size(tokenizer), bool)
+    for token in tokenizer.get_vocab().values():
+        word = str(tokenizer.decode([token])).strip().lower()
+        silent_V[token] = word in ENGLISH_STOP_WORDS or not any(c.isalpha() for c in word)
+    return silent_V
 
 
 def _count(documents: list[np.ndarray], vocabulary_size: int) -> csr_matrix:

@@ -33,6 +33,7 @@ from cbtm_ray.corpus.tokenizer import encode, load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.manifests import CorpusManifest, ShardsManifest, SplitManifest
 from cbtm_ray.run import Run
+from cbtm_ray.train.packed_sequences import check_long_enough
 
 SPLITS = ("valid", "train")
 CHUNK_DOCUMENTS = 512
@@ -52,7 +53,8 @@ def partition_corpus(run: Run) -> ShardsManifest:
     """Stage `shards/{train,valid}/`: documents and tokens of every cluster.
 
     Raises:
-        UserError: a stage before is not finished, or an input shard changed after the corpus was built.
+        UserError: a stage before is not finished, an input shard changed after the corpus was built, or a cluster is shorter
+            than a training sequence.
     """
     corpus_manifest: CorpusManifest = run.require("corpus", "build_corpus")
     counted = corpus_manifest["shards"]
@@ -68,7 +70,9 @@ def partition_corpus(run: Run) -> ShardsManifest:
                 totals[split].add(row[split])
             done(number)
     totals["train"].check_none_empty()
-    return {"train": totals["train"].as_dict(), "valid": totals["valid"].as_dict()}
+    counts: ShardsManifest = {"train": totals["train"].as_dict(), "valid": totals["valid"].as_dict()}
+    check_long_enough(counts["train"]["clusters"], run.config.tokens.sequence_length)
+    return counts
 
 
 class Totals:

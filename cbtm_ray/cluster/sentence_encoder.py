@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 from functools import partial
+from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -17,6 +18,56 @@ from cbtm_ray import files
 from cbtm_ray.cluster.embed import TextContext, decode, is_read_at
 from cbtm_ray.config import EmbedConfig
 from cbtm_ray.errors import UserError
+from cbtm_ray.models import most_positions
+
+_HOW: dict[str, Any] = {"normalize_embeddings": True, "show_progress_bar": False}
+
+
+def load_encoder(config: EmbedConfig) -> SentenceTransformer:
+    """The encoder of `embed.encoder`, a folder, URI or name, tried on a short text and on one of `embed.encoder_tokens`.
+
+    Raises:
+        UserError: there is none, or it cannot read such texts beside each other.
+        OSError: its store cannot be reached.
+    """
+    assert config.encoder is not None
+    field = f"embed.encoder={config.encoder!r}"
+    with files.loading(config.encoder, f"{field} cannot be loaded") as found:
+        model = SentenceTransformer(found)
+    limits = [model.max_seq_length, model.transformers_model and most_positions(model.transformers_model)]
+    if config.encoder_tokens > (most := min((limit for limit in limits if limit), default=math.inf)):
+        raise UserError(
+            f"embed.encoder_tokens={config.encoder_tokens} must be at most {most}, the most that {field} reads. Lower it."
+        )
+    if config.encoder_tokens <= (around := model.tokenizer.num_special_tokens_to_add()):
+        raise UserError(
+            f"embed.encoder_tokens={config.encoder_tokens} must be above {around}, the tokens that {field} puts around one. "
+            "Raise it."
+        )
+    if model.tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{field} has no padding token, which texts of different lengths need. Name one as pad_token in the "
+            "tokenizer_config.json of its folder, such as its end-of-text token."
+        )
+    _try_encoder(model, config)
+    return model
+
+
+def _try_encoder(model: SentenceTransformer, config: EmbedConfig) -> None:
+    model.max_seq_length = config.encoder_tokens
+    try:
+        [alone_D] = model.encode(["word"], **_HOW)
+        beside_D, _ = model.encode(["word", "word " * config.encoder_tokens], **_HOW)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"embed.encoder={config.encoder!r} cannot embed texts of embed.encoder_tokens={config.encoder_tokens} tokens: "
+            f"{str(error).splitlines()[0]} Lower it, or take another encoder."
+        ) from error
+    if not np.allclose(alone_D, beside_D, atol=1e-3):
+        raise UserError(
+            f"embed.encoder={config.encoder!r} embeds a text otherwise beside a longer one: it pools the padding too. Take "
+            "another encoder, or correct its padding side or pooling."
+        )
 
 
 class SentenceEncoder:
@@ -28,21 +79,13 @@ class SentenceEncoder:
 
     def __init__(self, model: SentenceTransformer, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         """`tokenizer` made the token ids that are embedded; the model has its own."""
-        limit = model.max_seq_length or math.inf
-        if config.encoder_tokens > limit:
-            raise UserError(
-                f"embed.encoder_tokens={config.encoder_tokens} must be at most {limit}, the most that "
-                f"embed.encoder={config.encoder!r} reads. Lower it."
-            )
         model.max_seq_length = config.encoder_tokens
         self._model, self._config, self._tokenizer = model, config, tokenizer
 
     @classmethod
     def open(cls, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
-        """The encoder of `embed.encoder`, a folder, URI or name; errors as of `files.loading`."""
-        assert config.encoder is not None
-        with files.loading(config.encoder, f"embed.encoder={config.encoder!r} cannot be loaded") as found:
-            return cls(SentenceTransformer(found), config, tokenizer)
+        """The encoder of `embed.encoder`; errors as of `load_encoder`."""
+        return cls(load_encoder(config), config, tokenizer)
 
     @classmethod
     def load(cls, folder_uri: str, config: EmbedConfig, tokenizer: PreTrainedTokenizerBase) -> SentenceEncoder:
@@ -79,7 +122,6 @@ class SentenceEncoder:
             rows_ND[read] = self._model.encode(
                 [texts[n] for n in read],
                 batch_size=self._config.batch_documents,
-                normalize_embeddings=True,
-                show_progress_bar=False,
+                **_HOW,
             )
         return rows_ND

@@ -61,6 +61,11 @@ def _open_tokenizer(folder_or_name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder_or_name)
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """V: one more than the largest id. `len(tokenizer)` counts the tokens, which are fewer where ids are left out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, uri: str) -> str:
     """Write a tokenizer's folder; a hash of its vocabulary."""
     with tempfile.TemporaryDirectory() as folder:
@@ -74,4 +79,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndar
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    end, end_id = str(tokenizer.eos_token), tokenizer.eos_token_id
+    for index, text in enumerate(texts):
+        if len(end) > 1 and end in text and end_id in encoded[index]:  # a piece of the vocabulary too, as of T5's
+            first, *rest = text.split(end)
+            pieces = [first, *(piece for part in rest for piece in (end[:-1], end[-1] + part))]
+            encoded[index] = [token for ids in encode(tokenizer, pieces) for token in ids]
     return [np.asarray(ids, dtype=np.int32) for ids in encoded]

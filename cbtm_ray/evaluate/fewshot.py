@@ -24,7 +24,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import files
-from cbtm_ray.config import task_name
+from cbtm_ray.config import Config, task_name
 from cbtm_ray.corpus.tokenizer import encode
 from cbtm_ray.errors import UserError
 from cbtm_ray.merge.mixture import mix_logprobs
@@ -143,6 +143,19 @@ def check_shots(task: Task, shots: int) -> None:
             f"evaluate.fewshot: {task.name} has {len(train)} examples of 'train' and {len(test)} of 'test'; "
             f"evaluate.fewshot_shots={shots} and one are needed. Add examples or lower the shots."
         )
+
+
+def configured_prompts(uri: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> Prompts:
+    """The prompts of one of `evaluate.fewshot`; errors as of `read_task` and `make_prompts`."""
+    return make_prompts(
+        read_task(uri),
+        tokenizer,
+        shots=config.evaluate.fewshot_shots,
+        seeds=config.evaluate.fewshot_seeds,
+        examples=config.evaluate.fewshot_examples,
+        sequence_length=config.tokens.sequence_length,
+        random_state=config.run.seed,
+    )
 
 
 def make_prompts(

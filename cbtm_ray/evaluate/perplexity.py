@@ -43,10 +43,12 @@ def score_documents(
         for start, stream in zip(starts, streams, strict=False)
         for first in range(0, len(stream) - 1, sequence_length)
     ]
+    if not windows:
+        return np.zeros(0, np.float32)
     windows.sort(key=lambda window: len(window[1]))
     logprobs = np.zeros(int(starts[-1]), np.float32)
     model.eval()
-    token_loss = TokenLoss(model, torch.full((1, 3), end_of_text, device=model.device))
+    token_loss = TokenLoss(model, torch.from_numpy(windows[-1][1][None]).to(model.device))
     for batch in _batches(windows, batch_tokens):
         width = len(batch[-1][1])
         padded = np.full((len(batch), width), end_of_text, np.int64)
@@ -57,6 +59,19 @@ def score_documents(
         for (position, tokens), losses_T in zip(batch, losses_BT.float().cpu().numpy(), strict=True):
             logprobs[position : position + len(tokens) - 1] = -losses_T[: len(tokens) - 1]
     return logprobs
+
+
+def packed_loss(model: PreTrainedModel, sequences: torch.Tensor, *, border: int | None, batch_tokens: int) -> float:
+    """Mean loss in nats of a token of packed sequences (B, T + 1), as training measures it on held-out documents.
+
+    Args:
+        border: as of `TokenLoss`.
+    """
+    model.eval()
+    token_loss = TokenLoss(model, sequences[:1].to(model.device), border=border)
+    parts = sequences.split(max(1, batch_tokens // sequences.shape[1]))
+    with torch.inference_mode():
+        return torch.cat([token_loss(part.to(model.device)).double() for part in parts]).mean().item()
 
 
 def _batches(windows: list[tuple[int, np.ndarray]], batch_tokens: int) -> Iterator[list[tuple[int, np.ndarray]]]:

@@ -17,13 +17,12 @@ from cbtm_ray import files
 from cbtm_ray.branch.upcycle import TOP_K
 from cbtm_ray.config import PARTITION_CONTROLS, EvaluateConfig, task_name
 from cbtm_ray.corpus.tokenizer import load_tokenizer
-from cbtm_ray.errors import UserError
 from cbtm_ray.evaluate import perplexity
 from cbtm_ray.evaluate.result_rows import DomainRow, DomainSummary, Evaluation, FewshotRow, ResultRow, SampleToken
 from cbtm_ray.evaluate.scoring import HeldOutDocuments, fewshot_prompts, held_out_documents, score_models
 from cbtm_ray.evaluate.systems import Measured, control_system, ensemble_system, measure, system_distances
 from cbtm_ray.manifests import ModelManifest
-from cbtm_ray.merge.routers import ROUTERS, Route
+from cbtm_ray.merge.routers import ROUTERS, Route, check_reported
 from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.run import Run
 from cbtm_ray.stages import DENSE_FOLDER, MOE_FOLDER
@@ -58,6 +57,7 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
         UserError: `evaluate.routings` and `evaluate.top_k` leave nothing to report of the ensemble.
     """
     config, controls = run.config.evaluate, run.config.train.controls
+    check_reported(config, run.config.cluster.n_clusters)
     systems = [ensemble_system(run), *(control_system(run, name) for name in controls if name in PARTITION_CONTROLS)]
     singles = {"seed": "seed", "dense": DENSE_FOLDER, **({"moe": MOE_FOLDER} if "moe" in controls else {})}
     names = [*singles.values(), *(name for system in systems for name in system.experts)]
@@ -79,7 +79,7 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
 def _results(run: Run, documents: HeldOutDocuments, singles: list[ResultRow], mixtures: list[Mixtures]) -> Evaluation:
     """Everything but the few-shot tasks."""
     ensemble, config = mixtures[0], run.config.evaluate
-    best, chosen = _choose(ensemble, config)
+    best, chosen = _choose(ensemble)
     reported = ensemble.measured.reported
     return {
         "rows": singles + [row for found in mixtures for row in found.rows],
@@ -140,13 +140,8 @@ def _mixture_row(measured: Measured, route: Route, manifests: list[ModelManifest
     }
 
 
-def _choose(ensemble: Mixtures, config: EvaluateConfig) -> tuple[ResultRow, Route]:
+def _choose(ensemble: Mixtures) -> tuple[ResultRow, Route]:
     """The ensemble's row of least loss on the tuning documents, marked as `chosen`, and its route."""
-    if not ensemble.rows:
-        raise UserError(
-            f"evaluate.routings={list(config.routings)} with evaluate.top_k={list(config.top_k)} of "
-            f"{len(ensemble.measured.system.experts)} experts leaves nothing to report. Add 'posterior' to the routings."
-        )
     best, chosen = min(
         zip(ensemble.rows, ensemble.routes, strict=True), key=lambda pair: pair[0].get("tuning_loss_nats", math.inf)
     )

@@ -18,6 +18,7 @@ import ray
 import torch
 from pyarrow import fs
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cbtm_ray import files, progress
 from cbtm_ray.cluster.embed import Embedder
@@ -26,14 +27,17 @@ from cbtm_ray.config import Config, task_name
 from cbtm_ray.corpus.documents import unit_hash
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.evaluate import perplexity
-from cbtm_ray.evaluate.fewshot import Prompts, make_prompts, read_task
+from cbtm_ray.evaluate.fewshot import Prompts, configured_prompts
 from cbtm_ray.evaluate.result_rows import DomainSummary
 from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.models import load_model
 from cbtm_ray.ray_session import check_fits
 from cbtm_ray.run import Run
+from cbtm_ray.train.packed_sequences import held_out_sequences
 
 CHUNK_DOCUMENTS = 512  # read at once
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+"""How far a held-out loss may be from training's, which had the precision: a share of it. The evaluation's is fp32."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +109,8 @@ def _take_rows(
 
 
 def fewshot_prompts(run: Run, task: str) -> Prompts:
-    """The prompts of one of `evaluate.fewshot`."""
-    config = run.config.evaluate
-    return make_prompts(
-        read_task(task),
-        load_tokenizer(run.uri("tokenizer")),
-        shots=config.fewshot_shots,
-        seeds=config.fewshot_seeds,
-        examples=config.fewshot_examples,
-        sequence_length=run.config.tokens.sequence_length,
-        random_state=run.config.run.seed,
-    )
+    """The prompts of one of `evaluate.fewshot`, of the run's own tokens."""
+    return configured_prompts(task, load_tokenizer(run.uri("tokenizer")), run.config)
 
 
 def logprobs_uri(run: Run, name: str, task: str | None = None) -> str:
@@ -124,9 +119,38 @@ def logprobs_uri(run: Run, name: str, task: str | None = None) -> str:
     scored: list[Any] = [run.identity("shards"), config.evaluate.max_documents, config.run.seed]
     if task:
         scored = [tokens.tolist() for tokens in fewshot_prompts(run, task).tokens]
-    made_of = files.fingerprint([manifest.get("content", manifest), scored, config.tokens.sequence_length])
+    model = [manifest.get("content", manifest), manifest.get("valid_loss_nats")]  # the loss is checked with the scoring
+    made_of = files.fingerprint([model, scored, config.tokens.sequence_length])
     folder = ("evaluation", "logprobs", *([f"fewshot-{task_name(task)}"] if task else []))
     return run.uri(*folder, f"{name.replace('/', '-')}-{made_of[:16]}.npy")
+
+
+def check_held_out_loss(run: Run, name: str, model: PreTrainedModel, end_of_text: int) -> None:
+    """Score what training measured its last held-out loss on, which the manifest has.
+
+    The seed's is left out: it may have been trained before these shards, of the same documents in another order, were made.
+
+    Raises:
+        RuntimeError: the losses differ.
+    """
+    config, manifest = run.config, run.manifest(name) or {}
+    if name == "seed" or manifest.get("valid_loss_nats") is None or not manifest.get("valid_tokens"):
+        return
+    length, seed = config.tokens.sequence_length, config.run.seed
+    valid = held_out_sequences(
+        run.uri("shards"), manifest["cluster"], sequence_length=length, end_of_text=end_of_text, seed=seed
+    )
+    assert valid is not None, "training had some, and is tied to these shards"
+    sequences = torch.from_numpy(valid.batch(0, manifest["valid_tokens"] // valid.sequence_length))
+    border = None if config.train.cross_documents else end_of_text
+    found = perplexity.packed_loss(model, sequences, border=border, batch_tokens=config.evaluate.batch_tokens)
+    known = manifest["valid_loss_nats"]
+    if not abs(found - known) <= LOSS_TOLERANCE[config.train.precision] * known:
+        raise RuntimeError(
+            f"{run.uri(name)}: the evaluation finds a held-out loss of {found:.4f} nats a token where the end of training "
+            f"found {known:.4f} on the same {manifest['valid_tokens']} tokens, so its weights or the code that reads them are "
+            "not those of then. With other weights, delete the folder, and it is trained again."
+        )
 
 
 @ray.remote
@@ -137,11 +161,14 @@ def _score(config: Config, name: str, task: str | None) -> str:
         model = load_model(run.uri(name))
         if config.train.gpus_per_expert:
             torch.nn.Module.to(model, "cuda")
+        end_of_text = load_tokenizer(run.uri("tokenizer")).eos_token_id
+        if task is None:
+            check_held_out_loss(run, name, model, end_of_text)
         logprobs_T = perplexity.score_documents(
             model,
             fewshot_prompts(run, task).tokens if task else held_out_documents(run).tokens,
             sequence_length=config.tokens.sequence_length,
-            end_of_text=load_tokenizer(run.uri("tokenizer")).eos_token_id,
+            end_of_text=end_of_text,
             batch_tokens=config.evaluate.batch_tokens,
         )
         files.write_array(uri, logprobs_T)

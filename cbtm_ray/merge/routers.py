@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from cbtm_ray.config import EvaluateConfig
+from cbtm_ray.errors import UserError
 from cbtm_ray.merge.scores import (
     ScoredHalf,
     Settings,
@@ -127,6 +128,15 @@ ROUTERS = {
         evidence="experts",
     ),
 }
+
+
+def check_reported(config: EvaluateConfig, n_experts: int) -> None:
+    """UserError if the routers of the ensemble and their sizes leave nothing to report."""
+    if not any(ROUTERS[name].reported_sizes(n_experts, config) for name in config.routings):
+        raise UserError(
+            f"evaluate.routings={list(config.routings)} with evaluate.top_k={list(config.top_k)} of {n_experts} experts "
+            "leaves nothing to report. Add 'posterior' to the routings."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

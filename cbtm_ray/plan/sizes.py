@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from cbtm_ray.branch.upcycle import upcycle
 from cbtm_ray.cluster.shard_steps import GROUPS, SHARD_ROWS
 from cbtm_ray.config import Config
-from cbtm_ray.corpus.tokenizer import load_tokenizer
+from cbtm_ray.corpus.tokenizer import load_tokenizer, vocabulary_size
 from cbtm_ray.errors import UserError
-from cbtm_ray.models import load_model_config
+from cbtm_ray.models import empty_model, load_model_config
 
 DUAL_STEPS = 10
 """Dual steps in a Lloyd iteration: 6.5 (K = 8) and 10 (K = 64) were counted on 4,000 documents of the quickstart."""
@@ -35,8 +35,7 @@ def seed_model(config: Config) -> PreTrainedModel:
     name = config.seed_model.name_or_path
     architecture = _read_config(name, "seed_model.name_or_path") if name else _new_architecture(config)
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(architecture)
+        return empty_model(architecture)
     except ValueError as error:
         raise UserError(f"seed_model.name_or_path={name!r} is not a causal language model. Give one.") from error
 
@@ -75,7 +74,7 @@ def _vocabulary(config: Config) -> int:
     """Vocabulary size. For a tokenizer yet to be trained it is the size asked for; a corpus of few words may give less."""
     if config.tokens.tokenizer == "train":
         return config.tokens.vocab_size
-    return len(load_tokenizer(config.tokens.tokenizer))
+    return vocabulary_size(load_tokenizer(config.tokens.tokenizer))
 
 
 def clusterer_bytes(config: Config) -> int:

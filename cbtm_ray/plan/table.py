@@ -7,8 +7,10 @@ import math
 
 from cbtm_ray.config import PARTITION_CONTROLS, Config
 from cbtm_ray.errors import UserError, refuse
+from cbtm_ray.inputs import check_inputs
 from cbtm_ray.load_config import load_config
 from cbtm_ray.plan.estimate import PEAK_TFLOPS, SHARD_BYTES_PER_TOKEN, Devices, Plan, Training, make_plan
+from cbtm_ray.run import Run
 
 Row = tuple[str, str, str]
 
@@ -34,6 +36,17 @@ def main(description: str, arguments: list[str] | None = None) -> int:
         return refuse(str(error))
     for name, value, note in rows(plan, options.corpus_tokens):
         print(f"{name:<28}{value:>22}  {note}".rstrip())
+    return _check(config)
+
+
+def _check(config: Config) -> int:
+    """Check all that a job checks before it starts, too, when the plan is printed."""
+    try:
+        run = Run(config)
+        run.check()
+        check_inputs(run, local_files_only=True)
+    except UserError as error:
+        return refuse(str(error))
     return 0
 
 

@@ -21,23 +21,25 @@ _MOST_LOGITS_BYTES = 2**30
 """On a CPU chunks compute the logits twice for the gradient, which makes a step a tenth to a quarter longer than all logits at
 once, where there is memory for these."""
 
-_LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-"""What configurations call a change of the logits after the projection (Cohere, Granite, Gemma), 1 and None being none."""
+_CHECKED_TOKENS = 32
+"""Of a sequence, to find out on how a model computes its logits."""
+_LARGEST_LOGIT = 1000.0
+"""Far above all caps that transformers' models have: 15 to 50."""
 
 
 class TokenLoss(torch.nn.Module):
     """The loss of each target of a batch (B, T + 1) in nats: (B * T,). A module, so that DDP and FSDP can do their part.
 
-    Chunked over the vocabulary projection where that is cheaper and gives the model's own logits on the example; models that
-    scale or cap their logits get the plain path. Mixtral's load-balancing loss, weighted by its configuration's
+    Chunked over the vocabulary projection where that is cheaper and gives the model's own logits; models that do more to them,
+    such as scale or cap them, get the plain path. Mixtral's load-balancing loss, weighted by its configuration's
     `router_aux_loss_coef`, adds its gradient and not its value: losses are those of tokens whatever the model.
 
     Args:
-        example: a batch of one sequence or more, to compare the two paths on.
+        example: a batch of one real sequence or more, to try the model on.
         border: token that begins a document; tokens then attend within their own only. None: to all before them.
 
     Raises:
-        UserError: the model does not keep documents apart.
+        UserError: the model looks at later tokens, or does not keep documents apart.
     """
 
     def __init__(self, model: PreTrainedModel, example: torch.Tensor, *, border: int | None = None) -> None:
@@ -47,16 +49,15 @@ class TokenLoss(torch.nn.Module):
         was_training = model.training
         model.eval()
         with torch.no_grad():
+            check_causal(model, example[:1, :_CHECKED_TOKENS])
             if border is not None:
                 _check_documents_stay_apart(model, example, border)
-            self.chunkable = not _changes_logits(model.config) and torch.allclose(
-                self.plain(example), self.chunked(example), atol=1e-3, rtol=1e-3
-            )
+            self.chunkable = _ends_in_its_head(model, model_inputs(model, example[:1, :_CHECKED_TOKENS], border))
         model.train(was_training)
         assert self.chunkable or not self.balanced, "Mixtral neither scales nor caps its logits"
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        cheaper = self.chunkable and _chunks_are_cheaper(batch, self.model.config.vocab_size)
+        cheaper = self.chunkable and _chunks_are_cheaper(batch, self.model.config.get_text_config().vocab_size)
         return self.chunked(batch) if self.balanced or cheaper else self.plain(batch)
 
     def plain(self, batch: torch.Tensor) -> torch.Tensor:
@@ -80,8 +81,55 @@ class TokenLoss(torch.nn.Module):
         return losses + _balance(self.model, outputs.router_logits) if self.balanced else losses
 
 
-def _changes_logits(config: Any) -> bool:
-    return any(getattr(config, name, None) not in (None, 1) for name in _LOGIT_CHANGES)
+def _ends_in_its_head(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    """Whether the logits are the output of a linear head on the base model's last states, and nothing is done to either.
+
+    The head's output is replaced by large numbers on the way. They come out unchanged only where no scale, cap or mask
+    follows, however small the weights still are.
+    """
+    head: Any = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        return False
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    large_V = torch.linspace(-_LARGEST_LOGIT, _LARGEST_LOGIT, head.out_features, device=model.device)
+
+    def replace(_: Any, states: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        seen.append((states[0], logits))
+        return large_V.to(logits.dtype).expand(logits.shape)
+
+    with head.register_forward_hook(replace):
+        given = model(**inputs).logits
+    states = getattr(model.base_model(**inputs), "last_hidden_state", None)
+    if len(seen) != 1 or states is None:
+        return False
+    [(head_states, logits)] = seen
+    pairs = [
+        (given, large_V.expand(given.shape)),
+        (head_states, states),
+        (logits, F.linear(states, head.weight, head.bias)),
+    ]
+    return all(found.shape == expected.shape and _agree(found, expected) for found, expected in pairs)
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Up to rounding. Zeros, as of the embedding of a padding token, tell nothing."""
+    largest = expected.abs().max()
+    return bool(largest > 0 and (found - expected).abs().max() <= 1e-4 * largest)
+
+
+def check_causal(model: PreTrainedModel, tokens_BT: torch.Tensor) -> None:
+    """UserError if later tokens change the logits of earlier ones. The model is in its evaluation mode."""
+    half = tokens_BT.shape[1] // 2
+    changed_BT = tokens_BT.clone()
+    changed_BT[:, half:] = torch.where(tokens_BT[:, half:] == 1, 2, 1)
+    logits, changed = (model(**model_inputs(model, tokens, None)).logits for tokens in (tokens_BT, changed_BT))
+    difference_BTV = (logits - changed).abs()
+    if half and difference_BTV[:, :half].max() > 1e-3 * difference_BTV[:, half:].max():
+        raise UserError(
+            f"{type(model).__name__} of {model.name_or_path!r} is no causal language model as it is configured: a token's "
+            "logits depend on the tokens after it. Give a causal one as seed_model.name_or_path, or correct its config.json "
+            "(is_decoder, is_causal)."
+        )
 
 
 def _chunks_are_cheaper(batch: torch.Tensor, vocab_size: int) -> bool:
@@ -109,7 +157,7 @@ def model_inputs(model: PreTrainedModel, tokens_BT: torch.Tensor, border: int | 
 
     positions_BT = positions_in_document(tokens_BT, border)
     mask = create_causal_mask(
-        config=model.config,
+        config=model.config.get_text_config(),
         inputs_embeds=torch.empty(*tokens_BT.shape, 0, dtype=model.dtype, device=tokens_BT.device),  # for its shape
         attention_mask=None,
         past_key_values=None,

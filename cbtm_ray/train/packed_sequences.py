@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -115,6 +116,40 @@ def read_documents(
     wanted = None if cluster is None else ds.field("cluster") == cluster
     for batch in dataset.to_batches(columns=["tokens"], filter=wanted, use_threads=False, **READ_AHEAD):
         yield from _as_documents(batch.column(0))
+
+
+def check_long_enough(
+    clusters: Sequence[Mapping[str, Any]], sequence_length: int, control: str | None = None, domains: Sequence[str] = ()
+) -> None:
+    """UserError if the training documents of a cluster, each with an end of text, make no sequence.
+
+    Args:
+        clusters: rows {cluster, documents, tokens}.
+        control: whose clusters they are; None: the experts'.
+        domains: names of the clusters, if they have some.
+    """
+    lengths = {row["cluster"]: row["tokens"] + row["documents"] for row in clusters}
+    if not (short := [cluster for cluster, length in lengths.items() if length < sequence_length]):
+        return
+    name = f"domain {domains[short[0]]!r}" if domains else f"cluster {short[0]}"
+    whose = f" of train.controls {control!r}" if control else ""
+    more = f", and {len(short) - 1} more have too few" if len(short) > 1 else ""
+    raise UserError(
+        f"tokens.sequence_length={sequence_length} must be at most the tokens of a cluster's documents: {name}{whose} has "
+        f"{lengths[short[0]]}{more}. Lower it, give more documents, or fewer clusters"
+        + (" or domains." if domains else ".")
+    )
+
+
+def held_out_sequences(
+    shards_uri: str, cluster: int | None, *, sequence_length: int, end_of_text: int, seed: int
+) -> PackedSequences | None:
+    """One cluster's held-out documents, or all (None), as sequences: shorter ones if the documents are, None without any."""
+    documents = list(read_documents(shards_uri, "valid", cluster))
+    if not documents:
+        return None
+    length = min(sequence_length, sum(len(tokens) + 1 for tokens in documents))
+    return PackedSequences(documents, sequence_length=length, end_of_text=end_of_text, seed=seed)
 
 
 def _read_by_partition(part_uri: str, partition_uri: str, cluster: int | None) -> Iterator[np.ndarray]:

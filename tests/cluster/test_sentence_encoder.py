@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
 
+from cbtm_ray.cluster import sentence_encoder
 from cbtm_ray.cluster.embed import load_embedder, save_embedder
-from cbtm_ray.cluster.sentence_encoder import SentenceEncoder
+from cbtm_ray.cluster.sentence_encoder import SentenceEncoder, load_encoder
 from cbtm_ray.config import EmbedConfig
 from cbtm_ray.corpus.tokenizer import encode, train_tokenizer
 from cbtm_ray.errors import UserError
@@ -99,6 +114,49 @@ def test_an_encoder_that_is_not_there_or_too_short_is_refused(
     long = EmbedConfig(embedder="sentence", encoder=minilm_folder(), encoder_tokens=300)
     with pytest.raises(UserError, match=r"embed\.encoder_tokens=300 must be at most 256"):
         SentenceEncoder.open(long, tokenizer)
+
+
+def small_encoder(tmp_path: Path, pad: str | None, **config: Any) -> EmbedConfig:
+    """RoBERTa with positions for 64 tokens, two of which the tokenizer puts around a text."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    RobertaModel(RobertaConfig(**sizes, vocab_size=20, max_position_embeddings=66, pad_token_id=1)).save_pretrained(
+        tmp_path
+    )
+    words = Tokenizer(WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2, "?": 3, "word": 4}, unk_token="?"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token=pad).save_pretrained(tmp_path)
+    return EmbedConfig(embedder="sentence", encoder=str(tmp_path), **config)
+
+
+@pytest.mark.parametrize(
+    ("pad", "tokens", "message"),
+    [
+        ("<pad>", 65, r"embed\.encoder_tokens=65 must be at most 64, the most that embed\.encoder='.*' reads"),
+        ("<pad>", 2, r"embed\.encoder_tokens=2 must be above 2, the tokens that embed\.encoder='.*' puts around"),
+        (None, 64, r"embed\.encoder='.*' has no padding token"),
+    ],
+)
+def test_an_encoder_is_tried_at_its_limits(tmp_path: Path, pad: str | None, tokens: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_encoder(small_encoder(tmp_path, pad, encoder_tokens=tokens))
+    for within in (3, 64):
+        load_encoder(small_encoder(tmp_path, "<pad>", encoder_tokens=within))
+
+
+def test_an_encoder_that_pools_its_padding_is_refused(tmp_path: Path) -> None:
+    config = small_encoder(tmp_path / "plain", "<pad>", encoder_tokens=8)
+    model = SentenceTransformer(config.encoder)
+    model[0].auto_model.forward = unmasked(model[0].auto_model.forward)
+    with pytest.raises(UserError, match="embeds a text otherwise beside a longer one"):
+        sentence_encoder._try_encoder(model, config)
+
+
+def unmasked(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def all_seen(input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
+        return forward(input_ids=input_ids, attention_mask=torch.ones_like(attention_mask), **options)
+
+    return all_seen
 
 
 def test_an_encoder_pools_as_its_folder_says(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -6,12 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram, WordLevel
+from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cbtm_ray.corpus.tokenizer import END_OF_TEXT, encode, load_tokenizer, save_tokenizer, train_tokenizer
+from cbtm_ray.cluster.embed import TokenTfidf, silent_tokens
+from cbtm_ray.config import SeedModelConfig
+from cbtm_ray.corpus.tokenizer import (
+    END_OF_TEXT,
+    encode,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 from cbtm_ray.errors import UserError
+from cbtm_ray.models import new_model
 
 TEXTS = ["the ship sailed over the waves and the captain slept", "stir the butter and the flour", "caf\u00e9"] * 4
 
@@ -89,3 +103,41 @@ def test_a_text_that_spells_out_the_end_of_text_does_not_end() -> None:
     (ids,) = encode(tokenizer, ["the <|endoftext|> harbour"])
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids.tolist()) == "the <|endoftext|> harbour"
+
+
+def test_a_piece_of_the_vocabulary_that_is_the_end_of_text_does_not_end_a_text_either() -> None:
+    scores = {"<unk>": 0.0, "</s>": -1.0, "\u2581the": -2.0, "\u2581sea": -2.0, "\u2581": -3.0, "</s": -4.0, ">": -4.0}
+    pieces = Tokenizer(Unigram(list(scores.items()), unk_id=0))
+    pieces.pre_tokenizer = Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>", eos_token="</s>")
+    first, second, alone = encode(tokenizer, ["the </s> sea", "the sea", "</s>"])
+    assert not any(tokenizer.eos_token_id in ids for ids in (first, second, alone))
+    assert second.tolist() == [2, 3]
+    assert [token for token in first if token != 4] == [2, 5, 6, 3]
+
+
+@pytest.fixture(scope="module")
+def gappy() -> PreTrainedTokenizerFast:
+    """Some ids are no token's, and an added token has the largest."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "ship": 7, "the": 40}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    tokenizer.add_tokens(["<harbour>"])
+    return tokenizer
+
+
+def test_a_tokenizer_with_gaps_is_taken_as_it_is(gappy: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_tokenizer(gappy, str(tmp_path))
+    tokenizer = load_tokenizer(str(tmp_path))
+    added = tokenizer.convert_tokens_to_ids("<harbour>")
+    (ids,) = encode(tokenizer, ["the <harbour> ship"])
+    assert ids.tolist() == [40, added, 7]
+    assert vocabulary_size(tokenizer) == max(40, added) + 1 > len(tokenizer)
+    sizes = SeedModelConfig(hidden_size=16, n_layers=1, n_heads=2, intermediate_size=16, train_tokens=1)
+    model = new_model(sizes, tokenizer, 16, 0)
+    model(torch.from_numpy(ids[None].astype(np.int64)))
+    silent_V = silent_tokens(tokenizer)
+    assert [bool(silent_V[token]) for token in (2, 7, 40, added)] == [True, False, True, False], (
+        "no token, and a stop word"
+    )
+    TokenTfidf.fit([ids, ids[:1], ids[2:]], silent_V, dimensions=1, random_state=0).transform([ids])

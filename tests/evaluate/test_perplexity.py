@@ -11,7 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from cbtm_ray.cluster.partition import SCHEMA
 from cbtm_ray.config import EvaluateConfig
@@ -59,7 +68,7 @@ def test_batches_hold_no_more_tokens_than_asked_for(model: LlamaForCausalLM) -> 
     documents = [np.full(length, 7, np.int32) for length in (5, 8, 8, 7, 30, 6)]
     score_documents(model, documents, sequence_length=8, end_of_text=0, batch_tokens=20)
     hook.remove()
-    scored = shapes[2:]  # the first two compare the ways of computing a loss
+    scored = shapes[4:]  # the first four try the model
     assert sum(rows for rows, _ in scored) == 9
     assert max(rows * (width + 1) for rows, width in scored) <= 20
     assert max(rows for rows, _ in scored) > 1
@@ -186,8 +195,36 @@ def test_a_model_that_scales_its_logits_is_scored_as_by_hugging_face(end_of_text
     np.testing.assert_allclose(found, logprobs[np.arange(8), document], atol=1e-5)
 
 
+def test_a_multiplier_that_no_list_knows_is_scored_as_by_hugging_face() -> None:
+    """Falcon-H1's, where the end of text is the padding too, whose embedding is zero."""
+    torch.manual_seed(0)
+    config = FalconH1Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=50,
+        intermediate_size=16, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=4,
+        lm_head_multiplier=0.25, pad_token_id=0,
+    )  # fmt: skip
+    model = FalconH1ForCausalLM(config).eval()
+    document = np.random.default_rng(0).integers(1, 50, 8).astype(np.int32)
+    with torch.no_grad():
+        model.lm_head.weight *= 30  # to the size of a trained one's logits
+        logprobs = model(torch.tensor([[0, *document[:-1]]])).logits[0].log_softmax(-1)
+    found = score_documents(model, [document], sequence_length=8, end_of_text=0, batch_tokens=100)
+    np.testing.assert_allclose(found, logprobs[np.arange(8), document], atol=1e-5)
+
+
 def test_no_documents_have_no_scores(model: LlamaForCausalLM) -> None:
     assert score_documents(model, [], sequence_length=8, end_of_text=0, batch_tokens=9).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"temperatures": (1e-6,)}, {"temperatures": (1e6,)}, {"betas": (1e6,)}, {"gammas": (0.0,)}, {"gammas": (1.0,)}],
+)
+@pytest.mark.parametrize("routing", ["embedding", "posterior", "prefix"])
+def test_settings_at_their_bounds_give_probabilities(routing: str, fields: dict[str, tuple[float]]) -> None:
+    given = held_out(lengths=(20, 30))
+    for found in tune(given, EvaluateConfig(**fields), routing).values():
+        assert np.isfinite(mixture_logprobs(given, found)).all()
 
 
 def test_candidates_by_hand() -> None:

