@@ -9,6 +9,7 @@ from cbtm_ray import files, progress
 from cbtm_ray.errors import UserError, refuse
 from cbtm_ray.inputs import check_inputs
 from cbtm_ray.load_config import dump_config, load_config
+from cbtm_ray.memory import out_of_memory
 from cbtm_ray.ray_session import ray_session
 from cbtm_ray.run import Run, Unfinished, no_space_left
 
@@ -51,6 +52,10 @@ def main(description: str, job: str, arguments: list[str] | None = None) -> int:
         if (said := files.refusal(cause)) is None:
             raise
         return refuse(f"{said} What is finished is kept, and the same command continues.")
+    except Exception as error:
+        if (killed := out_of_memory(error)) is None:
+            raise
+        return refuse(killed)
     except KeyboardInterrupt:
         progress.console.print("Interrupted. The same command continues.")
         return 130

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cbtm_ray.cluster.rounding import round_sizes
+from cbtm_ray.cluster.scale import ScaledShards, rescaling
 from cbtm_ray.cluster.shard_steps import (
     LocalShards,
     Shards,
@@ -37,6 +38,8 @@ IMBALANCE = 0.01  # while fitting, soft cluster sizes are within this share of N
 # similar centers are known, and the last.
 HOTTEST, WARM, COLDEST = 0.1, 0.03, 0.002
 MOLTEN = 100.0  # no spread of prices needs more
+MOST_HEATED = 20  # times that a fit may be heated, which ends where loads cannot be balanced at all
+NARROWEST = 1e-30  # least spread as a share of all distances: in float32, colder softmaxes are NaN
 GAP = 1e-6  # relative gap at which the rounding is taken as optimal: float32 distances resolve no more
 MAX_STEPS = 40  # dual steps at one temperature
 
@@ -47,16 +50,17 @@ def fit_prices(shards: Shards, centers: Tensor | None, prices: Tensor, hottest: 
     Temperatures fall from `hottest` to COLDEST, in units of the documents' typical spread of squared distances. Steps are
     short in a cold dual: where it does not balance because prices have far to go, it is heated first.
     """
-    logs, count = shards.total(log_spread, centers)
-    spread = math.exp(logs / count) if count else 1.0
-    temperature, balanced = max(hottest, COLDEST), False
+    logs, count, distances = shards.total(log_spread, centers)
+    spread = max(math.exp(logs / count), NARROWEST * distances) if count else 1.0
+    temperature, balanced, heated = max(hottest, COLDEST), False, 0
     while True:
         epsilon, last = temperature * spread, temperature == COLDEST
         goal = IMBALANCE if last else 5 * IMBALANCE
         prices, imbalance = _ascend(shards, centers, prices, epsilon, goal)
+        assert math.isfinite(imbalance), f"loads at temperature {temperature:g} of spread {spread:g}"
         balanced = balanced or imbalance <= goal
-        if not balanced and temperature < MOLTEN:
-            temperature *= 10
+        if not balanced and temperature < MOLTEN and heated < MOST_HEATED:
+            temperature, heated = temperature * 10, heated + 1
         elif last:
             break
         else:
@@ -111,6 +115,10 @@ class Assignment:
     prices: Tensor
     """(K,) float64."""
 
+    def times(self, area: float) -> Assignment:
+        """The same for squared distances `area` times as large, a power of two."""
+        return replace(self, cost=self.cost * area, lower_bound=self.lower_bound * area, prices=self.prices * area)
+
 
 def balanced_assignment(squared_distances_NK: Tensor) -> Assignment:
     """The cheapest assignment with cluster sizes floor(N / K) or ceil(N / K), from a matrix of squared distances.
@@ -121,14 +129,18 @@ def balanced_assignment(squared_distances_NK: Tensor) -> Assignment:
     check_counts(n, n_clusters)
     if not squared_distances_NK.isfinite().all():
         raise UserError("squared_distances must be finite, but some entries are NaN or infinite. Look for empty rows.")
-    return assign(LocalShards(cut(squared_distances_NK)), None, torch.zeros(n_clusters, dtype=torch.double), HOTTEST)
+    area = rescaling(math.sqrt(float(squared_distances_NK.abs().max()))) ** 2
+    shards = ScaledShards(LocalShards(cut(squared_distances_NK)), area)
+    return assign(shards, None, torch.zeros(n_clusters, dtype=torch.double), HOTTEST).times(1 / area)
 
 
 def assign_points(points_ND: Tensor, centers_KD: Tensor) -> Assignment:
     """`balanced_assignment` from embeddings and centers, float32; nothing of size N x K x D is ever made."""
     check_counts(len(points_ND), len(centers_KD))
     start = torch.zeros(len(centers_KD), dtype=torch.double)
-    return assign(LocalShards(cut(points_ND)), centers_KD.cpu(), start, HOTTEST)
+    factor = rescaling(float(torch.linalg.vector_norm(points_ND, math.inf)))
+    shards = ScaledShards(LocalShards(cut(points_ND)), factor)
+    return assign(shards, centers_KD.cpu() * factor, start, HOTTEST).times(factor**-2)
 
 
 def assign(shards: Shards, centers: Tensor | None, prices: Tensor, hottest: float) -> Assignment:

@@ -1,4 +1,4 @@
-"""Balanced k-means over Ray actors: the loops of `kmeans.py`, the steps of `shard_steps.py`, the shards held by actors.
+"""Balanced k-means over Ray actors: the loops of `lloyd.py`, the steps of `shard_steps.py`, the shards held by actors.
 
     N documents, D embedding dims, K clusters
 

@@ -2,7 +2,7 @@
 
     N documents, D embedding dims, K clusters, C documents near a border between two clusters
 
-A step returns sums, or results for few documents. The loops of `kmeans.py` and `balanced_assignment.py` ask `Shards` for the
+A step returns sums, or results for few documents. The loops of `lloyd.py` and `balanced_assignment.py` ask `Shards` for the
 results of each shard or for their total, and so run unchanged on one tensor (`LocalShards`) and over actors
 (`kmeans_actors.py`).
 """
@@ -53,6 +53,16 @@ class Shard:
     def __init__(self, rows: Tensor, position: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
         self.rows, self.position, self._cache_bytes = rows, position, cache_bytes
         self._centers, self._distances = torch.empty(0), torch.empty(0)
+        self._scaled: tuple[float, Shard] | None = None
+
+    def times(self, factor: float) -> Shard:
+        """The shard of rows `factor` times as large, made once."""
+        if factor == 1:
+            return self
+        if self._scaled is None or self._scaled[0] != factor:
+            rows = (self.rows.double() * factor).to(self.rows)
+            self._scaled = factor, Shard(rows, self.position, self._cache_bytes)
+        return self._scaled[1]
 
     def blocks(self, centers: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the rows with their (n, K) squared distances, each small enough for a processor's cache.
@@ -147,14 +157,17 @@ def take_rows(shard: Shard, index: list[np.ndarray]) -> Tensor:
     return shard.rows[torch.tensor(index[shard.position]).to(shard.rows.device)].cpu()
 
 
-def log_spread(shard: Shard, centers: Tensor | None) -> tuple[float, int]:
-    """Sum of log(mean_j d2_ij - min_j d2_ij) and its number of terms: logs, so that a far outlier sets no scale."""
-    logs, count = 0.0, 0
+def log_spread(shard: Shard, centers: Tensor | None) -> tuple[float, int, float]:
+    """Sums of log(mean_j d2_ij - min_j d2_ij), of 1 for each such term, and of mean_j |d2_ij|.
+
+    Logs, so that a far outlier sets no scale."""
+    logs, count, total = 0.0, 0, 0.0
     for _, d in shard.blocks(centers):
         spread = (d.mean(1) - d.amin(1)).double()
         spread = spread[spread > 0]
         logs, count = logs + spread.log().sum().item(), count + len(spread)
-    return logs, count
+        total += d.abs().mean(1).double().sum().item()
+    return logs, count, total
 
 
 def _softmax(d: Tensor, prices: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cbtm_ray import files
-from cbtm_ray.cluster import kmeans
+from cbtm_ray.cluster import lloyd
 from cbtm_ray.cluster.kmeans import BalancedKMeans
 from cbtm_ray.cluster.kmeans_actors import fit_distributed
 from cbtm_ray.cluster.shard_steps import Shard
@@ -118,7 +118,7 @@ def dying_step(folder: Path, real_step: Callable[..., Any]) -> Callable[..., Any
 def test_an_actor_killed_inside_a_lloyd_step_changes_nothing(
     undisturbed: BalancedKMeans, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kmeans, "means_step", dying_step(tmp_path, kmeans.means_step))
+    monkeypatch.setattr(lloyd, "means_step", dying_step(tmp_path, lloyd.means_step))
     killed = []
 
     def kill_the_victim() -> None:
