@@ -29,8 +29,8 @@ def test_what_is_there_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"corpus": {"paths": ["/nowhere"]}}, r"^corpus\.paths: /nowhere holds no documents"),
-        ({"corpus": {"valid_paths": ["/nowhere"]}}, r"^corpus\.valid_paths: /nowhere holds no documents"),
+        ({"corpus": {"paths": ["/nowhere"]}}, r"^corpus\.paths: /nowhere does not exist"),
+        ({"corpus": {"valid_paths": ["/nowhere"]}}, r"^corpus\.valid_paths: /nowhere does not exist"),
         (
             {"corpus": {"paths": [], "packages": ["yaml", "no_such"]}},
             r"^corpus\.packages: 'no_such' is not an installed",
