@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from cbtm_ray import files
 from cbtm_ray.errors import UserError
 
+ENCODED_AT_ONCE = 512  # texts: the tokenizer keeps about 100 bytes a token until all of them are encoded
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -71,7 +72,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, uri: str) -> str:
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
     """Token ids of each text, int32, without special tokens: a text that spells one out is text like any other."""
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+    encoded: list[np.ndarray] = []
+    for start in range(0, len(texts), ENCODED_AT_ONCE):
+        some = texts[start : start + ENCODED_AT_ONCE]
+        ids = tokenizer(some, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        encoded += [np.asarray(each, dtype=np.int32) for each in ids]
+    return encoded
