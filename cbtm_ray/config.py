@@ -78,9 +78,14 @@ class RunSettings:
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CorpusConfig:
     paths: tuple[Text, ...] = ()
-    """Files or folders of documents: .jsonl, .json (both also .gz, .zst), .parquet, .txt. Empty: installed documentation."""
+    """Files or folders of documents: .jsonl, .ndjson, .json, .txt (each also .gz, .zst, .zstd, .bz2, .xz), .parquet.
+    Empty: installed documentation."""
     valid_paths: tuple[Text, ...] = ()
-    """Held-out documents, if the corpus has its own; else `valid_fraction` of `paths` is held out by a hash of the id."""
+    """Held-out documents, if the corpus has its own, in files that are not among `paths`; else `valid_fraction` of `paths` is
+    held out by a hash of the id."""
+    deduplicate: Literal["none", "exact"] = "none"
+    """exact: training documents whose text is, character by character, that of a held-out document are left out.
+    none: they are counted and stay."""
     packages: tuple[Text, ...] = ()
     """Python packages whose documentation is the corpus when `paths` is empty; the package is the domain."""
     package_bytes: Count = 2_000_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cbtm_ray import files
 from cbtm_ray.corpus.installed_docs import package_folder
-from cbtm_ray.corpus.shards import list_shards
+from cbtm_ray.corpus.shards import list_corpus
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run
 from cbtm_ray.stages import SHAREABLE
@@ -38,9 +38,7 @@ def _check_corpus(run: Run) -> None:
         for package in config.corpus.packages:
             package_folder(package)
         if config.corpus.paths:
-            list_shards(config.corpus.paths)
-        if config.corpus.valid_paths:
-            list_shards(config.corpus.valid_paths, "corpus.valid_paths")
+            list_corpus(config.corpus)
 
 
 def _check_folders(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -43,7 +44,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: one line that names the field, its value, what is allowed and the nearest valid key.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))  # leaves the `~` of a user that there is not
     if not file.is_file():
         raise UserError(f"--config={path} is not a file. Give a YAML file such as configs/quickstart.yaml.")
     try:

@@ -10,12 +10,17 @@ class CorpusCounts(TypedDict):
     empty_documents: int
     train_bytes: int
     valid_bytes: int
+    held_out_duplicates: int
+    """Training documents whose text equals a held-out text."""
 
 
 class CorpusManifest(CorpusCounts):
     """`corpus/`: totals, and one row for each shard, which the partition reads again."""
 
     sample_documents: int
+    deduplicate: str | None
+    left_out: dict[str, dict[str, Any]]
+    """Why files are not read -> how many `files`, and the name of the `first`."""
     content: str
     shards: list[dict[str, Any]]
 

@@ -13,6 +13,7 @@ from cbtm_ray.branch import launch
 from cbtm_ray.cluster import controls, fit, partition
 from cbtm_ray.config import CONTROLS, PARTITION_CONTROLS, Control
 from cbtm_ray.corpus import build
+from cbtm_ray.corpus.sample import sample_texts
 from cbtm_ray.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from cbtm_ray.evaluate import average, domain_task, results
 from cbtm_ray.model_checks import check_fewshot
@@ -21,7 +22,9 @@ from cbtm_ray.report import terminal
 from cbtm_ray.run import Run
 
 Work = Callable[[Run], Mapping[str, Any]]
-Stage = tuple[str, Work, str]
+Summary = str | Callable[[dict[str, Any]], str]
+"""A template of the manifest, or what makes the line of it."""
+Stage = tuple[str, Work, Summary]
 
 
 def make_tokenizer(run: Run) -> dict[str, Any]:
@@ -29,8 +32,7 @@ def make_tokenizer(run: Run) -> dict[str, Any]:
     wanted = run.config.tokens
     tokenizer: PreTrainedTokenizerBase
     if wanted.tokenizer == "train":
-        texts = build.read_sample(run)["text"].to_pylist()
-        tokenizer = train_tokenizer(texts, wanted.vocab_size)
+        tokenizer = train_tokenizer(sample_texts(run), wanted.vocab_size)
         check_fewshot(run, tokenizer)
     else:
         tokenizer = load_tokenizer(wanted.tokenizer)
@@ -39,11 +41,7 @@ def make_tokenizer(run: Run) -> dict[str, Any]:
 
 JOBS: dict[str, list[Stage]] = {
     "build_corpus": [
-        (
-            "corpus",
-            build.build_corpus,
-            "{train_documents:,} documents, {train_bytes:,} bytes; {valid_documents:,} held out; {empty_documents:,} empty",
-        ),
+        ("corpus", build.build_corpus, build.summary),
         ("tokenizer", make_tokenizer, "{vocabulary:,} tokens"),
     ],
     "fit_clusters": [
@@ -101,7 +99,7 @@ def run_job(run: Run, job: str) -> None:
     """Do what is missing of a job's stages, and say in a line how each came out."""
     for folder, work, template in stages(run, job):
         manifest, ran = run.stage(folder, partial(work, run))
-        progress.summary(folder, manifest["seconds"] if ran else None, template.format(**manifest))
+        progress.summary(folder, manifest["seconds"] if ran else None, _line(template, manifest))
     if job == "evaluate_mixture":
         terminal.write_report(run, summaries(run))
         terminal.print_results(run)
@@ -109,10 +107,14 @@ def run_job(run: Run, job: str) -> None:
         terminal.print_average(run)
 
 
+def _line(summary: Summary, manifest: dict[str, Any]) -> str:
+    return summary.format(**manifest) if isinstance(summary, str) else summary(manifest)
+
+
 def summaries(run: Run) -> dict[str, str]:
     """The line of every finished stage, by its folder, in the stages' order."""
     return {
-        folder: template.format(**manifest)
+        folder: _line(template, manifest)
         for job in JOBS
         for folder, _, template in stages(run, job)
         if (manifest := run.manifest(folder))

@@ -42,8 +42,11 @@ class Run:
         self._fields = _flatten(config_tree(self.config))
 
     def uri(self, *parts: str) -> str:
-        stage = parts[0].partition("/")[0] if parts else ""
-        return files.join(self._owners.get(stage, self.dir), *parts)
+        return files.join(self._taken_from(parts[0]) if parts else self.dir, *parts)
+
+    def _taken_from(self, folder: str) -> str:
+        """The run directory that a stage's folder lies in: this one, or one of `run.shared`."""
+        return self._owners.get(folder.partition("/")[0], self.dir)
 
     def _owner(self, stage: str) -> str:
         """The directory that has the stage finished, or this run's."""
@@ -79,7 +82,8 @@ class Run:
         """Refuse folders that were made with another configuration or from other inputs: of these stages, or of all.
 
         Raises:
-            UserError: one line with every field that differs, or every input, and which folders to delete.
+            UserError: one line with every field that differs, or every input, and which folders of this run to delete.
+                A shared run that does not fit is named instead.
         """
         identity = functools.cache(_identity)
         fields, inputs, stale = dict[str, str](), list[str](), set[str]()
@@ -89,6 +93,7 @@ class Run:
             made_from, sources = made_with.pop("made_from", {}), self._inputs(stage)
             differing = self._differing(stage, made_with)
             changed = [name for name, known in made_from.items() if identity(sources[name]) not in (None, known)]
+            self._check_shared(stage, differing, {name: sources[name] for name in changed})
             fields |= differing
             inputs += [f"{self.uri(stage)} was made from another {name} than {sources[name]}" for name in changed]
             stale |= {stage} if differing or changed else set()
@@ -99,6 +104,22 @@ class Run:
             )
         if inputs:
             raise UserError(f"{'; '.join(inputs)}. Delete {self._with_later(stale)}: the same command makes it again.")
+
+    def _check_shared(self, stage: str, differing: dict[str, str], changed: dict[str, str]) -> None:
+        """UserError: the stage is a shared run's and does not fit, or it was made before such a run's was there."""
+        taken_from = self._taken_from(stage)
+        if taken_from != self.dir and differing:
+            raise UserError(
+                f"run.shared: {taken_from} was made with another configuration: {', '.join(differing.values())}. Take it out "
+                "of run.shared, or restore the field."
+            )
+        for name, source in changed.items():
+            shared = {taken_from, self._taken_from(name) if source == self.uri(name) else self.dir} - {self.dir}
+            if shared:
+                raise UserError(
+                    f"run.shared: {self.uri(stage)} was made from another {name} than {source}. Take {', '.join(shared)} out "
+                    "of run.shared, or give another run.dir."
+                )
 
     def _is_begun(self, stage: str) -> bool:
         return any(files.exists(self.uri(stage, name)) for name in ("settings.json", "manifest.json"))
@@ -122,7 +143,8 @@ class Run:
     def _with_later(self, stages: set[str]) -> str:
         """The folders of stages, and those that there are of the stages made from them."""
         affected = [each for each in STAGE_SETTINGS if not stages.isdisjoint((*before(each), each))]
-        there = [self.uri(each) for each in affected if self._is_begun(each)]
+        own = [each for each in affected if self._taken_from(each) == self.dir]
+        there = [self.uri(each) for each in own if self._is_begun(each)]
         return ", ".join(uri for uri in there if not any(uri.startswith(f"{other}/") for other in there))
 
     def open(self) -> None:

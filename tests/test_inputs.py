@@ -29,8 +29,8 @@ def test_what_is_there_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"corpus": {"paths": ["/nowhere"]}}, r"^corpus\.paths: /nowhere holds no documents"),
-        ({"corpus": {"valid_paths": ["/nowhere"]}}, r"^corpus\.valid_paths: /nowhere holds no documents"),
+        ({"corpus": {"paths": ["/nowhere"]}}, r"^corpus\.paths: /nowhere does not exist"),
+        ({"corpus": {"valid_paths": ["/nowhere"]}}, r"^corpus\.valid_paths: /nowhere does not exist"),
         (
             {"corpus": {"paths": [], "packages": ["yaml", "no_such"]}},
             r"^corpus\.packages: 'no_such' is not an installed",
@@ -77,6 +77,39 @@ def test_a_name_that_neither_the_hub_nor_its_cache_has_is_refused(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message):
         check_inputs(run_with(tmp_path, **sections))
+
+
+def test_the_users_home_stands_for_itself_in_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(write_corpus(tmp_path / "elsewhere", documents=8))
+    write_corpus(tmp_path / "valid", documents=8)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    run_with(tmp_path / "other", run={"dir": str(tmp_path / "other")}).stage("corpus", dict)
+    examples = [
+        f'{{"text": "a", "label": "{n % 2}", "split": "{split}"}}' for n in range(9) for split in ("train", "test")
+    ]
+    (tmp_path / "task.jsonl").write_text("\n".join(examples))
+    run = run_with(
+        tmp_path,
+        run={"dir": "~/run", "shared": ["~/other"]},
+        corpus={"paths": ["~/corpus"], "valid_paths": ["~/valid"]},
+        tokens={"tokenizer": "~/model"},
+        seed_model={"name_or_path": "~/model"},
+        embed={"embedder": "sentence", "encoder": "~/model"},
+        evaluate={"fewshot": ["~/task.jsonl"]},
+    )
+    assert run.dir == str(tmp_path / "run")
+    check_inputs(run)
+    for section, field in (("tokens", "tokenizer"), ("seed_model", "name_or_path"), ("train", "warm_start")):
+        with pytest.raises(UserError, match=rf"^{section}\.{field}='~/gone' does not exist"):
+            check_inputs(run_with(tmp_path, **{section: {field: "~/gone"}}))
+    assert not (tmp_path / "elsewhere" / "~").exists()
+
+
+def test_held_out_files_among_the_others_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^corpus\.valid_paths=.* and corpus\.paths=.* both hold .*part-0\.jsonl"):
+        check_inputs(run_with(tmp_path, corpus={"valid_paths": [str(tmp_path / "corpus" / "part-0.jsonl")]}))
 
 
 @pytest.mark.parametrize(

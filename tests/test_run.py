@@ -271,6 +271,28 @@ def test_a_shared_stage_of_another_configuration_is_refused(tmp_path: Path) -> N
         point.open()
 
 
+def test_a_shared_run_that_does_not_fit_is_named_and_no_folder_is_to_be_deleted(tmp_path: Path) -> None:
+    finish(tmp_path / "base", "corpus", run__seed=1)
+    run_with(tmp_path / "point").stage("tokenizer", dict)
+    point = run_with(tmp_path / "point", run__shared=[str(tmp_path / "base")])
+    with pytest.raises(UserError) as caught:
+        point.open()
+    assert str(caught.value) == (
+        f"run.shared: {tmp_path}/base was made with another configuration: run.seed=0 (the run has 1). Take it out of "
+        "run.shared, or restore the field."
+    )
+
+
+def test_folders_of_a_shared_run_are_never_to_be_deleted(tmp_path: Path) -> None:
+    for stage in ("corpus", "tokenizer"):
+        finish(tmp_path / "point", stage, tokens__vocab_size=300)
+    (tmp_path / "base" / "clusterer").mkdir(parents=True)
+    (tmp_path / "base" / "clusterer" / "manifest.json").write_text("{}")  # of an earlier version, tied to nothing
+    point = run_with(tmp_path / "point", run__shared=[str(tmp_path / "base")], tokens__vocab_size=400)
+    with pytest.raises(UserError, match=rf"or delete {tmp_path}/point/tokenizer\.$"):
+        point.open()
+
+
 def test_a_moved_run_is_the_same_run(tmp_path: Path) -> None:
     for stage in STAGE_SETTINGS:
         finish(tmp_path / "here", stage)

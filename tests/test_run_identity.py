@@ -135,7 +135,10 @@ def test_stages_of_a_shared_run_are_inputs_like_others(tmp_path: Path) -> None:
     make(run_with(tmp_path / "base"), "shards", content="second")
     with pytest.raises(UserError) as caught:
         run_with(tmp_path / "point", run__shared=shared).open()
-    assert f"point/experts was made from another shards than {tmp_path}/base/shards." in str(caught.value)
+    assert str(caught.value) == (
+        f"run.shared: {tmp_path}/point/experts was made from another shards than {tmp_path}/base/shards. Take {tmp_path}/base "
+        "out of run.shared, or give another run.dir."
+    )
 
 
 def test_one_seed_serves_shards_of_any_clusters(tmp_path: Path) -> None:

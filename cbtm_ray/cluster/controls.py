@@ -28,8 +28,8 @@ from cbtm_ray.cluster.fit import embed_sample, fit_centers, forget_fit
 from cbtm_ray.cluster.partition import CHUNK_DOCUMENTS, Totals, load_tokenizer_embedder_centers
 from cbtm_ray.cluster.shard_steps import squared_distances
 from cbtm_ray.config import Config
-from cbtm_ray.corpus.build import read_sample
 from cbtm_ray.corpus.documents import unit_hash
+from cbtm_ray.corpus.sample import read_sample
 from cbtm_ray.corpus.tokenizer import encode, load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.run import Run

@@ -18,7 +18,7 @@ from cbtm_ray.cluster.kmeans import BalancedKMeans
 from cbtm_ray.cluster.kmeans_actors import fit_distributed
 from cbtm_ray.cluster.shard_steps import SHARD_ROWS
 from cbtm_ray.config import Config
-from cbtm_ray.corpus.build import read_sample
+from cbtm_ray.corpus.sample import read_sample
 from cbtm_ray.corpus.tokenizer import encode, load_tokenizer
 from cbtm_ray.manifests import Agreement, ClusterDescription, ClustererManifest
 from cbtm_ray.run import Run

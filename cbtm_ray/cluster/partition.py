@@ -27,8 +27,9 @@ from cbtm_ray.cluster.embed import Embedder, load_clusterer
 from cbtm_ray.cluster.embed_workers import map_embedding
 from cbtm_ray.cluster.shard_steps import squared_distances
 from cbtm_ray.config import Config, CorpusConfig
-from cbtm_ray.corpus.build import corpus_shards, read_again
-from cbtm_ray.corpus.documents import Document, is_held_out
+from cbtm_ray.corpus.build import corpus_to_read
+from cbtm_ray.corpus.documents import Document, is_held_out, read_again
+from cbtm_ray.corpus.duplicates import drop_duplicates
 from cbtm_ray.corpus.tokenizer import encode, load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.manifests import CorpusManifest, ShardsManifest, SplitManifest
@@ -59,7 +60,7 @@ def partition_corpus(run: Run) -> ShardsManifest:
     corpus_manifest: CorpusManifest = run.require("corpus", "build_corpus")
     counted = corpus_manifest["shards"]
     run.require("clusterer", "fit_clusters")
-    corpus, _ = corpus_shards(run)
+    corpus = corpus_to_read(run)
     tasks = [{"index": index, **shard} for index, shard in enumerate(counted)]
     totals = {split: Totals(run.config.cluster.n_clusters) for split in SPLITS}
     with progress.bar("partition_corpus", len(tasks), "shards") as done:
@@ -128,7 +129,7 @@ def _assign_shard(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The documents of one input shard as rows of the output, each with its split; `digest` takes them in."""
     tokenizer, embedder, centers_KD = load_tokenizer_embedder_centers(config)
-    documents = read_again(row, corpus)
+    documents = drop_duplicates(Run(config), row, read_again(row, corpus))
     for chunk in iter(lambda: list(itertools.islice(documents, CHUNK_DOCUMENTS)), []):
         tokens = encode(tokenizer, [document.text for document in chunk])
         distances_NK = squared_distances(torch.from_numpy(embedder.transform(tokens)), centers_KD)

@@ -7,29 +7,30 @@ Every later reading of a shard is compared with the first by a digest of the sha
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import ray
 
 from cbtm_ray import files, progress
 from cbtm_ray.config import CorpusConfig
-from cbtm_ray.corpus.documents import Document, is_held_out, read_shard, unit_hash
+from cbtm_ray.corpus.documents import content_of, is_held_out, read_shard
+from cbtm_ray.corpus.duplicates import among, distinct, text_hash, write_held_out
 from cbtm_ray.corpus.installed_docs import package_documents
-from cbtm_ray.corpus.shards import Shard, list_shards
+from cbtm_ray.corpus.sample import Sample, write_sample
+from cbtm_ray.corpus.shards import Shard, list_corpus, say_left_out
 from cbtm_ray.errors import UserError
 from cbtm_ray.manifests import CorpusCounts, CorpusManifest
 from cbtm_ray.run import Run
 
-COUNTS = ("train_documents", "valid_documents", "empty_documents", "train_bytes", "valid_bytes")
-SAMPLE_SCHEMA = pa.schema([("id", pa.string()), ("domain", pa.string()), ("text", pa.string())])
+COUNTS = (
+    "train_documents", "valid_documents", "empty_documents", "train_bytes", "valid_bytes", "held_out_duplicates",
+)  # fmt: skip
 
 
 def build_corpus(run: Run) -> CorpusManifest:
@@ -43,25 +44,68 @@ def build_corpus(run: Run) -> CorpusManifest:
     config = run.config
     if config.corpus.packages:
         write_installed_docs(run)
-    corpus, shards = corpus_shards(run)
-    listed = [(split, shard) for split, found in shards.items() for shard in found]
+    corpus = corpus_to_read(run)
+    found, left_out = list_corpus(corpus)
+    listed = [(split, shard) for split, shards in found.items() for shard in shards]
     tasks = [{"index": index, **asdict(shard), "split": split} for index, (split, shard) in enumerate(listed)]
-    sample, scanned = Sample(config.corpus, config.run.seed), dict[int, dict[str, Any]]()
+    known_M = np.empty(0, np.uint64)
+    if corpus.deduplicate == "exact":
+        _, _, known_M = _scan_all([task for task in tasks if task["split"] == "valid"] or tasks, corpus, run, known_M)
+    rows, sample, held_out_M = _scan_all(tasks, corpus, run, known_M)
+    if corpus.deduplicate == "exact" and not np.array_equal(known_M, held_out_M):
+        raise UserError("corpus.paths: a file changed while the corpus was built. Give the same command again.")
+    _check_counts(rows, config.cluster.n_clusters)
+    write_sample(run, sample, rows, corpus)
+    if corpus.deduplicate == "exact":
+        write_held_out(run, known_M)
+    totals: CorpusCounts = {key: sum(row[key] for row in rows) for key in COUNTS}  # type: ignore[assignment]
+    return {
+        **totals,
+        "sample_documents": len(sample.shards),
+        "deduplicate": corpus.deduplicate,
+        "left_out": left_out,
+        "content": files.fingerprint([row["digest"] for row in rows]),
+        "shards": rows,
+    }
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """The line of a finished corpus."""
+    line = (
+        "{train_documents:,} documents, {train_bytes:,} bytes; {valid_documents:,} held out; {empty_documents:,} empty"
+    ).format(**manifest)
+    if (count := manifest.get("held_out_duplicates")) is not None:  # older manifests have none
+        done = (
+            "dropped" if manifest["deduplicate"] == "exact" else "corpus.deduplicate=exact drops them" if count else ""
+        )
+        line += f"; {count:,} training texts equal to held-out ones{f' ({done})' if count else ''}"
+    return line + (f"; files left out: {said}" if (said := say_left_out(manifest.get("left_out", {}))) else "")
+
+
+def _scan_all(
+    tasks: list[dict[str, Any]], corpus: CorpusConfig, run: Run, known_M: np.ndarray
+) -> tuple[list[dict[str, Any]], Sample, np.ndarray]:
+    """Every shard's row of the manifest, the sample, and the hashes of the held-out texts.
+
+    Training documents among the texts of hashes `known_M` are left out. Hashes of training texts wait in Ray's object store,
+    not in the driver, until those of all held-out texts are there.
+    """
+    seed, scanned, hashes = run.config.run.seed, dict[int, dict[str, Any]](), dict[int, ray.ObjectRef]()
+    sample, held_out = Sample(corpus, seed), list[bytes]()
     with progress.bar("build_corpus", len(tasks), "shards") as done:
-        for row in _map(partial(_scan, corpus=corpus, seed=config.run.seed), tasks):
+        for row in _map(partial(_scan, corpus=corpus, seed=seed, known_M=known_M), tasks):
             index = row.pop("index")
             for document_id in row.pop("sample_ids"):
                 sample.offer(document_id, index)
+            hashes[index] = ray.put(row.pop("train_hashes"))
+            held_out.append(row.pop("valid_hashes"))
             scanned[index] = row
             done(len(scanned))
-    ordered = [scanned[index] for index in range(len(tasks))]
-    _check_counts(ordered, config.cluster.n_clusters)
-    documents = _fetch(sample, ordered, corpus)
-    with files.writing(run.uri("corpus", "sample.parquet")) as stream:
-        pq.write_table(pa.Table.from_pylist(documents, SAMPLE_SCHEMA), stream)
-    totals: CorpusCounts = {key: sum(row[key] for row in ordered) for key in COUNTS}  # type: ignore[assignment]
-    content = files.fingerprint([row["digest"] for row in ordered])
-    return {**totals, "sample_documents": len(documents), "content": content, "shards": ordered}
+    held_out_M = distinct(held_out)
+    for index, row in scanned.items():
+        kept_N = np.frombuffer(ray.get(hashes.pop(index)), np.uint64)
+        row["held_out_duplicates"] += int(among(kept_N, held_out_M).sum())
+    return [scanned[index] for index in sorted(scanned)], sample, held_out_M
 
 
 def _map(work: Callable[[dict[str, Any]], dict[str, Any]], tasks: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
@@ -69,18 +113,13 @@ def _map(work: Callable[[dict[str, Any]], dict[str, Any]], tasks: list[dict[str,
     return ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(work).iter_rows()
 
 
-def corpus_shards(run: Run) -> tuple[CorpusConfig, dict[str, list[Shard]]]:
-    """How to read the documents, and the shards by split: those of `valid` are held out whole."""
+def corpus_to_read(run: Run) -> CorpusConfig:
+    """How to read the documents: as configured, or the files that those of the packages were written to."""
     corpus = run.config.corpus
-    if corpus.packages:
-        folder = run.uri("corpus", "documents")
-        corpus = replace(
-            corpus, packages=(), paths=(folder,), id_column="id", text_column="text", domain_column="domain"
-        )
-    shards = {"train": list_shards(corpus.paths)}
-    if corpus.valid_paths:
-        shards["valid"] = list_shards(corpus.valid_paths, "corpus.valid_paths")
-    return corpus, shards
+    if not corpus.packages:
+        return corpus
+    folder = run.uri("corpus", "documents")
+    return replace(corpus, packages=(), paths=(folder,), id_column="id", text_column="text", domain_column="domain")
 
 
 def write_installed_docs(run: Run) -> None:
@@ -99,102 +138,39 @@ def write_installed_docs(run: Run) -> None:
             done(number)
 
 
-def read_sample(run: Run) -> pa.Table:
-    """The sample of training documents: columns id, domain, text."""
-    filesystem, path = files.resolve(run.uri("corpus", "sample.parquet"))
-    return pq.read_table(path, filesystem=filesystem)
-
-
 def _package_texts(row: dict[str, Any], max_bytes: int) -> dict[str, Any]:
     return {**row, "documents": [asdict(document) for document in package_documents(row["package"], max_bytes)]}
 
 
-def _scan(row: dict[str, Any], corpus: CorpusConfig, seed: int) -> dict[str, Any]:
-    """Counts, digest and the ids that can be in the sample, of one shard: few bytes, whatever its texts hold."""
+def _scan(row: dict[str, Any], corpus: CorpusConfig, seed: int, known_M: np.ndarray) -> dict[str, Any]:
+    """Counts, digest, the ids that can be in the sample and hashes of texts, of one shard: few bytes, whatever it holds."""
     counts, digest, sample = dict.fromkeys(COUNTS, 0), hashlib.blake2b(digest_size=16), Sample(corpus, seed)
+    hashes = {"train": array("Q"), "valid": array("Q")}
     for document in read_shard(Shard(tuple(row["uris"]), tuple(row["names"])), corpus):
         if not document.text.strip():
             counts["empty_documents"] += 1
             continue
+        digest.update(content_of(document))
         split = "valid" if row["split"] == "valid" or is_held_out(document.id, corpus, seed) else "train"
+        hashed = text_hash(document.text)
+        if split == "train" and among(np.array([hashed], np.uint64), known_M)[0]:
+            counts["held_out_duplicates"] += 1
+            continue
+        hashes[split].append(hashed)
         counts[f"{split}_documents"] += 1
         counts[f"{split}_bytes"] += len(document.text.encode())
-        digest.update(_content(document))
         if split == "train":
             sample.offer(document.id, row["index"])
-    return {**row, **counts, "digest": digest.hexdigest(), "sample_ids": sample.ids()}
-
-
-def read_again(row: dict[str, Any], corpus: CorpusConfig) -> Iterator[Document]:
-    """The documents with text of a shard, a row of `corpus/manifest.json`.
-
-    Raises:
-        UserError: after the last one, if they are not the documents that the corpus was built from.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for document in read_shard(Shard(tuple(row["uris"]), tuple(row["names"])), corpus):
-        if document.text.strip():
-            digest.update(_content(document))
-            yield document
-    if row.get("digest", digest.hexdigest()) != digest.hexdigest():  # older manifests have none
-        field = "corpus.valid_paths" if row["split"] == "valid" else "corpus.paths"
-        names = row["names"][0] if len(row["names"]) == 1 else f"one of {row['names'][0]} to {row['names'][-1]}"
-        raise UserError(
-            f"{field}: {names} changed after the corpus was built. Restore the file, or start again in another run.dir."
-        )
-
-
-def _content(document: Document) -> bytes:
-    return "\0".join((document.id, document.domain or "", document.text, "")).encode()
-
-
-def _fetch(sample: Sample, shards: list[dict[str, Any]], corpus: CorpusConfig) -> list[dict[str, Any]]:
-    """The sample's documents by hash, out of the shards that hold one."""
-    wanted = defaultdict[int, list[str]](list)
-    for document_id, index in sample.shards.items():
-        wanted[index].append(document_id)
-    tasks, found = [{**shards[index], "ids": ids} for index, ids in wanted.items()], dict[str, dict[str, Any]]()
-    with progress.bar("read the sample", len(tasks), "shards") as done:
-        for number, row in enumerate(_map(partial(_pick, corpus=corpus), tasks), start=1):
-            found.update((document["id"], document) for document in row["documents"])
-            done(number)
-    return [found[document_id] for document_id in sample.ids()]
-
-
-def _pick(row: dict[str, Any], corpus: CorpusConfig) -> dict[str, Any]:
-    wanted = set(row["ids"])
-    return {"documents": [asdict(document) for document in read_again(row, corpus) if document.id in wanted]}
-
-
-class Sample:
-    """The `corpus.sample_documents` ids of smallest hash among those offered; `shards` is the number of the shard of each."""
-
-    def __init__(self, corpus: CorpusConfig, seed: int) -> None:
-        self._corpus, self._seed = corpus, seed
-        self.shards: dict[str, int] = {}
-        self._largest: list[tuple[float, str]] = []  # a heap of (-hash, id)
-
-    def offer(self, document_id: str, shard: int) -> None:
-        """UserError if the sample has this id already. Equal ids hash alike: both are kept, or neither."""
-        if document_id in self.shards:
-            raise UserError(
-                f"corpus.id_column={self._corpus.id_column!r}: two documents have the id {document_id!r}. Make ids unique, or "
-                "leave the field out: file and row are the id then."
-            )
-        self.shards[document_id] = shard
-        heapq.heappush(self._largest, (-unit_hash(self._seed, document_id), document_id))
-        if len(self.shards) > self._corpus.sample_documents:
-            del self.shards[heapq.heappop(self._largest)[1]]
-
-    def ids(self) -> list[str]:
-        """The ids kept, by hash."""
-        return [document_id for _, document_id in sorted(self._largest, key=lambda key: (-key[0], key[1]))]
+    found = {f"{split}_hashes": some.tobytes() for split, some in hashes.items()}
+    return {**row, **counts, "digest": digest.hexdigest(), "sample_ids": sample.ids(), **found}
 
 
 def _check_counts(rows: list[dict[str, Any]], n_clusters: int) -> None:
     train, valid = (sum(row[f"{split}_documents"] for row in rows) for split in ("train", "valid"))
     if train == 0:
-        raise UserError("corpus.paths: the corpus is empty, 0 documents with text. Give other files.")
+        dropped = sum(row["held_out_duplicates"] for row in rows)
+        why = f"all {dropped} texts are those of held-out documents" if dropped else "0 documents with text"
+        raise UserError(f"corpus.paths: the corpus is empty, {why}. Give other files.")
     if train < n_clusters:
         raise UserError(
             f"cluster.n_clusters={n_clusters} must be at most the number of training documents, {train}. Lower it."

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from cbtm_ray import files
 from cbtm_ray.errors import UserError
 
+ENCODED_AT_ONCE = 512  # texts: the tokenizer keeps about 100 bytes a token until all of them are encoded
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -76,6 +77,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, uri: str) -> str:
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
     """Token ids of each text, int32, without special tokens: a text that spells one out is text like any other."""
+    starts = range(0, len(texts), ENCODED_AT_ONCE)
+    parts = (_encode(tokenizer, texts[start : start + ENCODED_AT_ONCE]) for start in starts)
+    return [np.asarray(ids, dtype=np.int32) for part in parts for ids in part]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -84,5 +91,5 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndar
         if len(end) > 1 and end in text and end_id in encoded[index]:  # a piece of the vocabulary too, as of T5's
             first, *rest = text.split(end)
             pieces = [first, *(piece for part in rest for piece in (end[:-1], end[-1] + part))]
-            encoded[index] = [token for ids in encode(tokenizer, pieces) for token in ids]
-    return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+            encoded[index] = [token for ids in _encode(tokenizer, pieces) for token in ids]
+    return list(encoded)

@@ -10,15 +10,18 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from cbtm_ray import files
 from cbtm_ray.config import Config, CorpusConfig
-from cbtm_ray.corpus import build
-from cbtm_ray.corpus.build import build_corpus, read_again, read_sample
-from cbtm_ray.corpus.documents import is_held_out, unit_hash
+from cbtm_ray.corpus import build, sample
+from cbtm_ray.corpus.build import build_corpus
+from cbtm_ray.corpus.documents import is_held_out, read_again, unit_hash
+from cbtm_ray.corpus.duplicates import drop_duplicates
+from cbtm_ray.corpus.sample import read_sample
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import build_config
 from cbtm_ray.pipeline import run_job
@@ -48,8 +51,8 @@ def test_the_sample_file_is_the_one_of_a_single_pass_over_all_documents(finished
     ]
     train = [row for row in everything if not is_held_out(row["id"], corpus_config, 0)]
     expected = io.BytesIO()
-    sample = sorted(train, key=lambda row: unit_hash(0, row["id"]))[:150]
-    pq.write_table(pa.Table.from_pylist(sample, build.SAMPLE_SCHEMA), expected)
+    chosen = sorted(train, key=lambda row: unit_hash(0, row["id"]))[:150]
+    pq.write_table(pa.Table.from_pylist(chosen, sample.SAMPLE_SCHEMA), expected)
     assert files.read_bytes(finished_run.uri("corpus", "sample.parquet")) == expected.getvalue()
 
 
@@ -59,7 +62,7 @@ def scanned(folder: Path, texts: list[str], split: str = "train") -> dict[str, A
     rows = [{"id": f"d{n}", "text": text, "domain": "sea"} for n, text in enumerate(texts)]
     (folder / "part.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {"index": 0, "uris": [str(folder / "part.jsonl")], "names": ["part.jsonl"], "split": split}
-    return build._scan(task, corpus_of(folder), seed=0)
+    return build._scan(task, corpus_of(folder), seed=0, known_M=np.empty(0, np.uint64))
 
 
 def test_a_shard_sends_ids_to_the_driver_and_then_the_chosen_texts_alone(tmp_path: Path) -> None:
@@ -68,7 +71,7 @@ def test_a_shard_sends_ids_to_the_driver_and_then_the_chosen_texts_alone(tmp_pat
     assert 30 < len(row["sample_ids"]) == row["train_documents"] < 60
     assert len(pickle.dumps(row)) < 2000 < len(texts[0])
     chosen = row.pop("sample_ids")[:2]
-    documents = build._pick({**row, "ids": chosen}, corpus_of(tmp_path / "corpus"))["documents"]
+    documents = list(sample._pick({**row, "ids": chosen}, corpus_of(tmp_path / "corpus")))
     assert {document["text"] for document in documents} == {texts[int(name.removeprefix("d"))] for name in chosen}
     assert len(documents) == 2
 
@@ -87,7 +90,7 @@ def test_another_text_id_or_domain_of_equal_length_is_noticed(
     with pytest.raises(UserError, match=rf"^corpus\.{field}: part\.jsonl changed after the corpus was built\. Restore"):
         list(read_again(row, corpus_of(folder)))
     with pytest.raises(UserError, match=r"part\.jsonl changed"):
-        build._pick({**row, "ids": []}, corpus_of(folder))
+        list(sample._pick({**row, "ids": []}, corpus_of(folder)))
 
 
 def test_a_corpus_that_changed_is_another_to_the_tokenizer_made_from_it(tmp_path: Path, ray_cluster: str) -> None:
@@ -154,7 +157,7 @@ def test_an_id_that_two_documents_have_is_refused(tmp_path: Path, ray_cluster: s
 def test_an_error_in_a_shard_reaches_the_user_with_its_line(tmp_path: Path, ray_cluster: str) -> None:
     folder = write_corpus(tmp_path / "corpus", documents=12)
     (folder / "part-1.jsonl").write_bytes(b'{"id": "a", "text": "fine", "domain": "sea"}\n{"text": "caf\xe9"}\n')
-    with pytest.raises(UserError, match=r"part-1.jsonl:2 is not UTF-8: byte 0xe9"):
+    with pytest.raises(UserError, match=r"part-1.jsonl:2: 'text' is not UTF-8: byte 0xe9"):
         build_corpus(refused(tmp_path, folder))
 
 
@@ -166,14 +169,56 @@ def test_held_out_files_of_their_own_are_used_whole(tmp_path: Path, ray_cluster:
     assert (manifest["train_documents"], manifest["valid_documents"]) == (40, 12)
 
 
+@pytest.mark.parametrize("deduplicate", ["none", "exact"])
+@pytest.mark.parametrize("own_files", [True, False])
+def test_held_out_texts_among_the_training_documents_are_counted_and_can_be_dropped(
+    tmp_path: Path, ray_cluster: str, deduplicate: str, own_files: bool
+) -> None:
+    folder = write_corpus(tmp_path / "corpus", 60)
+    tree = tiny_tree(tmp_path / "run", folder)
+    tree["corpus"] |= {"deduplicate": deduplicate, "sample_documents": 20}
+    if own_files:
+        tree["corpus"]["valid_paths"] = [str(write_corpus(tmp_path / "valid", 12))]
+        known = range(12)
+    else:
+        known = [n for n in range(60) if is_held_out(f"d{n:04d}", corpus_of(folder), 0)]
+        rows = [json.loads(line) for part in sorted(folder.iterdir()) for line in part.read_text().splitlines()]
+        twins = {row["id"]: row for row in rows}
+        again = [n for n in range(100, 200) if not is_held_out(f"e{n}", corpus_of(folder), 0)][: len(known)]
+        lines = [json.dumps(twins[f"d{n:04d}"] | {"id": f"e{m}"}) + "\n" for n, m in zip(known, again, strict=True)]
+        (folder / "part-9.jsonl").write_text("".join(lines))
+    run = Run(build_config(tree))
+    run_job(run, "build_corpus")
+    manifest, dropped = run.require("corpus", "build_corpus"), deduplicate == "exact"
+    assert manifest["held_out_duplicates"] == len(known) > 2
+    assert manifest["train_documents"] == 60 - (len(known) if dropped else 0)
+    said = build.summary(manifest)
+    assert f"{len(known)} training texts equal to held-out ones ({'dropped' if dropped else 'corpus.dedup'}" in said
+    texts: dict[bool, list[str]] = {False: [], True: []}
+    for row in manifest["shards"]:
+        for document in drop_duplicates(run, row, read_again(row, run.config.corpus)):
+            held_out = row["split"] == "valid" or is_held_out(document.id, run.config.corpus, 0)
+            texts[held_out].append(document.text)
+    assert [len(texts[held]) for held in (False, True)] == [manifest["train_documents"], manifest["valid_documents"]]
+    assert len(set(texts[False]) & set(texts[True])) == (0 if dropped else len(known))
+    sampled = read_sample(run)["text"].to_pylist()
+    assert len(sampled) == 20
+    assert set(sampled) <= set(texts[False])
+
+
+def test_the_line_of_a_corpus_of_an_older_version_is_read() -> None:
+    counts = {"train_documents": 9, "train_bytes": 1000, "valid_documents": 2, "empty_documents": 0}
+    assert build.summary(counts) == "9 documents, 1,000 bytes; 2 held out; 0 empty"
+
+
 def test_packages_become_documents_with_the_package_as_domain(tmp_path: Path, ray_cluster: str) -> None:
     tree = tiny_tree(tmp_path / "run", tmp_path)
     tree["corpus"] = {"packages": ["jinja2", "yaml", "rich"], "package_bytes": 20_000, "valid_fraction": 0.2}
     run = Run(build_config(tree))
     manifest = build_corpus(run)
-    sample = read_sample(run)
-    assert set(sample["domain"].to_pylist()) <= {"jinja2", "yaml", "rich"}
-    assert len(set(sample["text"].to_pylist())) == manifest["train_documents"] > 20
+    table = read_sample(run)
+    assert set(table["domain"].to_pylist()) <= {"jinja2", "yaml", "rich"}
+    assert len(set(table["text"].to_pylist())) == manifest["train_documents"] > 20
     assert manifest["train_bytes"] + manifest["valid_bytes"] <= 60_000
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import math
 import os
 import shutil
@@ -19,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbtm_ray.config import CorpusConfig
-from cbtm_ray.corpus import documents, shards
+from cbtm_ray.corpus import json_lines, shards
 from cbtm_ray.corpus.documents import Document, is_held_out, read_shard, unit_hash
 from cbtm_ray.corpus.installed_docs import package_documents
+from cbtm_ray.corpus.opening import BOM
 from cbtm_ray.corpus.shards import list_shards
 from cbtm_ray.errors import UserError
 
@@ -67,6 +70,15 @@ def zstd(data: bytes) -> bytes:
         ("a.json.gz", gzip.compress(jsonl(ROWS), mtime=0)),
         ("a.jsonl.zst", zstd(jsonl(ROWS))),
         ("a.json.zst", zstd(jsonl(ROWS))),
+        ("a.JSONL", jsonl(ROWS)),
+        ("a.ndjson", jsonl(ROWS)),
+        ("a.ndjson.zstd", zstd(jsonl(ROWS[:2])) + zstd(jsonl(ROWS[2:]))),
+        ("a.jsonl.GZ", gzip.compress(jsonl(ROWS), mtime=0)),
+        ("a.jsonl.bz2", bz2.compress(jsonl(ROWS[:2])) + bz2.compress(jsonl(ROWS[2:]))),
+        ("a.jsonl.xz", lzma.compress(jsonl(ROWS[:2])) + lzma.compress(jsonl(ROWS[2:]))),
+        ("a.jsonl", BOM + jsonl(ROWS)),
+        ("a.jsonl.gz", gzip.compress(BOM + jsonl(ROWS[:2]) + BOM + jsonl(ROWS[2:]), mtime=0)),
+        ("a.Parquet", parquet(ROWS)),
         ("a.parquet", parquet(ROWS)),
     ],
 )
@@ -83,6 +95,57 @@ def test_text_files_give_the_same_texts(tmp_path: Path) -> None:
     assert read(tmp_path) == [Document(f"{number}.txt", text, None) for number, text in enumerate(TEXTS)]
 
 
+def test_a_byte_order_mark_and_compression_are_no_part_of_a_text(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", BOM + b"hello")
+    write(tmp_path / "b.TXT.xz", lzma.compress(b"hello"))
+    assert [document.text for document in read(tmp_path)] == ["hello", "hello"]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+LONG_WINDOW = bytes.fromhex("28b52ffd00a87100007b2274657874223a202261227d0a")  # a frame that says 2 GiB
+PRETTY = json.dumps(ROWS[0], indent=2).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        *((f"a.{e}", POINTER, r"is a Git LFS pointer, .* git lfs pull") for e in
+          ("jsonl", "txt", "parquet", "jsonl.gz", "json.xz", "jsonl.bz2", "txt.zst")),
+        ("a.jsonl", "\ufeff{}".encode("utf-16-le"), "is UTF-16, as its byte-order mark says. Re-encode"),
+        ("a.txt", "\ufeffa".encode("utf-16-be"), "is UTF-16, as its byte-order mark says. Re-encode"),
+        ("a.jsonl.zst", LONG_WINDOW, r"cannot be read: it needs a zstd window above 128 MiB\. .* zstd -dc --long=31"),
+        ("a.jsonl.xz", lzma.compress(jsonl(ROWS))[:-9], r"cannot be read: Compressed file ended before"),
+        ("a.jsonl.xz", b"neither", r"cannot be read: Input format not supported"),
+        ("a.json", PRETTY, r"is pretty-printed JSON: .* jq -c \. FILE"),
+        ("a.json", BOM + PRETTY + b"\n" + PRETTY, r"is pretty-printed JSON: .* jq -c \. FILE"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_form_is_named_for_what_it_is(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    write(tmp_path / name, data)
+    with pytest.raises(UserError, match=rf"^{name} {message}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "data"), [("n", b"9" * 5000), ("n", b'{"a": [' + b"9" * 5000 + b"]}"), ("b", b'"\xe9"')]
+)
+def test_the_key_of_a_line_that_python_cannot_hold_is_named(tmp_path: Path, key: str, data: bytes) -> None:
+    write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b", "%s": %s}\n' % (key.encode(), data))
+    with pytest.raises(UserError, match=rf"^a\.jsonl:2: '{key}' (is not UTF-8|holds a number of too many digits)"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["key", "topic"])
+def test_a_time_outside_pythons_years_is_refused_with_row_and_field(tmp_path: Path, field: str) -> None:
+    rows = [{"text": "a", "key": "1", "topic": "sea"}] * 1300
+    table = pa.Table.from_pylist(rows).drop_columns([field])
+    pq.write_table(
+        table.append_column(field, pa.array([0] * 1299 + [2**60], pa.timestamp("us"))), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match=rf"^a\.parquet:1300: corpus\.\w+='{field}' holds a value .*: .*out of range"):
+        read(tmp_path, id_column="key", domain_column="topic")
+
+
 def test_gzip_of_several_members_is_read_to_its_end(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl.gz", b"".join(gzip.compress(jsonl([row])) for row in ROWS))
     assert [document.text for document in read(tmp_path)] == TEXTS
@@ -97,8 +160,8 @@ def test_lines_longer_than_a_block_and_a_last_line_without_end(tmp_path: Path) -
 def test_lines_are_the_same_wherever_a_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     for data, expected in [(b"\n\nab\ncdefgh\n\ni", ["", "", "ab", "cdefgh", "", "i"]), (b"abc\n", ["abc"]), (b"", [])]:
         for size in range(1, 15):
-            monkeypatch.setattr(documents, "BLOCK_BYTES", size)
-            assert [line.decode() for line in documents._lines(io.BytesIO(data), "a.jsonl")] == expected
+            monkeypatch.setattr(json_lines, "BLOCK_BYTES", size)
+            assert [line.decode() for line in json_lines._lines(io.BytesIO(data), "a.jsonl")] == expected
 
 
 def test_windows_line_ends_are_no_part_of_a_text(tmp_path: Path) -> None:
@@ -146,7 +209,7 @@ def test_shards_are_in_the_order_of_their_names_whatever_that_of_the_paths(tmp_p
 
 
 def test_other_files_and_hidden_ones_are_no_documents(tmp_path: Path) -> None:
-    for name in ["a.jsonl", "README.md", "_SUCCESS.json", ".a.jsonl.1234", "b.csv", "c.jsonl.bz2"]:
+    for name in ["a.jsonl", "README.md", "_SUCCESS.json", ".a.jsonl.1234", "b.csv", "c.jsonl.lz4"]:
         write(tmp_path / name, jsonl(ROWS))
     assert [shard.names for shard in list_shards((str(tmp_path),))] == [("a.jsonl",)]
 
@@ -170,11 +233,14 @@ def test_small_text_files_are_one_shard(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"a\.jsonl:2 is not UTF-8: byte 0xe9 at position 13\. Re-encode"),
+        (
+            b'{"text": "a"}\n{"text": "caf\xe9"}\n',
+            r"a\.jsonl:2: 'text' is not UTF-8: byte 0xe9 at position 13\. Re-encode",
+        ),
         (b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2 is not JSON: Expecting value at column \d+\."),
         (b'{"text": ' + b"[" * 200_000 + b"\n", r"a\.jsonl:1 is JSON nested too deeply\."),
         (b'{"text": "a"}\n["b"]\n', r"a\.jsonl:2 is not a JSON object with keys such as 'text'"),
-        (b'{"text": "a"}\n{"text": ' + b"9" * 5000 + b"}\n", r"a\.jsonl:2 holds a number of too many digits\."),
+        (b'{"text": "a"}\n{"text": ' + b"9" * 5000 + b"}\n", r"a\.jsonl:2: 'text' holds a number of too many digits\."),
         (b'{"text": "a"}\n\n{"text": "b"}\n', r"a\.jsonl:2 is an empty line\. Remove it"),
         (b'{"text": "a"}\n  \n', r"a\.jsonl:2 is an empty line"),
         (b'{"text": "a"}\n{"text": 3}\n', r"a\.jsonl:2: corpus\.text_column='text' holds 3, which is not a text"),
@@ -195,7 +261,8 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, data: bytes, mess
 def test_half_a_surrogate_pair_which_utf8_cannot_hold_is_refused_with_its_line(tmp_path: Path, field: str) -> None:
     rows = [{"text": "a", "key": "1", "topic": "sea"}, {"text": "b", "key": "2", "topic": "sea"} | {field: "\ud83d"}]
     write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"^a\.jsonl:2 holds half a surrogate pair, which UTF-8 cannot hold\. Mend"):
+    message = rf"^a\.jsonl:2: corpus\.\w+_column='{field}' holds half a surrogate pair, which UTF-8 cannot hold\. Mend"
+    with pytest.raises(UserError, match=message):
         read(tmp_path, id_column="key", domain_column="topic")
 
 
@@ -206,7 +273,8 @@ def test_bytes_of_parquet_that_are_not_utf8_are_refused_with_their_row(tmp_path:
     columns = {name: pa.array(["x"] * 1502) for name in ("text", "key", "topic")}
     columns[field] = pa.Array.from_buffers(pa.string(), 1502, latin1.buffers())
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"^a\.parquet:1501 is not UTF-8: byte 0xe9 at position 3\. Re-encode"):
+    message = rf"^a\.parquet:1501: corpus\.\w+_column='{field}' is not UTF-8: byte 0xe9 at position 3\. Re-encode"
+    with pytest.raises(UserError, match=message):
         read(tmp_path, id_column="key", domain_column="topic")
 
 
@@ -223,8 +291,8 @@ def test_an_array_is_refused_at_its_first_block_with_what_to_do(tmp_path: Path, 
         read(tmp_path)
     with (tmp_path / "a.json").open("rb") as stream:
         with pytest.raises(UserError, match="is a JSON array"):
-            next(documents._lines(stream, "a.json"))
-        assert stream.tell() == documents.BLOCK_BYTES
+            next(json_lines._lines(stream, "a.json"))
+        assert stream.tell() == json_lines.BLOCK_BYTES
 
 
 @pytest.mark.parametrize("field", ["domain", "id"])
@@ -273,15 +341,16 @@ def test_a_text_file_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"corpus\.paths: .*nowhere holds no documents\. Give files or folders with \.jso"
-    ):
+    with pytest.raises(UserError, match=r"corpus\.paths: .*nowhere does not exist\. Give a file or folder that does"):
         list_shards((str(tmp_path / "nowhere"),))
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "README.md", "no document")
-    with pytest.raises(UserError, match=r"README\.md holds no documents\. Give files or folders with \.jsonl"):
+    with pytest.raises(
+        UserError,
+        match=r"README\.md holds no documents, but 1 with \.md \(README\.md\)\. Give files or folders with \.jsonl",
+    ):
         list_shards((str(tmp_path / "README.md"),))
 
 
