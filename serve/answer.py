@@ -20,14 +20,14 @@ from cbtm_ray.decode.strategies import strategy_for
 from cbtm_ray.decode.text import TextAssembler
 
 from .limits import Refused, refusal
-from .placement import Groups
+from .placement import Placement
 from .protocol import ChatRequest, CompletionRequest, Piece, TokenPiece, choice_of
 from .remote_experts import MAX_ATTEMPTS, REPLICA_LOST
 
 logger = logging.getLogger("ray.serve")
 
 
-async def decode(groups: Groups, model: str, request: Request) -> AsyncGenerator[list[Step]]:
+async def decode(groups: Placement, model: str, request: Request) -> AsyncGenerator[list[Step]]:
     """The steps of one sequence. When the replica that decodes it dies, another goes on after the tokens it had given; where
     another group has the experts for the rest, that one does.
 
@@ -63,7 +63,7 @@ async def choice_pieces(
     wanted: Request,
     request: CompletionRequest | ChatRequest,
     tokenizer: PreTrainedTokenizerBase,
-    groups: Groups,
+    groups: Placement,
     usage: dict[str, int],
 ) -> AsyncGenerator[Piece]:
     """One choice of an answer, as it becomes certain; its tokens are added to `usage`."""
@@ -85,7 +85,7 @@ async def choice_pieces(
 def sequence_request(
     request: CompletionRequest | ChatRequest, prompt: list[int], *, max_tokens: int, top_k: int, seed: int
 ) -> Request:
-    """What the engine is asked for one choice.
+    """The engine's request for one choice.
 
     Raises:
         UserError: the strategy does not go with the rest.

@@ -12,7 +12,7 @@ from cbtm_ray.merge.ensemble import evaluate_again, tuned_routers, tuned_routes
 from .arguments import AppArguments
 from .gateway import Gateway
 from .placement import spread
-from .registry import Roster
+from .registry import ExpertRegistry
 from .replica import ExpertGroup
 
 UNLIMITED = 10_000  # requests in an expert group: the gateways limit what they send
@@ -32,9 +32,9 @@ def build(arguments: AppArguments) -> Application:
     found = {"run_dir": files.absolute(arguments.run_dir), "routing": served_routing(arguments)}
     arguments = arguments.model_copy(update=found)
     drain: dict[str, Any] = {"graceful_shutdown_timeout_s": arguments.drain_s}
-    classes: tuple[Any, Any, Any] = Roster, ExpertGroup, Gateway
+    classes: tuple[Any, Any, Any] = ExpertRegistry, ExpertGroup, Gateway
     roster_class, group_class, gateway_class = classes
-    roster = roster_class.bind()
+    registry = roster_class.bind()
     layout = spread(
         len(files.read_array(files.join(arguments.run_dir, "clusterer", "centers.npy"))), arguments.experts_per_group
     )
@@ -59,7 +59,7 @@ def build(arguments: AppArguments) -> Application:
             max_sequences=arguments.max_sequences,
             cache_tokens=arguments.cache_tokens,
             resident_experts=arguments.resident_experts,
-            roster=roster,
+            registry=registry,
         )
         for index, name in enumerate(layout.names)
     ]
@@ -71,7 +71,7 @@ def build(arguments: AppArguments) -> Application:
         "ray_actor_options": {"num_cpus": 0, "runtime_env": ONE_LOOP},
         **drain,
     }
-    return gateway_class.options(**options).bind(arguments, layout, groups, roster)
+    return gateway_class.options(**options).bind(arguments, layout, groups, registry)
 
 
 def served_routing(arguments: AppArguments) -> str:

@@ -1,4 +1,4 @@
-"""What the endpoint is started with."""
+"""The arguments of the endpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class AppArguments(BaseModel):
-    """What `serve run serve.app:build name=value` and the `args` of a Serve configuration take."""
+    """Arguments of `serve run serve.app:build name=value`, and `args` in a Serve configuration file."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""Experts spread over groups: which group decodes a request, and what it is told beforehand."""
+"""Placement of experts in groups: the group that decodes a request, and the request that it gets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from cbtm_ray.decode.sequence import Request
 from cbtm_ray.merge.ensemble import Ensemble
 
-ENSEMBLE, DENSE = "cbtm", "dense"
+ENSEMBLE, DENSE_MODEL = "cbtm", "dense"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Layout:
 
     @property
     def names(self) -> list[str]:
-        """Of the deployments."""
+        """Names of the deployments."""
         if len(self.clusters) == 1:
             return ["ExpertGroup"]
         return [f"ExpertGroup{index}" for index in range(len(self.clusters))]
@@ -44,17 +44,17 @@ def spread(n_experts: int, per_group: int | None) -> Layout:
     return Layout([list(range(n_experts))[start : start + size] for start in range(0, n_experts, size)])
 
 
-class Groups:
+class Placement:
     """What a gateway knows of the groups."""
 
     def __init__(
-        self, layout: Layout, handles: list[DeploymentHandle], roster: DeploymentHandle, ensemble: Ensemble
+        self, layout: Layout, handles: list[DeploymentHandle], registry: DeploymentHandle, ensemble: Ensemble
     ) -> None:
         """
         Args:
             ensemble: what routes; no experts are needed.
         """
-        self.layout, self.roster, self.ensemble = layout, roster, ensemble
+        self.layout, self.registry, self.ensemble = layout, registry, ensemble
         # By gRPC: a streamed token costs a sixth of what it does through the object store.
         self.streams = [handle.options(stream=True, _by_reference=False) for handle in handles]
         self.calls = [handle.options(_by_reference=False) for handle in handles]
@@ -67,8 +67,8 @@ class Groups:
         """
         if model != ENSEMBLE or len(self.streams) == 1:
             return self.streams[0], request
-        _, _, resting = await self.roster.served.remote()
-        active = [expert for expert in range(self.ensemble.n_experts) if expert not in resting]
+        _, _, disabled = await self.registry.stats.remote()
+        active = [expert for expert in range(self.ensemble.n_experts) if expert not in disabled]
         router, token_ids = self.ensemble.router(request.top_k, active), [*request.prompt, *request.answer]
         hold_at = router.hold_at
         router.append(token_ids[:hold_at])

@@ -127,6 +127,19 @@ class ExpertState(Wire):
     active: bool
 
 
+class Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """What a refused request is answered with."""
+
+    error: Problem
+
+
 @dataclass
 class TokenPiece:
     """One token of an answer."""

@@ -18,11 +18,11 @@ from .placement import Layout
 logger = logging.getLogger("ray.serve")
 
 REPLICA_LOST = (RayActorError, ReplicaUnavailableError)
-"""What a call raises whose replica dies under it."""
+"""The errors of a call whose replica dies."""
 MAX_ATTEMPTS = 3
 
 
-class Answering:
+class RemoteServer:
     """Reads texts for other groups, all that have come while the thread was busy in one go."""
 
     def __init__(self, scorer: RemoteScorer) -> None:
@@ -68,7 +68,7 @@ class Answering:
                 answer.set_result(rows)
 
 
-class Asking:
+class RemoteClient:
     """Asks other groups for an engine, which runs in a thread of its own."""
 
     def __init__(self, layout: Layout) -> None:

@@ -27,8 +27,8 @@ from cbtm_ray.merge.ensemble import load_ensemble
 from cbtm_ray.models import load_model
 from cbtm_ray.run import DENSE_FOLDER
 
-from .placement import DENSE, ENSEMBLE, Layout
-from .remote_experts import REPLICA_LOST, Answering, Asking
+from .placement import DENSE_MODEL, ENSEMBLE, Layout
+from .remote_experts import REPLICA_LOST, RemoteServer, RemoteClient
 
 logger = logging.getLogger("ray.serve")
 
@@ -53,13 +53,13 @@ class ExpertGroup:
         max_sequences: int,
         cache_tokens: int,
         resident_experts: int | None,
-        roster: DeploymentHandle,
+        registry: DeploymentHandle,
     ) -> None:
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         here = layout.clusters[index]
         ensemble, _ = load_ensemble(run_dir, here, routing=routing, resident=resident_experts, device=device)
         room: dict[str, Any] = {"max_sequences": max_sequences, "cache_tokens": cache_tokens}
-        self.engines = {ENSEMBLE: Engine(ensemble, **room, remote=Asking(layout).ask)}
+        self.engines = {ENSEMBLE: Engine(ensemble, **room, remote=RemoteClient(layout).ask)}
         if dense and index == 0:  # an ensemble of one
             model = torch.nn.Module.to(load_model(files.join(run_dir, DENSE_FOLDER)).eval(), device)
             routes = {1: replace(next(iter(ensemble.routes.values())), top_k=1)}
@@ -70,12 +70,12 @@ class ExpertGroup:
                 centers_KD=ensemble.centers_KD[:1],
                 routes=routes,
             )
-            self.engines[DENSE] = Engine(alone, **room)
-        self.answering = Answering(RemoteScorer(ensemble, cache_tokens))
+            self.engines[DENSE_MODEL] = Engine(alone, **room)
+        self.remote_server = RemoteServer(RemoteScorer(ensemble, cache_tokens))
         self.n_experts, self.n_tokens = ensemble.n_experts, 0
-        self.resting: set[int] | None = None  # not told yet
+        self.disabled: set[int] | None = None  # not told yet
         self.end_of_text = ensemble.end_of_text
-        self.roster, self._name = roster, uuid.uuid4().hex
+        self.registry, self._name = registry, uuid.uuid4().hex
         self._requests, self._tokens = Counter[int](), Counter[int]()
         self._streams: dict[tuple[str, int], asyncio.Queue[Step | BaseException]] = {}
         self._left: list[tuple[str, int]] = []
@@ -84,7 +84,7 @@ class ExpertGroup:
         self._thread = ThreadPoolExecutor(1)
         self._measured = _metrics()
         await self.refresh()
-        self._tasks = [asyncio.create_task(loop) for loop in (self._decode(), self._report(), self.answering.run())]
+        self._tasks = [asyncio.create_task(loop) for loop in (self._decode(), self._report(), self.remote_server.run())]
 
     async def check_health(self) -> None:
         """Serve's health check: a loop that failed is not mended by waiting."""
@@ -93,7 +93,7 @@ class ExpertGroup:
                 raise RuntimeError("a loop of the expert group has failed") from task.exception()
 
     async def describe(self) -> dict[str, int]:
-        """What the replica is at: pid, running and waiting (sequences); since it started, tokens (decoded) and reads (for
+        """State of the replica: pid, running and waiting (sequences); since it started, tokens (decoded) and reads (for
         gateways and other groups)."""
         engines = self.engines.values()
         return {
@@ -101,19 +101,19 @@ class ExpertGroup:
             "running": sum(engine.running for engine in engines),
             "waiting": sum(engine.waiting for engine in engines),
             "tokens": self.n_tokens,
-            "reads": self.answering.n_reads,
+            "reads": self.remote_server.n_reads,
         }
 
     async def score(self, experts: list[int], tokens: list[int]) -> dict[int, list[float]]:
         """Log-probabilities that experts of this group give to the tokens of a text's beginning."""
         key = uuid.uuid4().hex
         reads = [ScoreRequest(expert, [self.end_of_text, *tokens], 0, key) for expert in experts]
-        rows = await self.answering.read(reads)
+        rows = await self.remote_server.read(reads)
         return {expert: of_V[range(len(tokens)), tokens].tolist() for expert, of_V in zip(experts, rows, strict=True)}
 
     async def read(self, reads: list[ScoreRequest]) -> list[np.ndarray]:
-        """What experts of this group predict after tokens of texts that another group decodes."""
-        return await self.answering.read(reads)
+        """Log-probabilities of this group's experts, for sequences that another group decodes."""
+        return await self.remote_server.read(reads)
 
     async def generate(self, model: str, request: Request) -> AsyncIterator[list[Step]]:
         """Decode one sequence: its steps, together those that were made since the last message.
@@ -144,22 +144,22 @@ class ExpertGroup:
                 self._requests.update(experts)
 
     async def refresh(self) -> None:
-        """Report to the roster, and let those experts take part that it names."""
+        """Report to the registry, and let those experts take part that it names."""
         requests, tokens = self._requests.copy(), self._tokens.copy()
         self._requests.clear()
         self._tokens.clear()
         try:
-            # A new roster knows nothing; a group that knows better tells it before this one reports again.
-            resting = await self.roster.report.remote(self._name, requests, tokens, self.resting) or set()
+            # A new registry knows nothing; a group that knows better tells it before this one reports again.
+            disabled = await self.registry.report.remote(self._name, requests, tokens, self.disabled) or set()
         except REPLICA_LOST as lost:  # another one comes, and is told next time
-            logger.warning("The roster died under a report: %s", lost)
+            logger.warning("The registry died under a report: %s", lost)
             self._requests.update(requests)
             self._tokens.update(tokens)
             return
-        if resting != self.resting:
+        if disabled != self.disabled:
             async with self._between_steps:
-                self.engines[ENSEMBLE].set_active(set(range(self.n_experts)) - resting)
-                self.resting = resting
+                self.engines[ENSEMBLE].set_active(set(range(self.n_experts)) - disabled)
+                self.disabled = disabled
 
     async def _decode(self) -> None:
         """Step the engines while there is work, and hand every token to its stream."""
@@ -219,7 +219,7 @@ async def _made(steps: asyncio.Queue[Step | BaseException]) -> list[Step]:
 
 
 def _metrics() -> dict[str, Any]:
-    """What Prometheus finds on the node's metrics port, beside Serve's own."""
+    """Metrics on the node's Prometheus port, beside Serve's own."""
     return {
         "tokens": metrics.Counter("cbtm_tokens", "Tokens generated, or scored for echo.", ("model",)),
         "expert_tokens": metrics.Counter("cbtm_expert_tokens", "Tokens by the expert behind them.", ("expert",)),
