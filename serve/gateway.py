@@ -9,10 +9,13 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
+from fastapi import Path as InPath
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util import metrics
@@ -28,18 +31,21 @@ from cbtm_ray.merge.scores import check_top_k
 
 from .answer import chat_prompt, choice_pieces, events, merged, sequence_request, total
 from .arguments import AppArguments
-from .limits import Refused, among, bearer_of, out_of_bounds, read_body, read_tokens, refusal
-from .openapi import describe
+from .limits import BodyLimits, Refused, among, bearer_of, out_of_bounds, read_tokens, refusal
 from .placement import DENSE_MODEL, ENSEMBLE, Layout, Placement
-from .protocol import ChatRequest, CompletionRequest, ExpertState, Piece, choice_of
+from .protocol import ChatRequest, CompletionRequest, Error, ExpertState, Piece, choice_of
 
-web = FastAPI(title="cbtm-ray", docs_url=None, redoc_url=None, openapi_url=None)
+REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error}, 503: {"model": Error}}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+web = FastAPI(title="cbtm-ray", version="1", docs_url=None, redoc_url=None, openapi_url=None, responses=REFUSALS)
+web.add_middleware(BodyLimits)
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
 PLAYGROUND_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
-@web.exception_handler(Refused)
+@web.exception_handler(HTTPException)
+@web.exception_handler(RequestValidationError)
 @web.exception_handler(UserError)
 @web.exception_handler(Exception)
 async def refuse(_: Request, problem: Exception) -> Response:
@@ -47,9 +53,19 @@ async def refuse(_: Request, problem: Exception) -> Response:
     return refusal(problem).response()
 
 
-@web.exception_handler(HTTPException)
-async def no_such_route(_: Request, problem: HTTPException) -> Response:
-    return Refused(problem.status_code, str(problem.detail), code="invalid_request").response()
+async def client(http: Request) -> None:
+    """A dependency, because FastAPI validates a body only after it, so that a stranger learns nothing of the fields."""
+    gateway: Any = serve.get_replica_context().servable_object
+    gateway.admit(http)
+
+
+async def administrator(http: Request) -> None:
+    gateway: Any = serve.get_replica_context().servable_object
+    gateway.admit_admin(http)
+
+
+CLIENT = [Depends(client)]
+ADMINISTRATOR = [Depends(administrator), Depends(HTTPBearer(scheme_name="bearer", auto_error=False))]
 
 
 def _clusters(run_dir: str) -> list[dict[str, Any]]:
@@ -94,71 +110,68 @@ class Gateway:
         self.clusters = _clusters(arguments.run_dir)
         self.started, self.in_flight, self.measured = int(time.time()), 0, _metrics()
 
-    @web.get("/healthz")
+    @web.get("/healthz", openapi_extra={"security": []})
     async def healthz(self) -> dict[str, str]:
         return {"status": "ok"}
 
-    @web.get("/")
+    @web.get("/", include_in_schema=False)
     async def playground(self) -> HTMLResponse:
         page = PLAYGROUND.read_text(encoding="utf-8")
         return HTMLResponse(page, headers={"Content-Security-Policy": PLAYGROUND_POLICY})
 
-    @web.get("/openapi.json")
+    @web.get("/openapi.json", include_in_schema=False, dependencies=CLIENT)
     async def openapi(self, http: Request) -> dict[str, Any]:
-        self._admit(http)
-        return describe(list(self.experts), open_to_all=self.client_tokens is None)
+        """FastAPI's document, with what it cannot know: the models served here, and whether clients need a token."""
+        page = copy.deepcopy(http.app.openapi())
+        for request in (CompletionRequest, ChatRequest):
+            page["components"]["schemas"][request.__name__]["properties"]["model"]["enum"] = list(self.experts)
+        return {**page, "security": [] if self.client_tokens is None else [{"bearer": []}]}
 
-    @web.get("/v1/models")
-    async def models(self, http: Request) -> dict[str, Any]:
-        self._admit(http)
+    @web.get("/v1/models", dependencies=CLIENT)
+    async def models(self) -> dict[str, Any]:
+        """The ensemble, and the dense control if it is served."""
         about = {"object": "model", "created": self.started, "owned_by": "cbtm-ray"}
         return {"object": "list", "data": [{"id": name, **about} for name in self.experts]}
 
-    @web.get("/v1/experts")
-    async def list_experts(self, http: Request) -> dict[str, Any]:
+    @web.get("/v1/experts", dependencies=CLIENT)
+    async def list_experts(self) -> dict[str, Any]:
         """Every expert: its cluster, and what it has served since the endpoint was started."""
-        self._admit(http)
         return {"object": "list", "data": await self._experts()}
 
-    @web.put("/v1/experts/{cluster}")
-    async def set_expert(self, http: Request, cluster: str) -> dict[str, Any]:
+    @web.put("/v1/experts/{cluster}", dependencies=ADMINISTRATOR)
+    async def set_expert(self, cluster: Annotated[int, InPath(ge=0)], state: ExpertState) -> dict[str, Any]:
         """Take an expert out of the ensemble, or back into it: answered when all groups know it."""
-        self._admit_admin(http)
-        state = await read_body(http, ExpertState, self.arguments.max_body_bytes)
         n_experts = self.experts[ENSEMBLE]
-        expert = next((known for known in range(n_experts) if str(known) == cluster), None)
-        if expert is None:
-            raise Refused(404, f"There is no expert {cluster[:20]!r}; they are 0 to {n_experts - 1}.", code="not_found")
-        changed = await self.registry.set_active.remote(expert, state.active, n_experts)
+        if cluster >= n_experts:
+            raise Refused(404, f"There is no expert {cluster}; they are 0 to {n_experts - 1}.", code="not_found")
+        changed = await self.registry.set_active.remote(cluster, state.active, n_experts)
         if changed is None:
             raise Refused(503, "No expert group has reported yet. Try again when one is up.", code="unavailable")
         if not changed:
             raise Refused(409, "The last expert cannot be taken out.", param="active", code="last_expert")
-        return (await self._experts())[expert]
+        return (await self._experts())[cluster]
 
-    @web.post("/v1/completions")
-    async def completions(self, http: Request) -> Response:
-        self._admit(http)
-        request = await read_body(http, CompletionRequest, self.arguments.max_body_bytes)
+    @web.post("/v1/completions", dependencies=CLIENT, responses=STREAM)
+    async def completions(self, request: CompletionRequest) -> Response:
+        """Continue prompts."""
         self._check(request, len(request.prompt))
         prompts = [await self._tokens(prompt) for prompt in request.prompt]
         return await self._answer(request, prompts, request.max_tokens)
 
-    @web.post("/v1/chat/completions")
-    async def chat_completions(self, http: Request) -> Response:
-        self._admit(http)
-        request = await read_body(http, ChatRequest, self.arguments.max_body_bytes)
+    @web.post("/v1/chat/completions", dependencies=CLIENT, responses=STREAM)
+    async def chat_completions(self, request: ChatRequest) -> Response:
+        """Answer a chat."""
         self._check(request, 1)
         prompt = self._checked(await self._encode(chat_prompt, self.encoder, request))
         room = max(min(self.arguments.max_tokens, self.max_length - len(prompt)), 1)
         return await self._answer(request, [prompt], request.max_completion_tokens or request.max_tokens or room)
 
-    def _admit(self, http: Request) -> None:
+    def admit(self, http: Request) -> None:
         allowed = None if self.client_tokens is None else self.client_tokens + (self.admin_tokens or [])
         if allowed is not None and not among(bearer_of(http), allowed):
             raise Refused(401, "A valid bearer token is needed: Authorization: Bearer TOKEN.", code="invalid_api_key")
 
-    def _admit_admin(self, http: Request) -> None:
+    def admit_admin(self, http: Request) -> None:
         if self.admin_tokens is None:
             raise Refused(403, "This server was started without admin_tokens.", code="forbidden")
         if not among(bearer_of(http), self.admin_tokens):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 200
 MAX_TOP_LOGPROBS = 20
@@ -14,6 +15,16 @@ MAX_TOP_LOGPROBS = 20
 
 class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_half_surrogates(cls, fields: Any) -> Any:
+        """JSON can spell half a surrogate pair, which no tokenizer and no answer can hold."""
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError as problem:
+            raise ValueError("must not hold half a surrogate pair") from problem
+        return fields
 
 
 class RoutingOptions(Wire):
@@ -125,6 +136,19 @@ class ExpertState(Wire):
     """The body of PUT /v1/experts/{cluster}."""
 
     active: bool
+
+
+class Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """What a refused request is answered with."""
+
+    error: Problem
 
 
 @dataclass

@@ -21,10 +21,7 @@ class ExpertRegistry:
         """Disabled experts, by cluster. None until a group has reported them."""
         self.requests: Counter[int] = Counter()
         self.tokens: Counter[int] = Counter()
-        self._replicas, self._behind = (
-            set[str](),
-            set[str](),
-        )  # replicas that report; those that do not know the last change
+        self._replicas, self._behind = set[str](), set[str]()  # that report; that do not know the last change yet
         self._told = asyncio.Event()
 
     async def report(
