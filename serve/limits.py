@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cbtm_ray import files
 from cbtm_ray.errors import UserError
 
-from .protocol import Error, Problem
+from .protocol import UNKNOWN_FIELD, Error, Problem
 
 RETRY_AFTER_S = 1
 SERVER_ERROR = "server_error"
@@ -139,8 +139,9 @@ def invalid(problem: ValidationError | RequestValidationError) -> Refused:
     where, *path = first["loc"] if isinstance(problem, RequestValidationError) else ("body", *first["loc"])
     if first["type"] == "json_invalid":
         return Refused(400, f"body: no JSON: {first['ctx']['error']}", code="invalid_value")
-    field = ".".join(str(part) for part in path)
-    value = "" if first["type"] == "missing" else f"={reprlib.repr(first['input'])}"
+    unknown = [first["ctx"]["name"]] if first["type"] == UNKNOWN_FIELD else []
+    field = ".".join(str(part) for part in [*path, *unknown])
+    value = "" if unknown or first["type"] == "missing" else f"={reprlib.repr(first['input'])}"
     message = f"{field or where}{value}: {first['msg'].removeprefix('Value error, ')}"
     return Refused(404 if where == "path" else 400, message, param=field or None, code="invalid_value")
 

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from cbtm_ray.errors import unknown_key
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 200
 MAX_TOP_LOGPROBS = 20
+UNKNOWN_FIELD = "unknown_field"
 
 
 class Wire(BaseModel):
@@ -18,13 +22,25 @@ class Wire(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_half_surrogates(cls, fields: Any) -> Any:
-        """JSON can spell half a surrogate pair, which no tokenizer and no answer can hold."""
-        try:
-            json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError as problem:
-            raise ValueError("must not hold half a surrogate pair") from problem
-        return fields
+    def _known_fields(cls, body: Any) -> Any:
+        unknown = [name for name in body if name not in cls.model_fields] if isinstance(body, dict) else []
+        if unknown:
+            name = unknown[0][:80].encode(errors="replace").decode()  # JSON can write half of a surrogate pair
+            advice = unknown_key(name, cls.model_fields, "", "a field")
+            raise PydanticCustomError(UNKNOWN_FIELD, "{advice}", {"name": name, "advice": advice})
+        return body
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must have no half of a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+"""FastAPI parses with Python's json module, which lets halves of surrogate pairs pass."""
 
 
 class RoutingOptions(Wire):
@@ -45,9 +61,11 @@ class StreamOptions(Wire):
 def _prompts(value: Any) -> Any:
     """A list of prompts, each text or token ids, from the four forms that OpenAI knows."""
     if isinstance(value, str):
-        return [value]
+        return [_whole(value)]
     if isinstance(value, list) and value:
-        if all(isinstance(part, str) for part in value) or all(_token_ids(part) for part in value):
+        if all(isinstance(part, str) for part in value):
+            return [_whole(part) for part in value]
+        if all(_token_ids(part) for part in value):
             return value
         if _token_ids(value):
             return [value]
@@ -83,13 +101,13 @@ def _stops(value: Any) -> Any:
 class DecodingOptions(Wire):
     """What completions and chat completions share."""
 
-    model: str
+    model: Text
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     n: int = Field(default=1, ge=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Choice i of a prompt is drawn with seed + i; None: with one of the server's choice."""
-    stop: Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(STOP_SCHEMA)] = []
+    stop: Annotated[list[Text], BeforeValidator(_stops), WithJsonSchema(STOP_SCHEMA)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -116,7 +134,7 @@ class CompletionRequest(DecodingOptions):
 
 class Message(Wire):
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
 
 
 class ChatRequest(DecodingOptions):

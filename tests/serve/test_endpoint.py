@@ -439,6 +439,12 @@ MALFORMED: dict[str, tuple[int, dict[str, Any]]] = {
     "list": (400, raw(b"[]")),
     "invalid UTF-8": (400, raw(b'{"model": "cbtm", "prompt": "\xff\xfe"}')),
     "lone surrogate": (400, raw(b'{"model": "cbtm", "prompt": "\\ud800"}')),
+    "lone surrogate, model": (400, raw(b'{"model": "\\ud800", "prompt": "a"}')),
+    "lone surrogate, stop": (400, raw(b'{"model": "cbtm", "prompt": "a", "stop": "\\ud800"}')),
+    "lone surrogate, field": (400, raw(b'{"model": "cbtm", "prompt": "a", "\\ud800": 1}')),
+    "lone surrogate, message": (
+        400, {**raw(b'{"model": "cbtm", "messages": [{"role": "user", "content": "\\ud800"}]}'), "path": chat()["path"]},
+    ),
     "nested": (400, raw(NESTED)),
     "number of many digits": (400, raw(b'{"model": "cbtm", "prompt": "a", "seed": ' + b"9" * 6000 + b"}")),
     "big body": (413, raw(b'{"model": "cbtm", "prompt": "' + b"a" * 20_000 + b'"}')),

@@ -13,7 +13,8 @@ from ray.exceptions import RayTaskError
 from cbtm_ray.errors import UserError
 from serve.app import build
 from serve.arguments import AppArguments
-from serve.limits import Refused, among, read_tokens, refusal
+from serve.limits import Refused, among, invalid, read_tokens, refusal
+from serve.protocol import CompletionRequest
 
 
 def test_tokens_come_from_a_file_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +59,24 @@ def test_a_refusal_has_openais_shape(status: int, kind: str, header: str | None)
     response = refused.response()
     assert response.status_code == status
     assert header is None or header in response.headers
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        ({"temperature": 2.5}, "temperature", "temperature=2.5: Input should be less than or equal to 2"),
+        ({"n": True}, "n", "n=True: Input should be a valid integer"),
+        ({"top_p": float("nan")}, "top_p", "top_p=nan: Input should be a finite number"),
+        ({"temprature": 1}, "temprature", "temprature: temprature is not a field. Did you mean temperature?"),
+        ({"cbtm": {"topk": 1}}, "cbtm.topk", "cbtm.topk: topk is not a field. Did you mean top_k?"),
+        ({"prompt": "\ud800"}, "prompt", r"prompt='\ud800': must have no half of a surrogate pair"),
+    ],
+)
+def test_the_field_the_value_and_the_bound_are_named(change: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(ValidationError) as problem:
+        CompletionRequest.model_validate({"model": "cbtm", "prompt": "a", **change})
+    refused = invalid(problem.value)
+    assert (refused.status, refused.param, str(refused)) == (400, param, message)
 
 
 def test_an_unfinished_run_is_not_served(tmp_path: Path) -> None:
