@@ -50,7 +50,7 @@ def refusal(capsys: pytest.CaptureFixture[str], config: str, *overrides: str) ->
         ("train.learning_rate=true", "train.learning_rate=True: must be a number."),
         ("corpus.text_column=", "corpus.text_column=None: must be a valid string."),
         ("corpus.paths=documents", "corpus.paths='documents': must be a list."),
-        ("corpus.paths=[/nowhere]", "corpus.paths: /nowhere holds no documents. Give files or folders with"),
+        ("corpus.paths=[/nowhere]", "corpus.paths: /nowhere does not exist. Give a file or folder that does."),
         ("tokens.tokenizer=/nowhere", "tokens.tokenizer='/nowhere' does not exist."),
         ("run.dir=foo://bucket/run", "run.dir=foo://bucket/run cannot be reached: "),
     ],
@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line(
 def test_checking_starts_and_writes_nothing(capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path) -> None:
     assert main("", "run_all", ["--config", config, "--check"]) == 0
     assert capsys.readouterr().out == "The configuration and all that it names are in order. Nothing was started.\n"
-    assert "corpus.paths: /nowhere holds" in refusal(capsys, config, "--check", "corpus.paths=[/nowhere]")
+    assert "corpus.paths: /nowhere does not exist" in refusal(capsys, config, "--check", "corpus.paths=[/nowhere]")
     assert not (tmp_path / "run").exists()
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from cbtm_ray.corpus.tokenizer import train_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.inputs import check_inputs
 from cbtm_ray.load_config import build_config
+from cbtm_ray.models import save_model
 from cbtm_ray.run import Run
-from tests.support.tiny import tiny_tree, write_corpus
+from tests.support.tiny import DOMAINS, tiny_tree, write_corpus
 
 
 def run_with(tmp_path: Path, **sections: dict[str, Any]) -> Run:
@@ -83,8 +86,9 @@ def test_the_users_home_stands_for_itself_in_every_field(tmp_path: Path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(write_corpus(tmp_path / "elsewhere", documents=8))
     write_corpus(tmp_path / "valid", documents=8)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    tokenizer = train_tokenizer(DOMAINS.values(), 300)
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=300))
+    save_model(model, tokenizer, str(tmp_path / "model"))
     run_with(tmp_path / "other", run={"dir": str(tmp_path / "other")}).stage("corpus", dict)
     examples = [
         f'{{"text": "a", "label": "{n % 2}", "split": "{split}"}}' for n in range(9) for split in ("train", "test")
@@ -96,14 +100,16 @@ def test_the_users_home_stands_for_itself_in_every_field(tmp_path: Path, monkeyp
         corpus={"paths": ["~/corpus"], "valid_paths": ["~/valid"]},
         tokens={"tokenizer": "~/model"},
         seed_model={"name_or_path": "~/model"},
-        embed={"embedder": "sentence", "encoder": "~/model"},
-        evaluate={"fewshot": ["~/task.jsonl"]},
+        evaluate={"fewshot": ["~/task.jsonl"], "fewshot_shots": 2},
     )
     assert run.dir == str(tmp_path / "run")
     check_inputs(run)
-    for section, field in (("tokens", "tokenizer"), ("seed_model", "name_or_path"), ("train", "warm_start")):
+    named = {"tokens": "tokenizer", "seed_model": "name_or_path", "train": "warm_start", "embed": "encoder"}
+    for section, field in named.items():
+        embedder = {"embedder": "sentence"} if section == "embed" else {}
+        run = run_with(tmp_path, **{section: {field: "~/gone", **embedder}})
         with pytest.raises(UserError, match=rf"^{section}\.{field}='~/gone' does not exist"):
-            check_inputs(run_with(tmp_path, **{section: {field: "~/gone"}}))
+            check_inputs(run)
     assert not (tmp_path / "elsewhere" / "~").exists()
 
 

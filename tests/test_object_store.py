@@ -249,7 +249,7 @@ def test_an_endpoint_that_nobody_is_at_is_one_line(
 def test_a_corpus_that_cannot_be_reached_is_named(bucket: str) -> None:
     with enable_iam_authentication(), pytest.raises(UserError, match=r"^corpus\.paths=s3://.*Check the credentials"):
         list_shards((files.join(bucket, "corpus"),))
-    with pytest.raises(UserError, match=r"corpus\.paths: s3://not-made/corpus holds no documents"):
+    with pytest.raises(UserError, match=r"corpus\.paths: s3://not-made/corpus does not exist"):
         list_shards(("s3://not-made/corpus",))
     with pytest.raises(UserError, match=r"^corpus\.paths=s4://bucket/corpus cannot be reached: Unrecognized"):
         list_shards(("s4://bucket/corpus",))

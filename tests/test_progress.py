@@ -11,14 +11,14 @@ import pytest
 from rich.console import Console
 
 from cbtm_ray import progress
-from cbtm_ray.branch.training_progress import Board
+from cbtm_ray.branch.training_progress import TrainingProgress
 
 STEPS = {"controls/dense": 800, "experts/cluster=0000": 1200, "experts/cluster=0001": 100, "experts/cluster=0002": 100}
 
 
-def board_of_four() -> Board:
+def board_of_four() -> TrainingProgress:
     """One that waits, one that runs, one that is done, one that failed before its first point."""
-    board = Board()
+    board = TrainingProgress()
     for name, node in (("experts/cluster=0000", "node-a"), ("experts/cluster=0001", "node-b")):
         board.post(name, {"state": "running", "node": node})
     point = {"step": 300, "tokens": 30_000, "loss_nats": 2.34567, "tokens_per_s": 1000.0, "learning_rate": 1e-3}

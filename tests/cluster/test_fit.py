@@ -11,7 +11,7 @@ from scipy.spatial.distance import pdist
 
 from cbtm_ray.cluster.fit import agreement, describe_clusters, top_terms
 from cbtm_ray.cluster.kmeans import BalancedKMeans
-from cbtm_ray.corpus.build import SAMPLE_SCHEMA
+from cbtm_ray.corpus.sample import SAMPLE_SCHEMA
 
 
 def test_agreement_by_hand() -> None:

@@ -21,7 +21,7 @@ from cbtm_ray.merge import paging
 from cbtm_ray.merge.ensemble import Ensemble
 from cbtm_ray.merge.paging import PagedExperts
 from cbtm_ray.models import load_model
-from serve.remote_experts import Answering
+from serve.remote_experts import RemoteServer
 from tests.support.tiny_ensemble import drain, make_ensemble, make_request, text_logprobs, tokens_of
 
 PROMPTS = [[3, 4, 5], [7] * 30, [9, 8, 7, 6, 5, 4, 3, 2], [11, 12]]
@@ -168,7 +168,7 @@ def test_a_read_that_fails_fails_alone() -> None:
     }
 
     async def answers() -> list[list[object]]:
-        answering = Answering(RemoteScorer(ensemble, 20))
+        answering = RemoteServer(RemoteScorer(ensemble, 20))
         loop, hook = asyncio.create_task(answering.run()), ensemble.experts[1].register_forward_pre_hook(fail)
         found = []
         for _ in range(2):

@@ -444,7 +444,7 @@ def test_what_a_job_would_refuse_is_said_below_the_plan(tmp_path: Path, capsys: 
     status, out, error = run_job(tmp_path, capsys, "corpus.paths=[/nowhere]")
     assert (status, len(error.splitlines())) == (2, 1)
     assert "dense control" in out
-    assert "error: corpus.paths: /nowhere holds no documents" in error
+    assert "error: corpus.paths: /nowhere does not exist" in error
 
 
 def test_what_is_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
