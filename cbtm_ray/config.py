@@ -45,7 +45,7 @@ Text = Annotated[str, Field(pattern=r"\S")]
 
 PartitionControl = Literal["random", "unbalanced", "metadata"]
 Control = Literal[PartitionControl, "moe"]
-Routing = Literal["embedding", "posterior", "prefix", "nearest_prefix", "uniform", "bayes"]
+Routing = Literal["embedding", "ngram", "posterior", "prefix", "nearest_prefix", "uniform", "bayes"]
 PARTITION_CONTROLS: tuple[PartitionControl, ...] = get_args(PartitionControl)
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
@@ -295,11 +295,22 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class NgramsConfig:
+    """Bigram models of the clusters' tokens, the evidence of n-gram routing."""
+
+    pairs: Count = 500_000
+    """Pairs of tokens that have a row of their own, the most frequent ones: 2 K + 8 bytes each."""
+    tokens: Count = 50_000_000
+    """Training tokens to count, drawn by document; all, if there are fewer."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvaluateConfig:
     top_k: tuple[Count, ...] = (1, 2, 4)
     """Sizes of the sparse ensemble to report, beside all experts; those of K and more are the same as all."""
     routings: Annotated[tuple[Routing, ...], Field(min_length=1)] = (
         "embedding",
+        "ngram",
         "posterior",
         "prefix",
         "nearest_prefix",
@@ -316,6 +327,16 @@ class EvaluateConfig:
     """Candidates for posterior routing's weight of the experts' evidence."""
     gammas: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.9, 0.95, 0.98)
     """Candidates for posterior routing's forgetting, per token."""
+    ngram_betas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.2, 0.35, 0.5, 1.0)
+    """Candidates for n-gram routing's weight of the n-grams' evidence. It is tried without the embedding's distances too."""
+    ngram_gammas: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.95, 0.98, 1.0)
+    """Candidates for n-gram routing's forgetting, per token."""
+    reread_costs: Annotated[tuple[FromZero, ...], Field(min_length=1)] = (0.0, 0.03, 0.1, 0.2, 0.4)
+    """Candidates for the score, in nats, that an expert must lead by for each token that it would have to read before it takes
+    over in n-gram routing."""
+    reread_share: FromZero = 0.03
+    """Tokens that experts may read again in n-gram routing, as a share of the tokens that are mixed. The tuning keeps to it
+    where one of its candidates does."""
     prefix_tokens: Count = 32
     """Tokens of a document that all experts read in prefix routing, before the best top-k stay for good."""
     prefix_experts: Count | None = None
@@ -361,6 +382,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     seed_model: SeedModelConfig
     train: TrainConfig = field(default_factory=TrainConfig)
+    ngrams: NgramsConfig = field(default_factory=NgramsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 

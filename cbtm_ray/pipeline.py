@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import progress
 from cbtm_ray.branch import launch
-from cbtm_ray.cluster import controls, fit, partition
+from cbtm_ray.cluster import controls, count_ngrams, fit, partition
 from cbtm_ray.config import CONTROLS, PARTITION_CONTROLS, Control
 from cbtm_ray.corpus import build
 from cbtm_ray.corpus.sample import sample_texts
@@ -52,7 +52,8 @@ JOBS: dict[str, list[Stage]] = {
             "shards",
             partition.partition_corpus,
             "{train[tokens]:,} tokens; largest cluster {train[size_skew]:.2f} x mean",
-        )
+        ),
+        ("ngrams", count_ngrams.fit_ngrams, "{pairs:,} pairs of tokens, {mib:.1f} MiB, from {tokens:,} tokens"),
     ],
     "train_seed": [("seed", launch.train_seed, "{parameters:,} parameters, {train_tokens:,} tokens")],
     "train_experts": [

@@ -11,6 +11,7 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("tokens.tokenizer", "tokens.vocab_size"),
     "clusterer": ("embed", "cluster"),
     "shards": (),
+    "ngrams": ("ngrams",),
     "seed": ("seed_model", "train", *(f"-{name}" for name in sorted(EXPERTS_ONLY_FIELDS)), "tokens.sequence_length"),
     "experts": _TRAINING,
     "controls/dense": _TRAINING,
@@ -31,13 +32,14 @@ MADE_FROM: dict[str, tuple[str, ...]] = {
     "tokenizer": ("corpus",),
     "clusterer": ("corpus", "tokenizer"),
     "shards": _PARTITION,
+    "ngrams": (*_PARTITION, "shards"),
     "seed": ("corpus", "tokenizer"),
     "experts": _MODELS,
     "controls/dense": _MODELS,
     **{f"shards/controls/{split}": (*_PARTITION, "shards") for split in PARTITION_CONTROLS},
     **{f"controls/{split}": (*_MODELS, f"shards/controls/{split}") for split in PARTITION_CONTROLS},
     "controls/moe": _MODELS,
-    "evaluation": ("tokenizer", "clusterer", "shards", "seed", "experts", "controls/dense",
+    "evaluation": ("tokenizer", "clusterer", "shards", "ngrams", "seed", "experts", "controls/dense",
                    *(f"shards/controls/{split}" for split in PARTITION_CONTROLS),
                    *(f"controls/{control}" for control in CONTROLS)),
     "average": ("tokenizer", "clusterer", "shards", "experts", "controls/dense", "evaluation"),
@@ -47,7 +49,7 @@ MADE_FROM: dict[str, tuple[str, ...]] = {
 serves every number of clusters."""
 
 
-SHAREABLE = ("corpus", "tokenizer", "clusterer", "shards", "seed")
+SHAREABLE = ("corpus", "tokenizer", "clusterer", "shards", "ngrams", "seed")
 """Stages that a run may take from another; a control's partition is kept beside the shards that it is one of."""
 
 

@@ -78,7 +78,7 @@ def test_fields_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
         ),
         (
             {"evaluate": {"routings": ["learned"]}},
-            r"^evaluate\.routings\.0='learned': must be 'embedding', 'posterior', ",
+            r"^evaluate\.routings\.0='learned': must be 'embedding', 'ngram', 'posterior', ",
         ),
         ({"evaluate": {"routings": []}}, r"^evaluate\.routings=\[\] has too few|^evaluate\.routings=\[\]"),
         ({"evaluate": {"routings": ["prefix"] * 2}}, r"^evaluate\.routings=.* names a router twice\. Keep one\.$"),

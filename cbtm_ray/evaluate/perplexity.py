@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.evaluate.result_rows import Summary
 from cbtm_ray.merge.mixture import mix_logprobs
-from cbtm_ray.merge.routers import ROUTERS, Route
-from cbtm_ray.merge.scores import ScoredHalf
+from cbtm_ray.merge.rereading import tokens_read
+from cbtm_ray.merge.routers import ROUTERS, Route, Router
+from cbtm_ray.merge.scores import ScoredHalf, Settings
 from cbtm_ray.train.loss import TokenLoss
 
 BOOTSTRAP = 1000
@@ -99,20 +100,67 @@ def tune(held_out: ScoredHalf, config: EvaluateConfig, routing: str) -> dict[int
     router, n_experts = ROUTERS[routing], held_out.logprobs_TK.shape[1]
     if not (sizes := router.sizes(n_experts, config)):
         return {}
-    candidates = router.candidates(config)
-    best_K, chosen = np.full(n_experts, np.inf), [candidates[0]] * n_experts
-    for gamma, group in itertools.groupby(candidates, lambda settings: settings.get("gamma", 1.0)):
-        evidence_TK = router.evidence_TK(held_out, gamma)
-        for settings in group:
-            scores_TK = router.scores_TK(held_out, evidence_TK, settings, config.prefix_tokens)
-            order_TK = router.order_TK(held_out, scores_TK, config.prefix_tokens)
-            losses_K = -nested_mixtures(held_out.logprobs_TK, scores_TK, order_TK).mean(axis=0)
-            for index in np.flatnonzero(losses_K < best_K):
-                best_K[index], chosen[index] = losses_K[index], settings
+    if router.evidence == "ngrams":
+        return _tune_ngrams(held_out, config, routing)
+    losses, chosen = np.full(n_experts, np.inf), [Settings()] * n_experts
+    for settings, losses_K in _candidate_losses(held_out, config, router):
+        for index in np.flatnonzero(losses_K < losses):
+            losses[index], chosen[index] = losses_K[index], settings
     return {
         top_k: Route(routing=routing, top_k=top_k, settings=chosen[top_k - 1], prefix_tokens=config.prefix_tokens)
         for top_k in sizes
     }
+
+
+def _candidate_losses(
+    held_out: ScoredHalf, config: EvaluateConfig, router: Router
+) -> Iterator[tuple[Settings, np.ndarray]]:
+    """Every candidate with the loss (K,) of its mixtures of 1, 2, ... K experts."""
+    for gamma, group in itertools.groupby(router.candidates(config), lambda settings: settings.get("gamma", 1.0)):
+        evidence_TK = router.evidence_TK(held_out, gamma)
+        for settings in group:
+            scores_TK = router.scores_TK(held_out, evidence_TK, settings, config.prefix_tokens)
+            order_TK = router.order_TK(held_out, scores_TK, config.prefix_tokens)
+            yield settings, -nested_mixtures(held_out.logprobs_TK, scores_TK, order_TK).mean(axis=0)
+
+
+def _tune_ngrams(held_out: ScoredHalf, config: EvaluateConfig, routing: str) -> dict[int, Route]:
+    """As `tune`, with `reread_cost`: for each gamma the best settings without a cost, then these with every cost.
+
+    The choice is the least loss among routes that read at most `reread_share` more tokens than they mix, or the route that
+    reads least. A size that is not in `evaluate.top_k` has the settings of the next smaller size that is.
+    """
+    n_experts = held_out.logprobs_TK.shape[1]
+    found: dict[float, list[tuple[float, Settings]]] = {}
+    for settings, losses_K in _candidate_losses(held_out, config, ROUTERS[routing]):
+        best = found.setdefault(settings["gamma"], [(math.inf, settings)] * n_experts)
+        for index in np.flatnonzero(losses_K < [loss for loss, _ in best]):
+            best[index] = (float(losses_K[index]), settings)
+    tuned_sizes = sorted({1, *(size for size in config.top_k if size < n_experts), n_experts})
+    chosen = {}
+    for top_k in tuned_sizes:
+        costs = config.reread_costs if top_k < n_experts else (0.0,)
+        tried = [best[top_k - 1][1] | {"reread_cost": cost} for best in found.values() for cost in costs]
+        chosen[top_k] = min(tried, key=lambda settings: _reading_loss(held_out, config, routing, top_k, settings))
+    return {
+        top_k: Route(
+            routing=routing,
+            top_k=top_k,
+            settings=chosen[max(size for size in tuned_sizes if size <= top_k)],
+            prefix_tokens=config.prefix_tokens,
+        )
+        for top_k in range(1, n_experts + 1)
+    }
+
+
+def _reading_loss(
+    held_out: ScoredHalf, config: EvaluateConfig, routing: str, top_k: int, settings: Settings
+) -> tuple[float, float]:
+    """How far the route reads beyond what it may, then its loss."""
+    route = Route(routing=routing, top_k=top_k, settings=settings, prefix_tokens=config.prefix_tokens)
+    weights_TK = route.weights(held_out)
+    excess = tokens_read(weights_TK > 0, held_out.lengths) / top_k - 1 - config.reread_share
+    return max(excess, 0.0), float(-mix_logprobs(held_out.logprobs_TK, weights_TK).mean())
 
 
 def nested_mixtures(logprobs_TK: np.ndarray, scores_TK: np.ndarray, order_TK: np.ndarray) -> np.ndarray:

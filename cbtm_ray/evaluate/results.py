@@ -20,7 +20,14 @@ from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.evaluate import perplexity
 from cbtm_ray.evaluate.result_rows import DomainRow, DomainSummary, Evaluation, FewshotRow, ResultRow, SampleToken
 from cbtm_ray.evaluate.scoring import HeldOutDocuments, fewshot_prompts, held_out_documents, score_models
-from cbtm_ray.evaluate.systems import Measured, control_system, ensemble_system, measure, system_distances
+from cbtm_ray.evaluate.systems import (
+    Measured,
+    control_system,
+    ensemble_system,
+    measure,
+    ngram_evidence,
+    system_distances,
+)
 from cbtm_ray.manifests import ModelManifest
 from cbtm_ray.merge.routers import ROUTERS, Route, check_reported
 from cbtm_ray.merge.scores import ScoredHalf
@@ -192,7 +199,7 @@ def _fewshot_rows(run: Run, task: str, singles: dict[str, str], mixtures: list[M
     for mixture, distances_TK in zip(mixtures, system_distances(run, systems, prompts.tokens), strict=True):
         system = mixture.measured.system
         experts_TK = np.stack([logprobs[name] for name in system.experts], axis=1)
-        held_out = ScoredHalf(prompts.lengths, experts_TK, distances_TK)
+        held_out = ScoredHalf(prompts.lengths, experts_TK, distances_TK, ngram_evidence(system, prompts.tokens))
         for route in mixture.routes:
             mixed = partial(
                 row, system=system.name, n_clusters=len(system.experts), routing=route.routing, top_k=route.top_k
@@ -223,7 +230,10 @@ def _sample(run: Run, documents: HeldOutDocuments, reported: ScoredHalf, route: 
     index = int(np.argmin(np.abs(reported.lengths - SAMPLE_TOKENS)))
     rows = list(reported.documents())[index]
     lengths = reported.lengths[index : index + 1]
-    weights_TK = route.weights(ScoredHalf(lengths, reported.logprobs_TK[rows], reported.squared_distances_TK[rows]))
+    found = ScoredHalf(
+        lengths, reported.logprobs_TK[rows], reported.squared_distances_TK[rows], reported.ngrams_TK[rows]
+    )
+    weights_TK = route.weights(found)
     tokens = documents.tokens[int(np.flatnonzero(~documents.for_tuning)[index])][:SAMPLE_TOKENS]
     tokenizer = load_tokenizer(run.uri("tokenizer"))
     return [

@@ -53,10 +53,12 @@ class HeldOutDocuments:
         """Tokens of one half, bool (T,)."""
         return np.repeat(self.for_tuning == tuning, [len(tokens) for tokens in self.tokens])
 
-    def half(self, logprobs_TK: np.ndarray, distances_TK: np.ndarray, *, tuning: bool) -> ScoredHalf:
+    def half(
+        self, logprobs_TK: np.ndarray, distances_TK: np.ndarray, ngrams_TK: np.ndarray, *, tuning: bool
+    ) -> ScoredHalf:
         """The log-probabilities and distances of the tokens of one half."""
         mask_T = self.token_mask(tuning=tuning)
-        return ScoredHalf(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T])
+        return ScoredHalf(self._lengths(tuning), logprobs_TK[mask_T], distances_TK[mask_T], ngrams_TK[mask_T])
 
     def summarize(self, logprobs_R: np.ndarray, dense_R: np.ndarray) -> DomainSummary:
         """Perplexity and its like, over all and for each gold domain, from the log-probabilities of the reported tokens alone,

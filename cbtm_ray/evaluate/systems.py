@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cbtm_ray.cluster.controls import control_centers
 from cbtm_ray.cluster.embed import load_centers, load_embedder
+from cbtm_ray.cluster.ngrams import NgramTables, load_tables
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.evaluate.scoring import HeldOutDocuments, context_distances
 from cbtm_ray.merge.scores import ScoredHalf
@@ -36,6 +37,8 @@ class System:
     centers_KD: Tensor | None
     """None: its clusters have no centers."""
     routings: tuple[str, ...]
+    ngrams: NgramTables | None = None
+    """None: its clusters have no n-gram tables."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,10 @@ class Measured:
 def ensemble_system(run: Run) -> System:
     """The method's own experts and centers."""
     experts = [expert_folder(cluster) for cluster in range(run.config.cluster.n_clusters)]
-    return System("cbtm", experts, load_centers(run.uri("clusterer")), run.config.evaluate.routings)
+    routings, centers_KD = run.config.evaluate.routings, load_centers(run.uri("clusterer"))
+    end_of_text = int(load_tokenizer(run.uri("tokenizer")).eos_token_id)
+    ngrams = load_tables(run.uri("ngrams"), end_of_text) if "ngram" in routings else None
+    return System("cbtm", experts, centers_KD, routings, ngrams)
 
 
 def control_system(run: Run, control: str) -> System:
@@ -68,9 +74,17 @@ def measure(
     found = []
     for system, distances_TK in zip(systems, system_distances(run, systems, documents.tokens), strict=True):
         experts_TK = np.stack([logprobs[name] for name in system.experts], axis=1)
-        halves = [documents.half(experts_TK, distances_TK, tuning=tuning) for tuning in (True, False)]
+        ngrams_TK = ngram_evidence(system, documents.tokens)
+        halves = [documents.half(experts_TK, distances_TK, ngrams_TK, tuning=tuning) for tuning in (True, False)]
         found.append(Measured(system, *halves))
     return found
+
+
+def ngram_evidence(system: System, documents: list[np.ndarray]) -> np.ndarray:
+    """Evidence of every token by the n-grams of the system's clusters, (T, K); (T, 0) without n-grams."""
+    if system.ngrams is None:
+        return np.zeros((sum(map(len, documents)), 0), np.float32)
+    return np.concatenate([system.ngrams.evidence(document) for document in documents])
 
 
 def system_distances(run: Run, systems: list[System], documents: list[np.ndarray]) -> list[np.ndarray]:

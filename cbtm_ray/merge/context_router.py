@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from cbtm_ray.cluster.embed import Context
+from cbtm_ray.cluster.ngrams import NgramTables
+from cbtm_ray.merge.rereading import best_after_reading
 from cbtm_ray.merge.routers import Route
 from cbtm_ray.merge.scores import routing_scores, sparse_weights
 
@@ -21,11 +23,19 @@ class ContextRouter:
     tokens: then the weights are a function of the embedding of the whole context and of the evidence so far.
     """
 
-    def __init__(self, route: Route, context: Context, centers_KD: np.ndarray, active: Iterable[int]) -> None:
+    def __init__(
+        self,
+        route: Route,
+        context: Context,
+        centers_KD: np.ndarray,
+        active: Iterable[int],
+        ngrams: NgramTables | None = None,
+    ) -> None:
         """
         Args:
             context: embeds the text, which is empty yet.
             active: experts that may take part.
+            ngrams: the evidence of a router by n-grams.
         """
         self._route, self._context, self._n_experts = route, context, len(centers_KD)
         self.length = 0
@@ -36,6 +46,8 @@ class ContextRouter:
         self._centers_RD = centers_KD[self._experts_R]
         self._evidence_R = np.zeros(len(self._experts_R))
         self._observed_R = np.zeros(len(self._experts_R), int)  # tokens whose evidence has been taken in
+        self._ngrams, self._last_token = ngrams, None if ngrams is None else ngrams.end_of_text
+        self._read_R = np.zeros(len(self._experts_R), int)  # length of the context when the expert was last mixed
         self._weights_K: np.ndarray | None = None
         self._running: list[int] | None = None
         self._changed()
@@ -53,6 +65,13 @@ class ContextRouter:
         if self._weights_K is None:
             scores, weights_K = self._scores(), np.zeros(self._n_experts)
             top_k = min(self._route.top_k, len(scores))
+            if self._route.router.evidence == "ngrams":
+                reread_cost = self._route.settings.get("reread_cost", 0.0)
+                best = best_after_reading(scores, self.length - self._read_R, top_k, reread_cost)
+                self._read_R[best] = self.length
+                dropped = np.ones(len(scores), bool)
+                dropped[best] = False
+                scores[dropped] = -np.inf
             weights_K[self._experts_R[self._rows]] = 1 if len(scores) == 1 else sparse_weights(scores, top_k)
             self._weights_K = weights_K
         return self._weights_K
@@ -63,7 +82,15 @@ class ContextRouter:
             assert self.length != self.hold_at
             self._context.append(token)
             self.length += 1
+            if self._route.router.evidence == "ngrams":
+                self._evidence_R *= self._route.gamma
+                self._evidence_R += self._token_evidence(token)
         self._changed()
+
+    def _token_evidence(self, token: int) -> np.ndarray:
+        assert self._ngrams is not None
+        found_K, self._last_token = self._ngrams.step(self._last_token, token), token
+        return found_K[self._experts_R]
 
     def due(self, refresh_tokens: int) -> bool:
         """Whether the next weights need the running experts' evidence up to here.

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cbtm_ray import files
 from cbtm_ray.cluster.embed import Embedder, load_clusterer
+from cbtm_ray.cluster.ngrams import NgramTables, load_tables
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.merge.context_router import ContextRouter
@@ -35,6 +36,8 @@ class Ensemble:
     end_of_text: int
     routes: Mapping[int, Route]
     """One router, by top_k, each with its own settings."""
+    ngrams: NgramTables | None = None
+    """For a router by n-grams."""
 
     @property
     def n_experts(self) -> int:
@@ -48,7 +51,8 @@ class Ensemble:
 
     def router(self, top_k: int, active: Iterable[int]) -> ContextRouter:
         """A router of a new, empty context to `top_k` of the active experts."""
-        return ContextRouter(self.routes[top_k], self.embedder.context(), self.centers_KD.double().numpy(), active)
+        centers_KD = self.centers_KD.double().numpy()
+        return ContextRouter(self.routes[top_k], self.embedder.context(), centers_KD, active, self.ngrams)
 
 
 def tuned_routers(run_dir: str) -> dict[str, dict[int, Route]]:
@@ -123,5 +127,6 @@ def load_ensemble(
         centers_KD=centers_KD,
         end_of_text=tokenizer.eos_token_id,
         routes=routes,
+        ngrams=load_tables(files.join(run_dir, "ngrams"), tokenizer.eos_token_id) if routing == "ngram" else None,
     )
     return ensemble, tokenizer

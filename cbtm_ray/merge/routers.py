@@ -22,6 +22,7 @@ import numpy as np
 
 from cbtm_ray.config import EvaluateConfig
 from cbtm_ray.errors import UserError
+from cbtm_ray.merge.rereading import chosen_experts, tokens_read
 from cbtm_ray.merge.scores import (
     ScoredHalf,
     Settings,
@@ -42,8 +43,9 @@ class Router:
     tuned: tuple[str, ...] = ()
     """Settings that are chosen on held-out text, of temperature, beta and gamma; what is missing is as in `routing_scores`,
     and gamma is 1."""
-    evidence: Literal["experts"] | None = None
-    """The evidence e_j. 'experts': the log-probability of a token by the expert itself, which has to run for it. None: 0."""
+    evidence: Literal["experts", "ngrams"] | None = None
+    """The evidence e_j. 'experts': the log-probability of a token by the expert itself, which has to run for it.
+    'ngrams': of its cluster's bigram model, over all clusters'. None: 0."""
     holds: bool = False
     """Whether the best `top_k` experts at the end of the prefix stay for good."""
     nearest: bool = False
@@ -51,6 +53,10 @@ class Router:
 
     def candidates(self, config: EvaluateConfig) -> list[Settings]:
         """The settings to choose from. Gamma changes slowest: its evidence takes a pass over all tokens."""
+        if self.evidence == "ngrams":
+            priors: list[Settings] = [{}, *({"temperature": temperature} for temperature in config.temperatures)]
+            found = itertools.product(config.ngram_gammas, priors, config.ngram_betas)
+            return [{"gamma": gamma, "beta": beta} | prior for gamma, prior, beta in found]
         choices = {"gamma": config.gammas, "temperature": config.temperatures, "beta": config.betas}
         names = [name for name in choices if name in self.tuned]
         fixed: Settings = {"prefix_experts": float(config.prefix_experts or 0)} if self.nearest else {}
@@ -75,7 +81,8 @@ class Router:
         """The evidence for every expert before every token; each document starts anew."""
         if self.evidence is None:
             return np.zeros_like(held_out.logprobs_TK)
-        return np.concatenate([evidence(held_out.logprobs_TK[rows], gamma) for rows in held_out.documents()])
+        tokens_TK = held_out.logprobs_TK if self.evidence == "experts" else held_out.ngrams_TK
+        return np.concatenate([evidence(tokens_TK[rows], gamma) for rows in held_out.documents()])
 
     def scores_TK(
         self, held_out: ScoredHalf, evidence_TK: np.ndarray, settings: Settings, prefix_tokens: int
@@ -103,6 +110,12 @@ _POSTERIOR = ("gamma", "temperature", "beta")
 ROUTERS = {
     "embedding": Router(
         meaning="Experts are weighted by the distance of their cluster's center to the context.", tuned=("temperature",)
+    ),
+    "ngram": Router(
+        meaning="Experts are weighted by how well a bigram model of their cluster explains the context, and by distance where "
+        "that helps. An expert takes over only if that is worth the tokens it has to read.",
+        tuned=_POSTERIOR,
+        evidence="ngrams",
     ),
     "posterior": Router(
         meaning="The same, times how well each expert predicted the context so far; recent tokens count more.",
@@ -170,13 +183,18 @@ class Route:
         if self.router.holds:
             held = [hold_after_prefix(scores_TK[rows], self.top_k, self.prefix_tokens) for rows in held_out.documents()]
             scores_TK = np.concatenate(held)
+        if self.router.evidence == "ngrams":
+            reread_cost = self.settings.get("reread_cost", 0.0)
+            chosen_TK = chosen_experts(scores_TK, held_out.lengths, self.top_k, reread_cost)
+            scores_TK = np.where(chosen_TK, scores_TK, -np.inf)
         return sparse_weights(scores_TK, self.top_k)
 
     def experts_run(self, held_out: ScoredHalf) -> float:
-        """Experts that run for a token, on average: those that are mixed, and those whose likelihood is evidence."""
+        """Experts that run for a token, on average: the experts that are mixed, with the tokens that they read when they take
+        over, and the experts whose likelihood is evidence."""
         n_experts, lengths = held_out.logprobs_TK.shape[1], held_out.lengths
         if self.router.evidence != "experts":
-            return float(self.top_k)
+            return tokens_read(self.weights(held_out) > 0, lengths)
         if not self.router.holds or self.top_k == n_experts:
             return float(n_experts)
         readers: float = n_experts

@@ -8,7 +8,7 @@ All scores are log weights up to a constant. Row t of everything speaks of the c
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -17,7 +17,7 @@ from scipy.signal import lfilter
 from cbtm_ray.errors import UserError
 
 Settings: TypeAlias = dict[str, float]
-"""temperature, beta, gamma, legacy_d4, prefix_experts: those of them that a router has."""
+"""temperature, beta, gamma, reread_cost, legacy_d4, prefix_experts: the settings that a router has."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class ScoredHalf:
     """Every expert's log-probability of every token, in nats."""
     squared_distances_TK: np.ndarray
     """From every token's context to every cluster's center; (T, 0) where the experts have no centers."""
+    ngrams_TK: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """Evidence of every token by the clusters' n-grams; empty where the clusters have none."""
 
     def documents(self) -> Iterator[slice]:
         """The rows of each document."""

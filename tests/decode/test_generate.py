@@ -42,9 +42,10 @@ def evaluated_logprobs(ensemble: Ensemble, tokens: list[int], top_k: int) -> np.
     )
     embeddings_TD = torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens_T))
     distances_TK = squared_distances(embeddings_TD, ensemble.centers_KD).numpy()
-    return perplexity.mixture_logprobs(
-        ScoredHalf(np.array([len(tokens)]), logprobs_TK, distances_TK), ensemble.routes[top_k]
-    )
+    assert ensemble.ngrams is not None
+    ngrams_TK = ensemble.ngrams.evidence(tokens_T)
+    scored = ScoredHalf(np.array([len(tokens)]), logprobs_TK, distances_TK, ngrams_TK)
+    return perplexity.mixture_logprobs(scored, ensemble.routes[top_k])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "cohere, which scales its logits"])

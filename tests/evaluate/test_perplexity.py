@@ -175,8 +175,8 @@ def test_intervals_cover_documents_that_differ() -> None:
 
 def test_experts_that_run_by_hand() -> None:
     given = held_out(n_experts=8, lengths=(10, 30))
-    runs = {name: route(name, 2, prefix_tokens=16).experts_run(given) for name in ("embedding", "posterior", "bayes")}
-    assert runs == {"embedding": 2, "posterior": 8, "bayes": 8}
+    runs = {name: route(name, 2, prefix_tokens=16).experts_run(given) for name in ("posterior", "bayes")}
+    assert runs == {"posterior": 8, "bayes": 8}
     assert route("prefix", 2, prefix_tokens=16).experts_run(given) == pytest.approx((26 * 8 + 14 * 2) / 40)
     assert route("uniform", 8, settings={}).experts_run(given) == 8
 

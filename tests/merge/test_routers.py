@@ -16,9 +16,17 @@ from cbtm_ray.config import EvaluateConfig, Routing
 from cbtm_ray.merge.context_router import ContextRouter
 from cbtm_ray.merge.routers import ROUTERS, Route
 from cbtm_ray.merge.scores import ScoredHalf
+from tests.support.tiny_ensemble import make_ngrams
 
 CONFIG = EvaluateConfig(top_k=(1, 2, 5, 9), prefix_experts=2)
-SETTINGS = {"temperature": 0.5, "beta": 0.3, "gamma": 0.8, "legacy_d4": True, "prefix_experts": 2.0}
+SETTINGS = {
+    "temperature": 0.5,
+    "beta": 0.3,
+    "gamma": 0.8,
+    "legacy_d4": True,
+    "prefix_experts": 2.0,
+    "reread_cost": 0.02,
+}
 
 
 def test_every_router_can_be_asked_for() -> None:
@@ -29,6 +37,7 @@ def test_every_router_can_be_asked_for() -> None:
     ("routing", "mixed", "reported"),
     [
         ("embedding", [1, 2, 3, 4, 5], [1, 2, 5]),
+        ("ngram", [1, 2, 3, 4, 5], [1, 2, 5]),
         ("posterior", [1, 2, 3, 4, 5], [1, 2, 5]),
         ("prefix", [1, 2, 3, 4, 5], [1, 2]),  # with all experts it is posterior routing
         ("nearest_prefix", [1, 2], [1, 2]),  # only its two readers can be held
@@ -54,11 +63,13 @@ class Text:
         self.logprobs_TK = -random.exponential(2, (n_tokens, n_experts)).astype(np.float32)
         contexts_TD = torch.from_numpy(self.embedder.prefix_embeddings(self.tokens))
         distances_TK = squared_distances(contexts_TD, torch.from_numpy(self.centers_KD)).numpy()
-        self.held_out = ScoredHalf(np.array([n_tokens]), self.logprobs_TK, distances_TK)
+        self.ngrams = make_ngrams(n_experts, 20, seed)
+        ngrams_TK = self.ngrams.evidence(self.tokens)
+        self.held_out = ScoredHalf(np.array([n_tokens]), self.logprobs_TK, distances_TK, ngrams_TK)
 
     def router(self, route: Route) -> ContextRouter:
         active = range(len(self.centers_KD))
-        return ContextRouter(route, self.embedder.context(), self.centers_KD.astype(float), active)
+        return ContextRouter(route, self.embedder.context(), self.centers_KD.astype(float), active, self.ngrams)
 
     def observe(self, router: ContextRouter) -> None:
         """What the running experts, and only they, think of the text so far."""
@@ -70,7 +81,10 @@ texts = st.builds(Text, st.integers(1, 6), st.integers(1, 25), st.integers(0, 10
 
 def route_of(routing: str, top_k: int, prefix_tokens: int) -> Route:
     known = {"embedding": ("temperature", "legacy_d4"), "uniform": (), "bayes": ()}
-    settings = {name: SETTINGS[name] for name in known.get(routing, ("temperature", "beta", "gamma", "prefix_experts"))}
+    settings = {
+        name: SETTINGS[name]
+        for name in known.get(routing, ("temperature", "beta", "gamma", "prefix_experts", "reread_cost"))
+    }
     return Route(routing=routing, top_k=top_k, settings=settings, prefix_tokens=prefix_tokens)
 
 
@@ -98,8 +112,9 @@ def test_weights_of_a_growing_text_are_those_of_the_batch(
 def test_evidence_that_comes_in_pieces_gives_the_same_weights(
     routing: str, text: Text, prefix_tokens: int, most: int
 ) -> None:
-    """Late, but taken in up to the end: also where other experts ran meanwhile."""
+    """Late, but taken in up to the end: also where other experts ran meanwhile. (What an expert has read depends on them.)"""
     route = route_of(routing, 1, prefix_tokens)
+    route.settings.pop("reread_cost", None)
     router, tokens = text.router(route), text.tokens.tolist()
     for token in tokens[:-1]:
         if router.due(most):

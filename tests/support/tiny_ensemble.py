@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cbtm_ray.cluster.embed import TokenTfidf
+from cbtm_ray.cluster.ngrams import NgramTables, count_pairs, fit_tables
 from cbtm_ray.decode.engine import Engine, generate
 from cbtm_ray.decode.sampling import Sampling
 from cbtm_ray.decode.sequence import Request, Step
@@ -40,11 +41,20 @@ def make_routes(n_experts: int, routing: str, prefix_tokens: int) -> dict[int, R
                 "beta": 0.2,
                 "gamma": 0.8 + 0.05 * top_k,
                 "prefix_experts": 2.0,
+                "reread_cost": 0.01,
             },
             prefix_tokens=prefix_tokens,
         )
         for top_k in range(1, last + 1)
     }
+
+
+def make_ngrams(n_clusters: int, vocabulary: int, seed: int = 0) -> NgramTables:
+    """Bigram tables of random documents, some of whose pairs have no row of their own."""
+    random = np.random.default_rng(seed)
+    documents = [random.integers(0, vocabulary, 400) for _ in range(n_clusters)]
+    counts = count_pairs(documents, range(n_clusters), vocabulary=vocabulary, n_clusters=n_clusters, end_of_text=0)
+    return fit_tables(counts, end_of_text=0, max_pairs=100, min_count=1)
 
 
 def make_ensemble(
@@ -71,6 +81,7 @@ def make_ensemble(
         centers_KD=torch.from_numpy(random.normal(size=(n_experts, DIMENSIONS)).astype(np.float32)),
         end_of_text=0,
         routes=make_routes(n_experts, routing, prefix_tokens),
+        ngrams=make_ngrams(n_experts, vocab_size),
     )
 
 
