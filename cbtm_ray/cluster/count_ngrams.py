@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
@@ -57,7 +58,7 @@ def _count_shard(
     table = pq.read_table(path, filesystem=filesystem, columns=["id", "cluster", "tokens"])
     if share < 1:
         seed = config.run.seed + HASH_OFFSET
-        table = table.filter([unit_hash(seed, document_id) < share for document_id in table["id"].to_pylist()])
+        table = table.filter(pa.array([unit_hash(seed, each) < share for each in table["id"].to_pylist()], pa.bool_()))
     tokens = table["tokens"].combine_chunks()
     ends = np.cumsum(tokens.value_lengths().to_numpy())
     documents = np.split(tokens.flatten().to_numpy(), ends[:-1]) if len(ends) else []

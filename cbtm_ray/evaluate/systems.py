@@ -55,7 +55,10 @@ def ensemble_system(run: Run) -> System:
     experts = [expert_folder(cluster) for cluster in range(run.config.cluster.n_clusters)]
     routings, centers_KD = run.config.evaluate.routings, load_centers(run.uri("clusterer"))
     end_of_text = int(load_tokenizer(run.uri("tokenizer")).eos_token_id)
-    ngrams = load_tables(run.uri("ngrams"), end_of_text) if "ngram" in routings else None
+    ngrams = None
+    if "ngram" in routings:
+        run.require("ngrams", "partition_corpus")
+        ngrams = load_tables(run.uri("ngrams"), end_of_text)
     return System("cbtm", experts, centers_KD, routings, ngrams)
 
 
