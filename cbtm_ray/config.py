@@ -329,12 +329,12 @@ class EvaluateConfig:
     """Candidates for posterior routing's forgetting, per token."""
     ngram_betas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.2, 0.35, 0.5, 1.0)
     """Candidates for n-gram routing's weight of the n-grams' evidence. It is tried without the embedding's distances too."""
-    ngram_gammas: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.95, 0.98, 1.0)
+    ngram_gammas: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.95, 0.99, 1.0)
     """Candidates for n-gram routing's forgetting, per token."""
-    reread_costs: Annotated[tuple[FromZero, ...], Field(min_length=1)] = (0.0, 0.03, 0.1, 0.2, 0.4)
-    """Candidates for the score, in nats, that an expert must lead by for each token that it would have to read before it takes
-    over in n-gram routing."""
-    reread_share: FromZero = 0.03
+    reread_costs: Annotated[tuple[FromZero, ...], Field(min_length=1)] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+    """Candidates for the evidence, in nats, that an expert must lead by for each token that it would have to read before it
+    takes over in n-gram routing."""
+    reread_share: FromZero = 0.1
     """Tokens that experts may read again in n-gram routing, as a share of the tokens that are mixed. The tuning keeps to it
     where one of its candidates does."""
     prefix_tokens: Count = 32

@@ -66,8 +66,7 @@ class ContextRouter:
             scores, weights_K = self._scores(), np.zeros(self._n_experts)
             top_k = min(self._route.top_k, len(scores))
             if self._route.router.evidence == "ngrams":
-                reread_cost = self._route.settings.get("reread_cost", 0.0)
-                best = best_after_reading(scores, self.length - self._read_R, top_k, reread_cost)
+                best = best_after_reading(scores, self.length - self._read_R, top_k, self._route.reread_cost)
                 self._read_R[best] = self.length
                 dropped = np.ones(len(scores), bool)
                 dropped[best] = False

@@ -172,6 +172,11 @@ class Route:
         return self.settings.get("gamma", 1.0)
 
     @property
+    def reread_cost(self) -> float:
+        """In units of the scores."""
+        return self.settings.get("reread_cost", 0.0) * self.settings.get("beta", 1.0)
+
+    @property
     def held_after(self) -> int | None:
         """Tokens after which the experts stay, None: never."""
         return self.prefix_tokens if self.router.holds else None
@@ -184,8 +189,7 @@ class Route:
             held = [hold_after_prefix(scores_TK[rows], self.top_k, self.prefix_tokens) for rows in held_out.documents()]
             scores_TK = np.concatenate(held)
         if self.router.evidence == "ngrams":
-            reread_cost = self.settings.get("reread_cost", 0.0)
-            chosen_TK = chosen_experts(scores_TK, held_out.lengths, self.top_k, reread_cost)
+            chosen_TK = chosen_experts(scores_TK, held_out.lengths, self.top_k, self.reread_cost)
             scores_TK = np.where(chosen_TK, scores_TK, -np.inf)
         return sparse_weights(scores_TK, self.top_k)
 
