@@ -392,3 +392,20 @@ def test_tuning_agrees_with_the_mixture_for_the_nearest_prefix() -> None:
             for settings in ROUTERS["nearest_prefix"].candidates(config)
         ]
         assert -mixture_logprobs(held_out, route).mean() == pytest.approx(min(losses))
+
+
+def test_ngram_routes_read_no_more_than_they_may_and_gain_by_reading() -> None:
+    """Evidence that names the better expert of each half of a document: following it costs reading."""
+    random, lengths = np.random.default_rng(0), np.full(30, 40)
+    better_T = np.concatenate([np.repeat(random.permutation(3)[:2], 20) for _ in lengths])
+    ngrams_TK = (better_T[:, None] == np.arange(3)) + random.normal(0, 0.5, (1200, 3))
+    logprobs_TK = np.where(better_T[:, None] == np.arange(3), -1.0, -3.0).astype(np.float32)
+    given = ScoredHalf(lengths, logprobs_TK, random.random((1200, 3)), ngrams_TK.astype(np.float32))
+    losses = {}
+    for share in (0.02, 0.3, 9.0):
+        config = EvaluateConfig(top_k=(1,), reread_costs=(0.0, 0.05, 0.2, 99.0), reread_share=share)
+        routes = tune(given, config, "ngram")
+        assert list(routes) == [1, 2, 3]
+        assert routes[1].experts_run(given) <= 1 + share
+        losses[share] = -mixture_logprobs(given, routes[1]).mean()
+    assert losses[9.0] < losses[0.3] < losses[0.02]
