@@ -47,7 +47,7 @@ def test_what_is_there_passes(tmp_path: Path) -> None:
         ({"evaluate": {"fewshot": ["/tmp"]}}, r"^evaluate\.fewshot='/tmp' cannot be read: "),
         (
             {"run": {"shared": ["/tmp"]}},
-            r"^run\.shared: /tmp has no finished corpus, tokenizer, clusterer, shards, seed to",
+            r"^run\.shared: /tmp has no finished corpus, tokenizer, clusterer, shards, ngrams, seed to",
         ),
         ({"run": {"shared": ["/nowhere"]}}, r"^run\.shared: /nowhere has no finished corpus, tokenizer"),
         (

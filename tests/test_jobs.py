@@ -48,7 +48,7 @@ def test_results_compare_every_system_on_the_same_tokens(finished_run: Run) -> N
     found = rows(finished_run)
     assert [row["system"] for row in found[:2]] == ["seed", "dense"]
     mixtures = {(row["routing"], row["top_k"]) for row in found[2:]}
-    expected = {(r, k) for r in ("embedding", "posterior") for k in (1, 2)} | {("prefix", 1)}
+    expected = {(r, k) for r in ("embedding", "ngram", "posterior") for k in (1, 2)} | {("prefix", 1)}
     assert mixtures == expected
     dense = found[1]
     assert dense["ratio_to_dense"] == dense["ratio_low"] == dense["ratio_high"] == 1
@@ -63,7 +63,7 @@ def test_results_compare_every_system_on_the_same_tokens(finished_run: Run) -> N
 def test_results_have_the_settings_of_every_router_for_every_top_k(finished_run: Run) -> None:
     """Also for the two experts that `evaluate.top_k`, [1], leaves out of the report of prefix routing."""
     routers = files.read_json(finished_run.uri("evaluation", "results.json"))["routers"]
-    assert list(routers) == ["embedding", "posterior", "prefix"]
+    assert list(routers) == ["embedding", "ngram", "posterior", "prefix"]
     assert all(list(by_top_k) == ["1", "2"] for by_top_k in routers.values())
     for row in rows(finished_run)[2:]:
         assert row["settings"] == routers[row["routing"]][str(row["top_k"])]
@@ -113,7 +113,7 @@ def test_a_second_run_does_nothing_but_show_the_results(finished_run: Run, capsy
     pipeline.run_all(finished_run)
     assert {name: os.stat(finished_run.uri(name)).st_mtime_ns for name in ARTIFACTS} == before
     out = capsys.readouterr().out
-    assert out.count("already done") == 7
+    assert out.count("already done") == 8
     assert "dense control" in out
 
 

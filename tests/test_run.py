@@ -92,7 +92,9 @@ def test_a_directory_older_than_a_field_was_made_with_its_default(tmp_path: Path
     settings = tmp_path / "evaluation" / "settings.json"
     settings.write_text(json.dumps(older))
     run.check()
-    with pytest.raises(UserError, match=r"evaluate\.routings=\['prefix'\] \(the run has \['embedding', 'posterior', "):
+    with pytest.raises(
+        UserError, match=r"evaluate\.routings=\['prefix'\] \(the run has \['embedding', 'ngram', 'posterior', "
+    ):
         run_with(tmp_path, evaluate__routings=["prefix"]).check()
     del older["tokens.sequence_length"]
     settings.write_text(json.dumps(older))

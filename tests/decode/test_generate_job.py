@@ -31,7 +31,7 @@ from cbtm_ray.stages import expert_folder
 pytestmark = pytest.mark.ray  # for the finished run; the job itself does without
 
 SPEECH = "the ship \U0001f6a2\U0001f6a2 sailed"
-POSITIONS = 6000
+POSITIONS = 20_000
 
 
 def command(run_dir: str, *options: str) -> list[str]:
