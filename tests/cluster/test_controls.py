@@ -208,7 +208,7 @@ def test_results_have_the_controls_after_the_ensemble(controls_run: Run) -> None
     compute = {
         row["routing"]: row["infer_flops_per_token"] for row in rows if (row["system"], row["top_k"]) == ("metadata", 1)
     }
-    assert compute["bayes"] == pytest.approx(4 * compute["embedding"])
+    assert compute["bayes"] / 4 <= compute["embedding"] <= compute["bayes"]  # one expert, and what it reads again
 
 
 @pytest.mark.ray
@@ -233,7 +233,7 @@ def test_controls_are_in_the_table_the_report_and_the_metrics(controls_run: Run,
         assert f"{row['ppl']:.2f} [{row['ppl_low']:.2f}, {row['ppl_high']:.2f}]" in table
         assert f'value="{row["ppl"]}"' in report
     assert "random, all 2 experts" in table
-    assert "metadata, bayes, top-1" in report
+    assert "metadata, top-1 of 4 experts, bayes" in report
     assert "mixture of experts" in table
     assert "mixture of experts" in report
     models = {json.loads(line)["model"] for line in files.read_bytes(controls_run.uri("metrics.jsonl")).splitlines()}
