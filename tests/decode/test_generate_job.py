@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import shutil
@@ -31,7 +32,7 @@ from cbtm_ray.stages import expert_folder
 pytestmark = pytest.mark.ray  # for the finished run; the job itself does without
 
 SPEECH = "the ship \U0001f6a2\U0001f6a2 sailed"
-POSITIONS = 20_000
+POSITIONS = 6000
 
 
 def command(run_dir: str, *options: str) -> list[str]:
@@ -118,7 +119,9 @@ def test_characters_are_whole_and_a_stop_string_ends_the_text(reciting_run: str,
 def test_tokens_are_printed_as_they_come_and_ctrl_c_ends_it(reciting_run: str) -> None:
     """Thousands of tokens are to come when the first character is there."""
     arguments = command(reciting_run, "--prompt", "", "--max-tokens", str(POSITIONS - 2), "--strategy", "lockstep")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # A shell lets its background jobs, this one perhaps, ignore SIGINT; Ctrl-C is for a process that does not.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
