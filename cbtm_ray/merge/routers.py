@@ -118,7 +118,7 @@ ROUTERS = {
         evidence="ngrams",
     ),
     "posterior": Router(
-        meaning="The same, times how well each expert predicted the context so far; recent tokens count more.",
+        meaning="Experts are weighted by that distance and by how well each predicted the context so far, recent tokens most.",
         tuned=_POSTERIOR,
         evidence="experts",
     ),

@@ -136,11 +136,12 @@ def test_header_says_what_the_ensemble_costs() -> None:
     rows = results()
     header = Page(render_report(make_data(results=rows))).text("header")
     assert "This ensemble takes 2.00 times the dense control's compute per token" in header
-    assert "the best ensemble (top-1 of 4 experts, embedding) reaches 46.0: ratio 0.920 [0.902, 0.938]" in header
+    best = "the best ensemble (top-1 of 4 experts, embedding) reaches 46.0: ratio 0.920 [0.902, 0.938]"
+    assert f"At 1.00 times the dense control's inference compute, {best}" in header
     rows = [row | {"infer_flops_per_token": 4e6} if row["system"] == "cbtm" else row for row in rows]
     rows[1]["train_tokens"] = 8_000_000
     header = Page(render_report(make_data(results=rows))).text("header")
-    assert "No ensemble here runs at the dense control's inference compute." in header
+    assert "No ensemble here runs at about the dense control's inference compute." in header
     assert "the dense model, whose training tokens differ (8.00 M against 20.0 M)" in header
 
 
