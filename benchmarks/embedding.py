@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.clustering import clock
 from benchmarks.corpora import read_documents
 from benchmarks.routing import word_pipeline
+from cbtm_ray.cluster.describe import agreement
 from cbtm_ray.cluster.embed import Embedder, TokenTfidf, fit_embedder, silent_tokens
-from cbtm_ray.cluster.fit import agreement
 from cbtm_ray.cluster.kmeans import BalancedKMeans
 from cbtm_ray.cluster.shard_steps import squared_distances
 from cbtm_ray.cluster.word_tfidf import words_of

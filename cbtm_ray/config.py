@@ -159,6 +159,13 @@ class ClusterConfig:
     """Most Lloyd iterations."""
     tol: FromZero = 1e-4
     """Stop when the centers move less than this: summed squared shift over the embeddings' variance."""
+    refine: Literal["none", "likelihood"] = "likelihood"
+    """likelihood: after k-means, documents go to the cluster whose bigram model explains them best, and the models are fitted
+    again. none: to the nearest center (the paper's way)."""
+    refine_rounds: Count = 4
+    """Most rounds of it; fewer, if no document moves."""
+    refine_tokens: Count = 1024
+    """Tokens of a document, the first ones, that are counted and scored in it."""
     actors: Execution[Annotated[int, Field(ge=1, le=16, strict=True)]] = 2
     """Ray actors that hold the embeddings while fitting, at most 16."""
     gpus_per_actor: Execution[Gpus] = 0

@@ -40,15 +40,28 @@ class ClusterDescription(Agreement):
     map2d: dict[str, Any]
 
 
+class RefineRound(Agreement):
+    """A round of refining by likelihood: where the documents of the sample would go after it."""
+
+    moved: float
+    """Share of the documents that changed their balanced cluster."""
+    evidence_nats: float
+    """Mean evidence for a document's cluster over the whole corpus's model."""
+    size_skew: float
+    """The largest cluster's documents over the mean."""
+
+
 class ClustererManifest(ClusterDescription):
     """`clusterer/`."""
 
     n_clusters: int
     balanced: bool
     n_iter: int
+    """n_iter, inertia and gap are of k-means."""
     inertia: float
     gap: float
     """How far the balanced assignment's cost is above a lower bound, as a share of the cost."""
+    refined: list[RefineRound]
     content: str
 
 

@@ -44,9 +44,7 @@ JOBS: dict[str, list[Stage]] = {
         ("corpus", build.build_corpus, build.summary),
         ("tokenizer", make_tokenizer, "{vocabulary:,} tokens"),
     ],
-    "fit_clusters": [
-        ("clusterer", fit.fit_clusters, "{n_clusters} clusters in {n_iter} iterations, gap to the bound {gap:.3%}")
-    ],
+    "fit_clusters": [("clusterer", fit.fit_clusters, fit.summary)],
     "partition_corpus": [
         (
             "shards",

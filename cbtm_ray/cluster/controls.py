@@ -1,7 +1,7 @@
 """Controls with experts: the same documents split in other ways, to be trained by the same code on the same budget.
 
     random       by a hash of the document's id, drawn once for all
-    unbalanced   by k-means without balance, on the same sample, embeddings and number of clusters
+    unbalanced   as the run's clusters, of the same sample, but without balance
     metadata     by the corpus' own domains (Branch-Train-Merge, Li et al. 2022)
 
 A control tokenizes nothing: `shards/controls/random/part-00000.parquet` gives every row of `shards/train/part-00000.parquet`
@@ -12,7 +12,7 @@ N documents, K clusters of the control, D embedding dimensions.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,8 @@ import torch
 from cbtm_ray import files, progress
 from cbtm_ray.cluster.embed import load_centers, load_embedder
 from cbtm_ray.cluster.embed_workers import map_embedding
-from cbtm_ray.cluster.fit import embed_sample, fit_centers, forget_fit
-from cbtm_ray.cluster.partition import CHUNK_DOCUMENTS, Totals, load_tokenizer_embedder_centers
-from cbtm_ray.cluster.shard_steps import squared_distances
+from cbtm_ray.cluster.fit import cluster_sample, forget_fit
+from cbtm_ray.cluster.partition import CHUNK_DOCUMENTS, Totals, assign, embedding_gpus, load_embedder_once
 from cbtm_ray.config import Config
 from cbtm_ray.corpus.documents import unit_hash
 from cbtm_ray.corpus.sample import read_sample
@@ -57,7 +56,7 @@ def partition_control(run: Run, control: str) -> dict[str, Any]:
     tasks = [{"uri": uri} for uri in files.list_files(run.uri("shards", "train"))]
     totals, sums = Totals(n_clusters), dict[str, np.ndarray]()
     with progress.bar(f"split: {control}", len(tasks), "shards") as done:
-        written = map_embedding(tasks, work, 0 if control == "random" else run.config.embed.gpus)
+        written = map_embedding(tasks, work, _gpus(run.config, control))
         for number, row in enumerate(written.iter_rows(), start=1):
             totals.add(row)
             if control == "metadata":
@@ -89,12 +88,18 @@ def _domains(run: Run) -> list[str]:
 
 
 def _fit_unbalanced(run: Run, folder: str) -> None:
-    """The centers of k-means without balance, on the sample that the balanced ones were fitted on."""
+    """Clusters of the sample as those of the run, but without balance."""
     tokenizer = load_tokenizer(run.uri("tokenizer"))
     embedder = load_embedder(run.uri("clusterer", "embedder"), tokenizer, run.config.embed.batch_documents)
-    documents = encode(tokenizer, read_sample(run)["text"].to_pylist())
-    fit_centers(run, embed_sample(run, embedder, documents, folder), folder, balanced=False)
+    sample = read_sample(run)
+    documents = encode(tokenizer, sample["text"].to_pylist())
+    cluster_sample(run, sample, embedder, documents, folder, balanced=False)
     forget_fit(run, folder)
+
+
+def _gpus(config: Config, control: str) -> float:
+    """GPUs of a worker: what it embeds documents with, if it does."""
+    return {"random": 0, "unbalanced": embedding_gpus(config), "metadata": config.embed.gpus}[control]
 
 
 def _partition_part(row: dict[str, Any], config: Config, control: str, domains: list[str]) -> dict[str, Any]:
@@ -105,8 +110,7 @@ def _partition_part(row: dict[str, Any], config: Config, control: str, domains: 
         "tokens": np.zeros(n_clusters, np.int64),
     }
     if control == "metadata":
-        _, _, centers_KD = load_tokenizer_embedder_centers(config)
-        counts["sums"] = np.zeros((n_clusters, centers_KD.shape[1]))
+        counts["sums"] = np.zeros((n_clusters, load_centers(Run(config).uri("clusterer")).shape[1]))
     named = [SCHEMA.empty_table()]
     filesystem, path = files.resolve(row["uri"])
     with filesystem.open_input_file(path) as stream:
@@ -116,10 +120,9 @@ def _partition_part(row: dict[str, Any], config: Config, control: str, domains: 
                 labels_N = random_clusters(batch["id"].to_pylist(), n_clusters, config.run.seed)
             elif control == "metadata":
                 labels_N = np.array([domains.index(domain) for domain in batch["domain"].to_pylist()])
-                np.add.at(counts["sums"], labels_N, _embed(tokens, config))
+                np.add.at(counts["sums"], labels_N, load_embedder_once(config).transform(tokens))
             else:
-                distances_NK = squared_distances(torch.from_numpy(_embed(tokens, config)), _unbalanced(config))
-                labels_N = distances_NK.argmin(1).numpy()
+                labels_N = assign(tokens, config, partition_folder(control))
             np.add.at(counts["documents"], labels_N, 1)
             np.add.at(counts["tokens"], labels_N, [len(document) for document in tokens])
             named.append(pa.table([batch["id"], labels_N.astype(np.int32)], SCHEMA))
@@ -131,16 +134,6 @@ def _partition_part(row: dict[str, Any], config: Config, control: str, domains: 
 def random_clusters(ids: list[str], n_clusters: int, seed: int) -> np.ndarray:
     """A cluster for each id, uniform, that depends on nothing but the seed and the id: int64 (N,)."""
     return np.array([int(unit_hash(seed + HASH_OFFSET, document_id) * n_clusters) for document_id in ids], np.int64)
-
-
-def _embed(documents: list[np.ndarray], config: Config) -> np.ndarray:
-    _, embedder, _ = load_tokenizer_embedder_centers(config)
-    return embedder.transform(documents)
-
-
-@lru_cache(maxsize=1)
-def _unbalanced(config: Config) -> torch.Tensor:
-    return control_centers(Run(config), "unbalanced")
 
 
 def control_centers(run: Run, control: str) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import ray
 
 from cbtm_ray import files, progress
-from cbtm_ray.cluster.ngrams import NgramCounts, add_counts, count_pairs, fit_tables
+from cbtm_ray.cluster.ngrams import NgramCounts, add_counts, count_pairs, smooth
 from cbtm_ray.config import Config
 from cbtm_ray.corpus.documents import unit_hash
 from cbtm_ray.corpus.tokenizer import load_tokenizer, vocabulary_size
@@ -41,7 +41,7 @@ def fit_ngrams(run: Run) -> dict[str, Any]:
         for number, row in enumerate(counted, start=1):
             total = add_counts([total, NgramCounts(row["codes"], row["counts"], **sizes)])
             done(number)
-    tables = fit_tables(total, end_of_text=end_of_text, max_pairs=wanted.pairs)
+    tables = smooth(total, end_of_text=end_of_text, max_pairs=wanted.pairs).tables()
     tables.save(run.uri("ngrams"))
     return {
         "pairs": len(tables.pairs),

@@ -41,7 +41,7 @@ def count_pairs(
     """The pairs of tokens of every document, counted for its cluster."""
     codes = [np.zeros(0, np.int64)]
     for tokens, cluster in zip(documents, clusters, strict=True):
-        codes.append((_pair_keys(tokens, vocabulary, end_of_text)) * n_clusters + cluster)
+        codes.append((pair_keys(tokens, vocabulary, end_of_text)) * n_clusters + cluster)
     found, counts = np.unique(np.concatenate(codes), return_counts=True)
     return NgramCounts(found, counts, vocabulary, n_clusters)
 
@@ -76,7 +76,7 @@ class NgramTables:
 
     def evidence(self, tokens_T: np.ndarray) -> np.ndarray:
         """The evidence of every token of a document, float32 (T, K)."""
-        keys_T = _pair_keys(tokens_T, len(self.token_VK), self.end_of_text)
+        keys_T = pair_keys(tokens_T, len(self.token_VK), self.end_of_text)
         return self._rows(keys_T)
 
     def step(self, previous: int | None, token: int) -> np.ndarray:
@@ -91,10 +91,8 @@ class NgramTables:
     def _rows(self, keys_T: np.ndarray) -> np.ndarray:
         previous_T, tokens_T = np.divmod(keys_T, len(self.token_VK))
         numerator_TK = self.token_VK[tokens_T].astype(np.float32)
-        if len(self.pairs):
-            places_T = np.minimum(np.searchsorted(self.pairs, keys_T), len(self.pairs) - 1)
-            kept_T = self.pairs[places_T] == keys_T
-            numerator_TK[kept_T] = self.pair_PK[places_T[kept_T]]
+        places_T, kept_T = find_rows(self.pairs, keys_T)
+        numerator_TK[kept_T] = self.pair_PK[places_T[kept_T]]
         return numerator_TK - self.context_VK[previous_T]
 
 
@@ -103,42 +101,76 @@ def load_tables(folder_uri: str, end_of_text: int) -> NgramTables:
     return NgramTables(**arrays, end_of_text=end_of_text)
 
 
-def fit_tables(counts: NgramCounts, *, end_of_text: int, max_pairs: int, min_count: int = 2) -> NgramTables:
-    """The tables of these counts, with rows for the `max_pairs` most frequent pairs; ties go to the lower pair."""
+@dataclass(frozen=True)
+class PairCounts:
+    """Counts of the frequent pairs, and what smooths them: every part of the formula above."""
+
+    unseen_VK: np.ndarray
+    """float32: 300 sqrt(p_j(x) / p(x)), the numerator of p_j(x | y) / p(x | y) for a pair that is not in `pairs`."""
+    context_VK: np.ndarray
+    """float32: c_j(y)."""
+    pairs: np.ndarray
+    """As in `NgramTables`."""
+    pair_PK: np.ndarray
+    """float32: c_j(y, x)."""
+    bigram_P: np.ndarray
+    """float32: p(x | y)."""
+    end_of_text: int
+
+    def tables(self) -> NgramTables:
+        """The evidence of every pair, with nothing left to compute but a difference."""
+        after_P = self.pairs % len(self.unseen_VK)
+        return NgramTables(
+            token_VK=np.log(self.unseen_VK).astype(np.float16),
+            context_VK=np.log(self.context_VK + PAIR_PRIOR).astype(np.float16),
+            pairs=self.pairs,
+            pair_PK=np.log(self.pair_PK / self.bigram_P[:, None] + self.unseen_VK[after_P]).astype(np.float16),
+            end_of_text=self.end_of_text,
+        )
+
+
+def smooth(counts: NgramCounts, *, end_of_text: int, max_pairs: int, min_count: int = 2) -> PairCounts:
+    """The counts of the `max_pairs` most frequent pairs with their smoothing; ties go to the lower pair."""
     vocabulary, n_clusters = counts.vocabulary, counts.n_clusters
     keys, cluster = np.divmod(counts.codes, n_clusters)
     previous, token = np.divmod(keys, vocabulary)
-    shape = (vocabulary, n_clusters)
 
     def table(rows: np.ndarray) -> np.ndarray:
-        return np.bincount(rows * n_clusters + cluster, counts.counts, vocabulary * n_clusters).reshape(shape)
+        found = np.bincount(rows * n_clusters + cluster, counts.counts, vocabulary * n_clusters)
+        return found.reshape(vocabulary, n_clusters)
 
     token_VK, context_VK = table(token), table(previous)
     total_V = token_VK.sum(1)
     unigram_V = (total_V + 1) / (total_V.sum() + vocabulary)  # one more each: no token is impossible
     unigram_VK = (token_VK + UNIGRAM_PRIOR * unigram_V[:, None]) / (token_VK.sum(0) + UNIGRAM_PRIOR)
-    unseen_VK = PAIR_PRIOR * np.sqrt(unigram_VK / unigram_V[:, None])
     pairs, first = np.unique(keys, return_index=True)
     in_all = np.add.reduceat(counts.counts, first) if len(pairs) else np.zeros(0, np.int64)
     best = np.argsort(-in_all, kind="stable")[:max_pairs]
     kept = np.sort(best[in_all[best] >= min_count])
     before, after = np.divmod(pairs[kept], vocabulary)
     bigram_P = (in_all[kept] + CORPUS_PRIOR * unigram_V[after]) / (context_VK.sum(1)[before] + CORPUS_PRIOR)
-    rows = np.searchsorted(pairs[kept], keys)
-    here = np.isin(keys, pairs[kept])
-    pair_PK = np.zeros((len(kept), n_clusters))
-    pair_PK[rows[here], cluster[here]] = counts.counts[here]
-    pair_PK = np.log(pair_PK / bigram_P[:, None] + unseen_VK[after])
-    return NgramTables(
-        token_VK=np.log(unseen_VK).astype(np.float16),
-        context_VK=np.log(context_VK + PAIR_PRIOR).astype(np.float16),
+    places, here = find_rows(pairs[kept], keys)
+    pair_PK = np.zeros((len(kept), n_clusters), np.float32)
+    pair_PK[places[here], cluster[here]] = counts.counts[here]
+    return PairCounts(
+        unseen_VK=(PAIR_PRIOR * np.sqrt(unigram_VK / unigram_V[:, None])).astype(np.float32),
+        context_VK=context_VK.astype(np.float32),
         pairs=pairs[kept],
-        pair_PK=pair_PK.astype(np.float16),
+        pair_PK=pair_PK,
+        bigram_P=bigram_P.astype(np.float32),
         end_of_text=end_of_text,
     )
 
 
-def _pair_keys(tokens_T: np.ndarray, vocabulary: int, end_of_text: int) -> np.ndarray:
+def find_rows(pairs: np.ndarray, keys_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row of each key among the sorted pairs, and whether it is there, bool (T,)."""
+    if not len(pairs):
+        return np.zeros(len(keys_T), np.int64), np.zeros(len(keys_T), bool)
+    places_T = np.minimum(np.searchsorted(pairs, keys_T), len(pairs) - 1)
+    return places_T, pairs[places_T] == keys_T
+
+
+def pair_keys(tokens_T: np.ndarray, vocabulary: int, end_of_text: int) -> np.ndarray:
     """Each token with the token before it, as one number, int64 (T,)."""
     tokens_T = np.asarray(tokens_T, np.int64)
     return np.concatenate([[end_of_text], tokens_T[:-1]])[: len(tokens_T)] * vocabulary + tokens_T

@@ -1,9 +1,9 @@
-"""The corpus, streamed once through Ray Data: read -> tokenize -> embed -> nearest center -> token shards.
+"""The corpus, streamed once through Ray Data: read -> tokenize -> most likely cluster, or nearest center -> token shards.
 
 Each input shard becomes one Parquet file a split, written aside and renamed, so that a restart redoes only what is
 missing. No row group mixes clusters: an expert reads its own by Parquet statistics. Memory holds a few million tokens of a
 shard at a time, however large it is.
-Balance held while fitting only; here every document goes to its nearest center (paper section 3.2).
+Balance held while fitting only; here every document goes to its best cluster (paper section 3.2: the nearest center).
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray import files, progress
-from cbtm_ray.cluster.embed import Embedder, load_clusterer
+from cbtm_ray.cluster.embed import Embedder, load_centers, load_embedder
 from cbtm_ray.cluster.embed_workers import map_embedding
+from cbtm_ray.cluster.likelihood import best_clusters
+from cbtm_ray.cluster.ngrams import NgramTables, load_tables
 from cbtm_ray.cluster.shard_steps import squared_distances
 from cbtm_ray.config import Config, CorpusConfig
 from cbtm_ray.corpus.build import corpus_to_read
@@ -65,7 +67,7 @@ def partition_corpus(run: Run) -> ShardsManifest:
     totals = {split: Totals(run.config.cluster.n_clusters) for split in SPLITS}
     with progress.bar("partition_corpus", len(tasks), "shards") as done:
         work = functools.partial(_partition_shard, config=run.config, corpus=corpus)
-        written = map_embedding(tasks, work, run.config.embed.gpus)
+        written = map_embedding(tasks, work, embedding_gpus(run.config))
         for number, row in enumerate(written.iter_rows(), start=1):
             for split in totals:
                 totals[split].add(row[split])
@@ -128,12 +130,11 @@ def _assign_shard(
     row: dict[str, Any], config: Config, corpus: CorpusConfig, digest: hashlib.blake2b
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The documents of one input shard as rows of the output, each with its split; `digest` takes them in."""
-    tokenizer, embedder, centers_KD = load_tokenizer_embedder_centers(config)
+    tokenizer = load_tokenizer_once(config)
     documents = drop_duplicates(Run(config), row, read_again(row, corpus))
     for chunk in iter(lambda: list(itertools.islice(documents, CHUNK_DOCUMENTS)), []):
         tokens = encode(tokenizer, [document.text for document in chunk])
-        distances_NK = squared_distances(torch.from_numpy(embedder.transform(tokens)), centers_KD)
-        for document, ids, cluster in zip(chunk, tokens, distances_NK.argmin(1).tolist(), strict=True):
+        for document, ids, cluster in zip(chunk, tokens, assign(tokens, config, "clusterer").tolist(), strict=True):
             held_out = row["split"] == "valid" or is_held_out(document.id, corpus, config.run.seed)
             yield "valid" if held_out else "train", _output_row(document, ids, cluster)
 
@@ -184,12 +185,43 @@ def _output_row(document: Document, tokens: np.ndarray, cluster: int) -> dict[st
     }
 
 
+def assign(documents: list[np.ndarray], config: Config, folder: str) -> np.ndarray:
+    """The cluster of every document, int64 (N,): the most likely one, or that of the nearest center.
+
+    Args:
+        folder: `clusterer`, or that of a control with clusters of its own.
+    """
+    if config.cluster.refine == "likelihood":
+        return best_clusters(_load_tables(config, folder), documents, config.cluster.refine_tokens)
+    points_ND = torch.from_numpy(load_embedder_once(config).transform(documents))
+    return squared_distances(points_ND, _load_centers(config, folder)).argmin(1).numpy()
+
+
+def embedding_gpus(config: Config) -> float:
+    """GPUs of a worker that assigns documents."""
+    return 0 if config.cluster.refine == "likelihood" else config.embed.gpus
+
+
 @functools.lru_cache(maxsize=1)
-def load_tokenizer_embedder_centers(config: Config) -> tuple[PreTrainedTokenizerBase, Embedder, torch.Tensor]:
-    """Tokenizer, embedder and centers, loaded once a worker process."""
-    run = Run(config)
-    tokenizer = load_tokenizer(run.uri("tokenizer"))
-    return tokenizer, *load_clusterer(run.uri("clusterer"), tokenizer, config.embed.batch_documents)
+def load_tokenizer_once(config: Config) -> PreTrainedTokenizerBase:
+    """As the next ones, once a worker process."""
+    return load_tokenizer(Run(config).uri("tokenizer"))
+
+
+@functools.lru_cache(maxsize=1)
+def load_embedder_once(config: Config) -> Embedder:
+    tokenizer = load_tokenizer_once(config)
+    return load_embedder(Run(config).uri("clusterer", "embedder"), tokenizer, config.embed.batch_documents)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_centers(config: Config, folder: str) -> torch.Tensor:
+    return load_centers(Run(config).uri(folder))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_tables(config: Config, folder: str) -> NgramTables:
+    return load_tables(Run(config).uri(folder, "ngrams"), int(load_tokenizer_once(config).eos_token_id))
 
 
 def _read_counts(uri: str) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from scipy.spatial.distance import pdist
 
-from cbtm_ray.cluster.fit import agreement, describe_clusters, top_terms
+from cbtm_ray.cluster.describe import agreement, describe_clusters, top_terms
 from cbtm_ray.cluster.kmeans import BalancedKMeans
 from cbtm_ray.corpus.sample import SAMPLE_SCHEMA
 
@@ -33,7 +33,9 @@ def test_clusters_are_described_by_their_nearest_documents() -> None:
     points = np.array([[1, 0], [0.9, 0.1], [0.8, 0], [0, 1], [0, 0.9]], dtype=np.float32)
     rows = [{"id": str(i), "domain": "x" if i < 3 else "y", "text": f"text {i}"} for i in range(5)]
     clusterer = BalancedKMeans(2, balanced=False, random_state=0).fit(points)
-    found = describe_clusters(clusterer, points, pa.Table.from_pylist(rows, SAMPLE_SCHEMA))
+    found = describe_clusters(
+        clusterer.predict(points), clusterer.transform(points), points, pa.Table.from_pylist(rows, SAMPLE_SCHEMA)
+    )
     by_domain = {next(iter(cluster["domains"])): cluster for cluster in found["clusters"]}
     assert by_domain["x"]["domains"] == {"x": 3}
     assert by_domain["x"]["sample_documents"] == 3
@@ -73,7 +75,9 @@ def describe(points: np.ndarray, texts: list[str], domains: list[str | None]) ->
         for n, (text, domain) in enumerate(zip(texts, domains, strict=True))
     ]
     clusterer = BalancedKMeans(2, random_state=0).fit(points)
-    return describe_clusters(clusterer, points, pa.Table.from_pylist(rows, SAMPLE_SCHEMA))
+    return describe_clusters(
+        clusterer.predict(points), clusterer.transform(points), points, pa.Table.from_pylist(rows, SAMPLE_SCHEMA)
+    )
 
 
 def test_documents_without_a_domain_are_counted_without_one() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbtm_ray.cluster.ngrams import NgramCounts, add_counts, count_pairs, fit_tables, load_tables
+from cbtm_ray.cluster.ngrams import NgramCounts, add_counts, count_pairs, load_tables, smooth
 
 END = 0
 
@@ -30,7 +30,7 @@ def test_pairs_by_hand() -> None:
 
 def test_evidence_by_hand() -> None:
     """The formula of the module's head, for a pair with a row and one without."""
-    tables = fit_tables(counted([[1, 2, 1, 2], [1, 3]], [0, 1]), end_of_text=END, max_pairs=9, min_count=1)
+    tables = smooth(counted([[1, 2, 1, 2], [1, 3]], [0, 1]), end_of_text=END, max_pairs=9, min_count=1).tables()
     p = np.array([1, 4, 3, 2]) / 10  # each token once more than it was counted
     p_0 = (np.array([0, 2, 2, 0]) + 2000 * p) / 2004
     p_1 = (np.array([0, 1, 0, 1]) + 2000 * p) / 2002
@@ -52,7 +52,7 @@ def test_pieces_add_up_and_tokens_follow_documents(documents: list[tuple[list[in
     parts = add_counts([counted(texts[:cut], clusters[:cut], 6, 3), counted(texts[cut:], clusters[cut:], 6, 3)])
     assert parts.codes.tolist() == whole.codes.tolist()
     assert parts.counts.tolist() == whole.counts.tolist()
-    tables = fit_tables(whole, end_of_text=END, max_pairs=most, min_count=1)
+    tables = smooth(whole, end_of_text=END, max_pairs=most, min_count=1).tables()
     assert len(tables.pairs) <= most
     for text in texts:
         steps = [tables.step(before, token) for before, token in zip([None, *text], text, strict=False)]
@@ -60,7 +60,7 @@ def test_pieces_add_up_and_tokens_follow_documents(documents: list[tuple[list[in
 
 
 def test_tables_are_read_as_they_were_written(tmp_path: Path) -> None:
-    tables = fit_tables(counted([[1, 2, 1, 2], [1, 3]], [0, 1]), end_of_text=END, max_pairs=2, min_count=1)
+    tables = smooth(counted([[1, 2, 1, 2], [1, 3]], [0, 1]), end_of_text=END, max_pairs=2, min_count=1).tables()
     tables.save(str(tmp_path))
     text = np.array([1, 2, 3, 1])
     assert np.array_equal(load_tables(str(tmp_path), END).evidence(text), tables.evidence(text))

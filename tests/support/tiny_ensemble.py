@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cbtm_ray.cluster.embed import TokenTfidf
-from cbtm_ray.cluster.ngrams import NgramTables, count_pairs, fit_tables
+from cbtm_ray.cluster.ngrams import NgramTables, count_pairs, smooth
 from cbtm_ray.decode.engine import Engine, generate
 from cbtm_ray.decode.sampling import Sampling
 from cbtm_ray.decode.sequence import Request, Step
@@ -54,7 +54,7 @@ def make_ngrams(n_clusters: int, vocabulary: int, seed: int = 0) -> NgramTables:
     random = np.random.default_rng(seed)
     documents = [random.integers(0, vocabulary, 400) for _ in range(n_clusters)]
     counts = count_pairs(documents, range(n_clusters), vocabulary=vocabulary, n_clusters=n_clusters, end_of_text=0)
-    return fit_tables(counts, end_of_text=0, max_pairs=100, min_count=1)
+    return smooth(counts, end_of_text=0, max_pairs=100, min_count=1).tables()
 
 
 def make_ensemble(
