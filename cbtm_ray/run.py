@@ -24,7 +24,7 @@ from cbtm_ray import files
 from cbtm_ray.config import EXECUTION_FIELDS, Config
 from cbtm_ray.errors import UserError
 from cbtm_ray.load_config import config_tree, dump_config
-from cbtm_ray.stages import MADE_FROM, SHAREABLE, STAGE_SETTINGS, before
+from cbtm_ray.stages import FORMER_VALUES, MADE_FROM, SHAREABLE, STAGE_SETTINGS, before
 
 
 class Unfinished(Exception):
@@ -133,7 +133,7 @@ class Run:
         """The fields that are not those that the stage was made with, as they are to be shown. Of the stages before it, only
         those that it knows of."""
         now, own = self._all_settings(stage), self.settings(stage)
-        made_with = {name: _default(self.config, name) for name in own} | made_with
+        made_with = {name: FORMER_VALUES.get(name, _default(self.config, name)) for name in own} | made_with
         return {
             name: f"{name}={now.get(name)!r} (the run has {made_with.get(name)!r})"
             for name in sorted(made_with)

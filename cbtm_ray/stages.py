@@ -25,6 +25,9 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
 
 Each control is a stage of its own, so that a finished run can be given another one."""
 
+FORMER_VALUES = {"cluster.refine": "none"}
+"""What versions without a field did, where that is not what its default says."""
+
 _PARTITION, _MODELS = ("corpus", "tokenizer", "clusterer"), ("tokenizer", "shards", "seed")
 
 MADE_FROM: dict[str, tuple[str, ...]] = {

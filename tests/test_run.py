@@ -85,6 +85,17 @@ def test_another_configuration_is_refused_by_the_stage_that_depends_on_it(
     assert f"Give another run.dir, restore the field, or delete {tmp_path / stage}." in message
 
 
+def test_clusters_older_than_their_refinement_are_not_taken_for_refined_ones(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+    run.stage("clusterer", dict)
+    settings = tmp_path / "clusterer" / "settings.json"
+    older = {name: value for name, value in json.loads(settings.read_text()).items() if "refine" not in name}
+    settings.write_text(json.dumps(older))
+    with pytest.raises(UserError, match=r"cluster.refine='likelihood' \(the run has 'none'\)"):
+        run.check("clusterer")
+    run_with(tmp_path, cluster__refine="none").check("clusterer")
+
+
 def test_a_directory_older_than_a_field_was_made_with_its_default(tmp_path: Path) -> None:
     run = run_with(tmp_path)
     older = {name: value for name, value in run.settings("evaluation").items() if name != "evaluate.routings"}
