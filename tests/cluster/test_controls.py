@@ -20,6 +20,8 @@ from cbtm_ray.branch.upcycle import upcycle
 from cbtm_ray.branch.worker import read_sequences
 from cbtm_ray.cluster.controls import control_centers, partition_control, random_clusters
 from cbtm_ray.cluster.embed import load_clusterer
+from cbtm_ray.cluster.likelihood import best_clusters
+from cbtm_ray.cluster.ngrams import load_tables
 from cbtm_ray.config import CONTROLS, PARTITION_CONTROLS
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
@@ -106,9 +108,8 @@ def test_every_training_document_has_its_cluster_of_every_control(parted_run: Ru
     assert clusters["metadata"] == [sorted(DOMAINS).index(row["domain"]) for row in rows]
     embedder, _ = load_clusterer(parted_run.uri("clusterer"), load_tokenizer(parted_run.uri("tokenizer")))
     embeddings_ND = embedder.transform([np.array(row["tokens"]) for row in rows])
-    centers_KD = control_centers(parted_run, "unbalanced").numpy()
-    distances_NK = ((embeddings_ND[:, None] - centers_KD) ** 2).sum(axis=2)
-    assert clusters["unbalanced"] == distances_NK.argmin(axis=1).tolist()
+    tables = load_tables(parted_run.uri("shards/controls/unbalanced/ngrams"), 0)
+    assert clusters["unbalanced"] == best_clusters(tables, [np.array(row["tokens"]) for row in rows], 1024).tolist()
     means_KD = [embeddings_ND[np.array(clusters["metadata"]) == k].mean(axis=0) for k in range(4)]
     np.testing.assert_allclose(control_centers(parted_run, "metadata"), means_KD, atol=1e-6)
 
