@@ -1,4 +1,4 @@
-"""Routing embeddings of every prefix, ours beside re-embedding each: python -m benchmarks.routing [--tokens 2048]
+"""Routing: embeddings of every prefix beside re-embedding each, n-grams beside an expert: python -m benchmarks.routing
 
 The peer is what the released code does: decode every prefix and put it through scikit-learn's tf-idf and SVD again, here
 in batches and with that pipeline's own components. A second peer re-embeds every prefix from token ids with our own
@@ -20,8 +20,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer
 
+from benchmarks import ngram_routing
 from benchmarks.clustering import clock
 from benchmarks.corpora import read_documents
+from benchmarks.ngram_routing import NgramCost
 from cbtm_ray.cluster.embed import TokenTfidf, decode, silent_tokens
 from cbtm_ray.cluster.word_tfidf import WordTfidf, words_of
 from cbtm_ray.corpus.tokenizer import encode, train_tokenizer
@@ -46,6 +48,18 @@ def reference(embedder: TokenTfidf, tokens_T: np.ndarray) -> np.ndarray:
         sum_D = np.bincount(tokens_T[:t], minlength=len(table_VD)) @ table_VD
         rows.append(sum_D / max(float(np.linalg.norm(sum_D)), 1e-12))
     return np.stack(rows)
+
+
+def ngram_table(found: NgramCost) -> Table:
+    fitted = f"{found.fit_s:.1f} s for {len(found.tables.pairs):,} pairs, {found.tables.n_bytes / 2**20:.1f} MiB"
+    table = Table(f"n-grams of {ngram_routing.N_CLUSTERS} clusters ({fitted})", "us a token", "of the expert's")
+    for name, us in (
+        ("evidence, a token at a time", found.us_per_token),
+        ("evidence of a whole document", found.us_per_document_token),
+        ("an expert of 10 M parameters, a token at a time", found.expert_us_per_token),
+    ):
+        table.add_row(name, f"{us:,.2f}", f"{us / found.expert_us_per_token:.2%}")
+    return table
 
 
 def main() -> None:
@@ -86,14 +100,20 @@ def main() -> None:
     console = Console()
     console.print(f"{len(text_T)} tokens, V = {len(tokenizer)}, D = {args.dimensions}, 1 thread, seed {args.seed}")
     console.print(table)
+    ngrams = ngram_routing.measure(tokens, ours.transform(tokens), len(tokenizer), text_T)
+    console.print(ngram_table(ngrams))
     print(
         json.dumps(
             {
                 "prefix_speedup": round(paper_s / ours_s, 1),
-                "max_abs_error": error,
+                "max_abs_error": max(error, ngrams.step_error),
                 "speedup_over_own_transform": round(again_s / ours_s, 1),
                 "word_prefix_speedup": round(paper_s / words_s, 1),
                 "word_max_abs_error": word_error,
+                "ngram_us_per_token": round(ngrams.us_per_token, 2),
+                "ngram_share_of_forward": round(ngrams.us_per_token / ngrams.expert_us_per_token, 5),
+                "ngram_table_error_nats": round(ngrams.table_error, 5),
+                "table_mib": round(ngrams.tables.n_bytes / 2**20, 2),
             }
         )
     )

@@ -77,23 +77,24 @@ class NgramTables:
     def evidence(self, tokens_T: np.ndarray) -> np.ndarray:
         """The evidence of every token of a document, float32 (T, K)."""
         keys_T = pair_keys(tokens_T, len(self.token_VK), self.end_of_text)
-        return self._rows(keys_T)
-
-    def step(self, previous: int | None, token: int) -> np.ndarray:
-        """The evidence of one token, float32 (K,). `previous` is None at the start of a document."""
-        before = self.end_of_text if previous is None else previous
-        return self._rows(np.array([before * len(self.token_VK) + token]))[0]
-
-    def save(self, folder_uri: str) -> None:
-        for name in ARRAYS:
-            files.write_array(files.join(folder_uri, f"{name}.npy"), getattr(self, name))
-
-    def _rows(self, keys_T: np.ndarray) -> np.ndarray:
         previous_T, tokens_T = np.divmod(keys_T, len(self.token_VK))
         numerator_TK = self.token_VK[tokens_T].astype(np.float32)
         places_T, kept_T = find_rows(self.pairs, keys_T)
         numerator_TK[kept_T] = self.pair_PK[places_T[kept_T]]
         return numerator_TK - self.context_VK[previous_T]
+
+    def step(self, previous: int | None, token: int) -> np.ndarray:
+        """The evidence of one token, float32 (K,). `previous` is None at the start of a document."""
+        before = self.end_of_text if previous is None else previous
+        key = before * len(self.token_VK) + token
+        place = int(np.searchsorted(self.pairs, key))
+        kept = place < len(self.pairs) and self.pairs[place] == key
+        numerator_K = self.pair_PK[place] if kept else self.token_VK[token]
+        return numerator_K.astype(np.float32) - self.context_VK[before]
+
+    def save(self, folder_uri: str) -> None:
+        for name in ARRAYS:
+            files.write_array(files.join(folder_uri, f"{name}.npy"), getattr(self, name))
 
 
 def load_tables(folder_uri: str, end_of_text: int) -> NgramTables:
