@@ -37,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "10M": {"vocab_size": 8192, "hidden_size": 320, "num_hidden_layers": 6, "num_attention_heads": 5,
             "intermediate_size": 896},
 }  # fmt: skip
-N_EXPERTS, PREFIX_TOKENS = 4, 16
+N_EXPERTS = 4
 NOISE = 0.3
 """Standard deviation of an expert's own weights against that of the weights it shares."""
 
@@ -75,7 +75,7 @@ def make_ensemble(experts: list[PreTrainedModel], weights: list[float]) -> Ensem
     """Experts with the same weights at every token: contexts all lie at 0, centers at the distances that give them."""
     distances_K = -np.log(np.maximum(weights, 1e-9))
     centers_KK = np.diag(np.sqrt(distances_K - distances_K.min()))
-    settings = {"temperature": 1.0, "beta": 0.0, "gamma": 0.9}
+    settings = {"temperature": 1.0}
     return Ensemble(
         experts=dict(enumerate(experts)),
         model_config=experts[0].config,
@@ -83,7 +83,7 @@ def make_ensemble(experts: list[PreTrainedModel], weights: list[float]) -> Ensem
         centers_KD=torch.from_numpy(centers_KK.astype(np.float32)),
         end_of_text=0,
         routes={
-            top_k: Route(routing="prefix", top_k=top_k, settings=settings, prefix_tokens=PREFIX_TOKENS)
+            top_k: Route(routing="embedding", top_k=top_k, settings=settings, prefix_tokens=0)
             for top_k in range(1, len(weights) + 1)
         },
     )
@@ -124,11 +124,8 @@ def ours(ensemble: Ensemble, strategy: str, top_k: int, prompts: list[list[int]]
         for row, prompt in enumerate(prompts):
             sampling = Sampling(seed=args.seed + row)
             engine.add(
-                Request(
-                    prompt=prompt, max_tokens=args.tokens, top_k=top_k, sampling=sampling, strategy=strategy,
-                    refresh_tokens=args.refresh_tokens,
-                )
-            )  # fmt: skip
+                Request(prompt=prompt, max_tokens=args.tokens, top_k=top_k, sampling=sampling, strategy=strategy)
+            )
         while engine.running or engine.waiting:
             tokens += len(engine.step())
         return tokens
@@ -188,7 +185,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns that each has, the best of which counts")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
-    parser.add_argument("--refresh-tokens", type=int, default=Request.refresh_tokens)
     parser.add_argument("--top-weight", type=float, default=0.7, help="weight of the first expert")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -12,6 +12,7 @@ import psutil
 from benchmarks.decoding import SIZES, make_experts
 from cbtm_ray import files
 from cbtm_ray.cluster.embed import TokenTfidf, save_embedder, silent_tokens
+from cbtm_ray.cluster.ngrams import count_pairs, smooth
 from cbtm_ray.config import EmbedConfig
 from cbtm_ray.corpus.installed_docs import package_documents
 from cbtm_ray.corpus.tokenizer import encode, save_tokenizer, train_tokenizer
@@ -19,9 +20,8 @@ from cbtm_ray.models import save_model
 from cbtm_ray.stages import DENSE_FOLDER, expert_folder
 
 PACKAGE, PACKAGE_BYTES = "numpy", 1_500_000
-DIMENSIONS = 100
-SETTINGS = {"temperature": 0.5, "beta": 0.1, "gamma": 0.9}
-PREFIX_TOKENS = 16
+DIMENSIONS, MAX_PAIRS = 100, 50_000
+SETTINGS = {"temperature": 0.5, "beta": 0.2, "gamma": 1.0, "reread_cost": 0.2}
 
 
 def parser(doc: str | None, *, tokens: int, port: int) -> argparse.ArgumentParser:
@@ -53,7 +53,8 @@ def read_texts() -> list[str]:
 def make_run(folder: Path, size: str, seed: int) -> str:
     """Write experts of a size of benchmarks/decoding.py, one model beside them as the dense control, and what routes.
 
-    Tokenizer and embedder are fitted on documents; the centers are those of a document each.
+    Tokenizer and embedder are fitted on documents; every document is in the cluster of the nearest center, each of which is
+    that of one document.
     """
     texts = read_texts()
     tokenizer = train_tokenizer(texts, SIZES[size]["vocab_size"])
@@ -68,12 +69,22 @@ def make_run(folder: Path, size: str, seed: int) -> str:
     embedder = TokenTfidf.fit(documents, silent_tokens(tokenizer), dimensions=DIMENSIONS, random_state=seed)
     save_embedder(embedder, EmbedConfig(dimensions=DIMENSIONS), str(folder / "clusterer" / "embedder"))
     chosen = np.random.default_rng(seed).permutation(len(documents))[: len(experts)]
-    files.write_array(str(folder / "clusterer" / "centers.npy"), embedder.transform([documents[i] for i in chosen]))
+    centers_KD = embedder.transform([documents[i] for i in chosen])
+    files.write_array(str(folder / "clusterer" / "centers.npy"), centers_KD)
+    nearest_N = (embedder.transform(documents) @ centers_KD.T).argmax(axis=1)
+    end_of_text = int(tokenizer.eos_token_id)
+    counts = count_pairs(
+        documents, nearest_N, vocabulary=len(tokenizer), n_clusters=len(experts), end_of_text=end_of_text
+    )
+    smooth(counts, end_of_text=end_of_text, max_pairs=MAX_PAIRS).tables().save(str(folder / "ngrams"))
     clusters = [{"cluster": k, "top_terms": [], "documents": 0} for k in range(len(experts))]
     files.write_json(str(folder / "clusterer" / "manifest.json"), {"clusters": clusters})
     files.write_json(str(folder / "shards" / "manifest.json"), {"train": {"clusters": clusters}})
-    sizes = range(1, len(experts) + 1)
-    routers = {"prefix": dict.fromkeys(sizes, SETTINGS), "nearest_prefix": {1: {**SETTINGS, "prefix_experts": 1}}}
-    files.write_json(str(folder / "evaluation" / "results.json"), {"routers": routers, "prefix_tokens": PREFIX_TOKENS})
+    results = {
+        "rows": [{"routing": "ngram", "top_k": 1, "served": True}],
+        "routers": {"ngram": dict.fromkeys(range(1, len(experts) + 1), SETTINGS)},
+        "prefix_tokens": 0,
+    }
+    files.write_json(str(folder / "evaluation" / "results.json"), results)
     files.write_json(str(folder / "evaluation" / "manifest.json"), {})
     return str(folder)

@@ -45,7 +45,7 @@ Text = Annotated[str, Field(pattern=r"\S")]
 
 PartitionControl = Literal["random", "unbalanced", "metadata"]
 Control = Literal[PartitionControl, "moe"]
-Routing = Literal["embedding", "ngram", "posterior", "prefix", "nearest_prefix", "uniform", "bayes"]
+Routing = Literal["embedding", "ngram", "posterior", "prefix", "uniform", "bayes"]
 PARTITION_CONTROLS: tuple[PartitionControl, ...] = get_args(PartitionControl)
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
@@ -320,10 +320,9 @@ class EvaluateConfig:
         "ngram",
         "posterior",
         "prefix",
-        "nearest_prefix",
     )
     """Routers of the ensemble to tune and report (see `routers.py`), and so those it can be served with. Controls have
-    their own. nearest_prefix is left out where `prefix_experts` is None."""
+    their own."""
     max_documents: Annotated[int, Field(ge=2, strict=True)] = 2000
     """At most this many held-out documents, those with the smallest hash: half of them tune, half are reported on."""
     temperatures: Annotated[tuple[Tunable, ...], Field(min_length=1)] = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1.0)
@@ -346,8 +345,9 @@ class EvaluateConfig:
     where one of its candidates does."""
     prefix_tokens: Count = 32
     """Tokens of a document that all experts read in prefix routing, before the best top-k stay for good."""
-    prefix_experts: Count | None = None
-    """Experts nearest to the context that alone read the prefix in nearest_prefix routing. None: no such routing."""
+    prefix_lengths: tuple[Count, ...] = (8, 16, 32, 64, 128, 256)
+    """Lengths of the prefix, in tokens, after which routing is held to show how much of a text it has to see.
+    Empty: not shown."""
     fewshot: tuple[Text, ...] = ()
     """Few-shot tasks to report accuracy on: JSONL files of examples, see `fewshot.py`."""
     fewshot_shots: Count = 8
@@ -364,8 +364,6 @@ class EvaluateConfig:
             raise ValueError(f"evaluate.fewshot={list(self.fewshot)} names a task twice. Rename a file, or keep one")
         if len(set(self.routings)) < len(self.routings):
             raise ValueError(f"evaluate.routings={list(self.routings)} names a router twice. Keep one")
-        if self.routings == ("nearest_prefix",) and self.prefix_experts is None:
-            raise ValueError("evaluate.routings has only 'nearest_prefix', which needs evaluate.prefix_experts: set it")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -417,11 +415,6 @@ class Config:
         if (clusters := self.train.clusters) is not None and max(clusters) >= self.cluster.n_clusters:
             raise ValueError(
                 f"train.clusters={list(clusters)} must be below cluster.n_clusters={self.cluster.n_clusters}"
-            )
-        if (readers := self.evaluate.prefix_experts) is not None and readers >= self.cluster.n_clusters:
-            raise ValueError(
-                f"evaluate.prefix_experts={readers} must be below cluster.n_clusters={self.cluster.n_clusters}; all experts "
-                "read the prefix in prefix routing"
             )
         self.steps_each(self.cluster.n_clusters)
 

@@ -63,14 +63,20 @@ JOBS: dict[str, list[Stage]] = {
 }
 """Job -> stages (folder, work, summary of its manifest), in the order of `run_all`."""
 
-CONTROL_STAGES: dict[str, tuple[str, Callable[..., Mapping[str, Any]], str, tuple[Control, ...]]] = {
-    "partition_corpus": (
-        "shards/controls/{}",
-        controls.partition_control,
-        "{n_clusters} clusters; largest {size_skew:.2f} x mean",
-        PARTITION_CONTROLS,
-    ),
-    "train_experts": ("controls/{}", launch.train_control, "{experts} experts, {train_tokens:,} tokens", CONTROLS),
+ControlStage = tuple[str, Callable[..., Mapping[str, Any]], str, tuple[Control, ...]]
+NGRAMS_LINE = "{pairs:,} pairs of tokens, {mib:.1f} MiB, from {tokens:,} tokens"
+
+CONTROL_STAGES: dict[str, list[ControlStage]] = {
+    "partition_corpus": [
+        (
+            "shards/controls/{}",
+            controls.partition_control,
+            "{n_clusters} clusters; largest {size_skew:.2f} x mean",
+            PARTITION_CONTROLS,
+        ),
+        ("ngrams/controls/{}", count_ngrams.fit_control_ngrams, NGRAMS_LINE, PARTITION_CONTROLS),
+    ],
+    "train_experts": [("controls/{}", launch.train_control, "{experts} experts, {train_tokens:,} tokens", CONTROLS)],
 }
 """Job -> what it does for each of `train.controls` that it has something to do for, after its stages."""
 
@@ -83,13 +89,10 @@ EXTRA_JOBS: dict[str, list[Stage]] = {
 
 def stages(run: Run, job: str) -> list[Stage]:
     """The stages of a job in this run."""
-    listed = (JOBS | EXTRA_JOBS)[job]
-    if job not in CONTROL_STAGES:
-        return listed
-    folder, work, template, having = CONTROL_STAGES[job]
-    return listed + [
+    return (JOBS | EXTRA_JOBS)[job] + [
         (folder.format(control), partial(work, control=control), template)
         for control in run.config.train.controls
+        for folder, work, template, having in CONTROL_STAGES.get(job, [])
         if control in having
     ]
 

@@ -16,6 +16,7 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "experts": _TRAINING,
     "controls/dense": _TRAINING,
     **{f"shards/controls/{split}": () for split in PARTITION_CONTROLS},
+    **{f"ngrams/controls/{split}": ("ngrams",) for split in PARTITION_CONTROLS},
     **{f"controls/{control}": _TRAINING for control in CONTROLS},
     "evaluation": ("evaluate", "tokens.sequence_length", "train.controls"),
     "average": (),
@@ -40,10 +41,11 @@ MADE_FROM: dict[str, tuple[str, ...]] = {
     "experts": _MODELS,
     "controls/dense": _MODELS,
     **{f"shards/controls/{split}": (*_PARTITION, "shards") for split in PARTITION_CONTROLS},
+    **{f"ngrams/controls/{split}": (*_PARTITION, "shards", f"shards/controls/{split}") for split in PARTITION_CONTROLS},
     **{f"controls/{split}": (*_MODELS, f"shards/controls/{split}") for split in PARTITION_CONTROLS},
     "controls/moe": _MODELS,
     "evaluation": ("tokenizer", "clusterer", "shards", "ngrams", "seed", "experts", "controls/dense",
-                   *(f"shards/controls/{split}" for split in PARTITION_CONTROLS),
+                   *(f"{stage}/controls/{split}" for stage in ("shards", "ngrams") for split in PARTITION_CONTROLS),
                    *(f"controls/{control}" for control in CONTROLS)),
     "average": ("tokenizer", "clusterer", "shards", "experts", "controls/dense", "evaluation"),
     "fewshot": ("tokenizer", "shards"),
@@ -67,6 +69,11 @@ def expert_folder(cluster: int, control: str | None = None) -> str:
 def partition_folder(control: str) -> str:
     """Folder of the control's cluster of every document."""
     return f"shards/controls/{control}"
+
+
+def ngrams_folder(control: str) -> str:
+    """Folder of the n-gram tables of the control's clusters."""
+    return f"ngrams/controls/{control}"
 
 
 def before(stage: str) -> list[str]:

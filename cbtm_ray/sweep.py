@@ -24,7 +24,7 @@ from rich.table import Table
 from cbtm_ray import files, pipeline, progress
 from cbtm_ray.config import Config
 from cbtm_ray.errors import UserError
-from cbtm_ray.evaluate.result_rows import Evaluation, ResultRow, row_name
+from cbtm_ray.evaluate.result_rows import ORACLE, Evaluation, ResultRow, row_name
 from cbtm_ray.load_config import build_config, config_tree
 from cbtm_ray.ray_session import check_installed
 from cbtm_ray.report import plots
@@ -120,7 +120,9 @@ def _held_out_settings(run: Run) -> Row:
 
 def best_by_top_k(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """The ensemble's row of each top-k whose routing did best on the tuning documents, by rising top-k."""
-    worst_first = sorted((r for r in rows if r["system"] == "cbtm"), key=lambda row: -row["tuning_loss_nats"])
+    worst_first = sorted(
+        (r for r in rows if r["system"] == "cbtm" and r["routing"] != ORACLE), key=lambda row: -row["tuning_loss_nats"]
+    )
     best = {row["top_k"]: row for row in worst_first}
     return [best[top_k] for top_k in sorted(best)]
 

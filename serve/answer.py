@@ -28,8 +28,7 @@ logger = logging.getLogger("ray.serve")
 
 
 async def decode(placement: Placement, model: str, request: Request) -> AsyncGenerator[list[Step]]:
-    """The steps of one sequence. When the replica that decodes it dies, another goes on after the tokens it had given; where
-    another group has the experts for the rest, that one does.
+    """The steps of one sequence. When the replica that decodes it dies, another goes on after the tokens it had given.
 
     Raises:
         UserError: it can never run.
@@ -39,12 +38,10 @@ async def decode(placement: Placement, model: str, request: Request) -> AsyncGen
     while lost < MAX_ATTEMPTS:
         response = None
         try:
-            group, part = await placement.plan(model, rest)
-            response = group.generate.remote(model, part)
+            group = await placement.plan(model, rest)
+            response = group.generate.remote(model, rest)
             async for batch in response:
                 rest = remaining(rest, batch)
-                if batch[-1].finish_reason == "length" and len(rest.answer) < request.max_tokens:
-                    batch[-1] = replace(batch[-1], finish_reason=None)  # of the part: another group may have the rest
                 yield batch
                 if batch[-1].finish_reason:
                     return
@@ -115,8 +112,7 @@ def sequence_request(
         strategy = (
             "lockstep"  # its text can go on in another replica; speculative sampling is for one sequence at a time
         )
-    # Where all experts read every token anyway, weights may as well be those that the evaluation measures.
-    return replace(wanted, strategy=strategy, refresh_tokens=1 if strategy == "lockstep" else wanted.refresh_tokens)
+    return replace(wanted, strategy=strategy)
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, request: ChatRequest) -> list[int]:

@@ -6,8 +6,7 @@ from typing import Any
 from ray.serve import Application
 
 from cbtm_ray import files
-from cbtm_ray.errors import UserError
-from cbtm_ray.merge.ensemble import evaluate_again, tuned_routers, tuned_routes
+from cbtm_ray.merge.ensemble import served_route, tuned_routes
 
 from .arguments import AppArguments
 from .gateway import Gateway
@@ -27,10 +26,12 @@ def build(arguments: AppArguments) -> Application:
     """The application for `serve run` and `serve deploy`.
 
     Raises:
-        UserError: the run is not finished, or its evaluation has not measured what is to be served.
+        UserError: the run is not finished, or cannot be served by that routing.
     """
-    found = {"run_dir": files.absolute(arguments.run_dir), "routing": served_routing(arguments)}
-    arguments = arguments.model_copy(update=found)
+    served = served_route(arguments.run_dir)
+    routing = arguments.routing or served.routing
+    tuned_routes(arguments.run_dir, routing)
+    arguments = arguments.model_copy(update={"run_dir": files.absolute(arguments.run_dir), "routing": routing})
     drain: dict[str, Any] = {"graceful_shutdown_timeout_s": arguments.drain_s}
     classes: tuple[Any, Any, Any] = ExpertRegistry, ExpertGroup, Gateway
     roster_class, group_class, gateway_class = classes
@@ -72,22 +73,3 @@ def build(arguments: AppArguments) -> Application:
         **drain,
     }
     return gateway_class.options(**options).bind(arguments, layout, groups, registry)
-
-
-def served_routing(arguments: AppArguments) -> str:
-    """The router that is served, which the run's evaluation must have measured.
-
-    Raises:
-        UserError: it has not, or the run is not finished.
-    """
-    run_dir, readers = arguments.run_dir, arguments.prefix_experts
-    if readers is None:
-        tuned_routes(run_dir, arguments.routing)
-        return arguments.routing
-    routes = tuned_routers(run_dir).get("nearest_prefix", {})
-    if {route.settings["prefix_experts"] for route in routes.values()} != {readers}:
-        raise UserError(
-            f"prefix_experts={readers} was not evaluated in run_dir={run_dir}. "
-            f"Set evaluate.prefix_experts={readers}, {evaluate_again(run_dir)}"
-        )
-    return "nearest_prefix"

@@ -14,20 +14,19 @@ class AppArguments(BaseModel):
 
     run_dir: str
     """A finished run directory, path or URI."""
-    top_k: int = Field(default=2, ge=1)
-    """Experts mixed for a token, where the request does not say; all, if there are fewer."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Experts mixed for a token, where the request does not say; all, if there are fewer. None: as in the row that the run's
+    evaluation marks as served."""
     dense: bool = True
     """Whether the dense control is loaded too, as the model "dense"."""
     experts_per_group: int | None = Field(default=None, ge=1)
     """Experts of one deployment, ExpertGroup0 and so on; None: all, in the deployment ExpertGroup."""
     resident_experts: int | None = Field(default=None, ge=1)
     """Experts of a group that have their weights in memory at a time, those used last; None: all."""
-    routing: str = "prefix"
-    """How experts are weighted: a router that the run has evaluated (`evaluate.routings`). Every `top_k` has the settings that
-    the evaluation tuned and reported for it."""
-    prefix_experts: int | None = Field(default=None, ge=1)
-    """nearest_prefix routing in the place of `routing`: only so many experts, those nearest to it, read the prefix of a text,
-    so that other groups may rest. The run must have evaluated that number (`evaluate.prefix_experts`)."""
+    routing: str | None = None
+    """How experts are weighted: a router that the run has evaluated (`evaluate.routings`) and that needs no expert's
+    likelihood of the text. Every `top_k` has the settings that the evaluation tuned and reported for it. None: as in the row
+    that the run's evaluation marks as served."""
     group_cpus: float = Field(default=1.0, ge=0)
     """CPUs that Ray sets aside for a replica of a group."""
     group_gpus: float = Field(default=0.0, ge=0)

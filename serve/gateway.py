@@ -100,6 +100,7 @@ class Gateway:
         self.client_tokens = read_tokens(arguments.client_tokens, "client_tokens")
         self.admin_tokens = read_tokens(arguments.admin_tokens, "admin_tokens")
         ensemble, self.tokenizer = load_ensemble(arguments.run_dir, [], routing=arguments.routing)
+        self.top_k = arguments.top_k or ensemble.served_top_k
         self.placement = Placement(layout, groups, registry, ensemble)
         self.sizes = {ENSEMBLE: list(ensemble.routes), DENSE_MODEL: [1]}
         self.experts = {ENSEMBLE: ensemble.n_experts, **({DENSE_MODEL: 1} if arguments.dense else {})}
@@ -135,8 +136,10 @@ class Gateway:
 
     @web.get("/v1/experts", dependencies=CLIENT)
     async def list_experts(self) -> dict[str, Any]:
-        """Every expert: its cluster, and what it has served since the endpoint was started."""
-        return {"object": "list", "data": await self._experts()}
+        """Every expert: its cluster, and what it has served since the endpoint was started; and how experts are mixed where
+        a request does not say."""
+        mixed = {"routing": self.arguments.routing, "top_k": self.top_k}
+        return {"object": "list", "data": await self._experts(), **mixed}
 
     @web.put("/v1/experts/{cluster}", dependencies=ADMINISTRATOR)
     async def set_expert(self, cluster: Annotated[int, InPath(ge=0)], state: ExpertState) -> dict[str, Any]:
@@ -235,7 +238,7 @@ class Gateway:
     ) -> list[sequence.Request]:
         """What the expert group is to decode: n sequences for each prompt."""
         sizes = self.sizes[request.model]
-        top_k = request.cbtm.top_k or min(max(self.arguments.top_k, min(sizes)), max(sizes))
+        top_k = request.cbtm.top_k or min(max(self.top_k, min(sizes)), max(sizes))
         seed = secrets.randbits(62) if request.seed is None else request.seed
         check_top_k(top_k, sizes)
         found = [

@@ -1,9 +1,8 @@
-"""Placement of experts in groups: the group that decodes a request, and the request that it gets."""
+"""Placement of experts in groups, and the group that decodes a request."""
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,12 +30,6 @@ class Layout:
     def group_of(self, expert: int) -> int:
         return next(index for index, clusters in enumerate(self.clusters) if expert in clusters)
 
-    def by_group(self, experts: list[int]) -> dict[int, list[int]]:
-        found: dict[int, list[int]] = {}
-        for expert in experts:
-            found.setdefault(self.group_of(expert), []).append(expert)
-        return found
-
 
 def spread(n_experts: int, per_group: int | None) -> Layout:
     """Groups of so many experts, the last perhaps of fewer; None: one group."""
@@ -45,7 +38,7 @@ def spread(n_experts: int, per_group: int | None) -> Layout:
 
 
 class Placement:
-    """Chooses the expert group that decodes the next tokens of a sequence."""
+    """Chooses the expert group that decodes a sequence."""
 
     def __init__(
         self, layout: Layout, handles: list[DeploymentHandle], registry: DeploymentHandle, ensemble: Ensemble
@@ -57,36 +50,14 @@ class Placement:
         self.layout, self.registry, self.ensemble = layout, registry, ensemble
         # By gRPC: a streamed token costs a sixth of what it does through the object store.
         self.streams = [handle.options(stream=True, _by_reference=False) for handle in handles]
-        self.calls = [handle.options(_by_reference=False) for handle in handles]
 
-    async def plan(self, model: str, request: Request) -> tuple[Any, Request]:
-        """The group that decodes the next tokens of a sequence, and its request.
-
-        Where experts are chosen once, after a prefix, a shorter sequence is decoded only up to the end of the prefix: the
-        experts that are chosen there may be in another group.
-        """
+    async def plan(self, model: str, request: Request) -> Any:
+        """The group that decodes a sequence: its experts have most of the weight at the prompt's end."""
         if model != ENSEMBLE or len(self.streams) == 1:
-            return self.streams[0], request
+            return self.streams[0]
         _, _, disabled = await self.registry.stats.remote()
         active = [expert for expert in range(self.ensemble.n_experts) if expert not in disabled]
-        router, token_ids = self.ensemble.router(request.top_k, active), [*request.prompt, *request.answer]
-        hold_at = router.hold_at
-        router.append(token_ids[:hold_at])
-        request = replace(request, candidates=tuple(active))
-        if hold_at is not None:
-            if len(token_ids) < hold_at:
-                request = replace(request, max_tokens=min(request.max_tokens, hold_at - len(request.prompt)))
-            if not request.echo_logprobs:
-                request = replace(request, known_logprobs=await self._score(token_ids[:hold_at], router.running))
-                router.observe(request.known_logprobs)
+        router = self.ensemble.router(request.top_k, active)
+        router.append(request.prompt)
         weights_K = router.weights()
-        shares = [weights_K[clusters].sum() for clusters in self.layout.clusters]
-        return self.streams[int(np.argmax(shares))], request
-
-    async def _score(self, prefix: list[int], experts: list[int]) -> dict[int, list[float]]:
-        """Log-probabilities that each expert gives to the tokens of the prefix."""
-        asked = self.layout.by_group(experts)
-        found = await asyncio.gather(
-            *(self.calls[group].score.remote(theirs, prefix) for group, theirs in asked.items())
-        )
-        return {expert: logprobs for part in found for expert, logprobs in part.items()}
+        return self.streams[int(np.argmax([weights_K[clusters].sum() for clusters in self.layout.clusters]))]

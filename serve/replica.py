@@ -24,6 +24,7 @@ from cbtm_ray.decode.engine import Engine
 from cbtm_ray.decode.remote import RemoteScorer, ScoreRequest
 from cbtm_ray.decode.sequence import Request, Step
 from cbtm_ray.merge.ensemble import load_ensemble
+from cbtm_ray.merge.routers import Route
 from cbtm_ray.models import load_model
 from cbtm_ray.stages import DENSE_FOLDER
 
@@ -62,19 +63,15 @@ class ExpertGroup:
         self.engines = {ENSEMBLE: Engine(ensemble, **room, remote=RemoteClient(layout).ask)}
         if dense and index == 0:  # an ensemble of one
             model = torch.nn.Module.to(load_model(files.join(run_dir, DENSE_FOLDER)).eval(), device)
-            routes = {1: replace(next(iter(ensemble.routes.values())), top_k=1)}
+            routes = {1: Route(routing="uniform", top_k=1, settings={}, prefix_tokens=0)}
+            centers_KD = ensemble.centers_KD[:1]
             alone = replace(
-                ensemble,
-                experts={0: model},
-                model_config=model.config,
-                centers_KD=ensemble.centers_KD[:1],
-                routes=routes,
+                ensemble, experts={0: model}, model_config=model.config, centers_KD=centers_KD, routes=routes
             )
             self.engines[DENSE_MODEL] = Engine(alone, **room)
         self.remote_server = RemoteServer(RemoteScorer(ensemble, cache_tokens))
         self.n_experts, self.n_tokens = ensemble.n_experts, 0
         self.disabled: set[int] | None = None  # not told yet
-        self.end_of_text = ensemble.end_of_text
         self.registry, self._name = registry, uuid.uuid4().hex
         self._requests, self._tokens = Counter[int](), Counter[int]()
         self._streams: dict[tuple[str, int], asyncio.Queue[Step | BaseException]] = {}
@@ -94,7 +91,7 @@ class ExpertGroup:
 
     async def describe(self) -> dict[str, int]:
         """State of the replica: pid, running and waiting (sequences); since it started, tokens (decoded) and reads (for
-        gateways and other groups)."""
+        other groups)."""
         engines = self.engines.values()
         return {
             "pid": os.getpid(),
@@ -103,13 +100,6 @@ class ExpertGroup:
             "tokens": self.n_tokens,
             "reads": self.remote_server.n_reads,
         }
-
-    async def score(self, experts: list[int], tokens: list[int]) -> dict[int, list[float]]:
-        """Log-probabilities that experts of this group give to the tokens of a text's beginning."""
-        key = uuid.uuid4().hex
-        reads = [ScoreRequest(expert, [self.end_of_text, *tokens], 0, key) for expert in experts]
-        rows = await self.remote_server.read(reads)
-        return {expert: of_V[range(len(tokens)), tokens].tolist() for expert, of_V in zip(experts, rows, strict=True)}
 
     async def read(self, reads: list[ScoreRequest]) -> list[np.ndarray]:
         """Log-probabilities of this group's experts, for sequences that another group decodes."""

@@ -73,19 +73,11 @@ def test_fields_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
             r"^train\.controls has 'unbalanced', which is what cluster\.balanced=False makes .*: leave it out\.$",
         ),
         (
-            {"evaluate": {"prefix_experts": 4}, "cluster": {"n_clusters": 4}},
-            r"^evaluate\.prefix_experts=4 must be below cluster\.n_clusters=4; all experts read the pre",
-        ),
-        (
             {"evaluate": {"routings": ["learned"]}},
             r"^evaluate\.routings\.0='learned': must be 'embedding', 'ngram', 'posterior', ",
         ),
         ({"evaluate": {"routings": []}}, r"^evaluate\.routings=\[\] has too few|^evaluate\.routings=\[\]"),
         ({"evaluate": {"routings": ["prefix"] * 2}}, r"^evaluate\.routings=.* names a router twice\. Keep one\.$"),
-        (
-            {"evaluate": {"routings": ["nearest_prefix"]}},
-            r"^evaluate\.routings has only 'nearest_prefix', which needs evaluate\.prefix_experts: set it\.$",
-        ),
         (
             {"train": {"controls": ["moe"]}, "cluster": {"n_clusters": 1}},
             r"^train\.controls has 'moe', which runs 2 of cluster\.n_clusters=1 experts .* raise that to 2",

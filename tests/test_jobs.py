@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbtm_ray import files, pipeline
 from cbtm_ray.load_config import build_config, config_tree
+from cbtm_ray.report import terminal
 from cbtm_ray.report.terminal import curves
 from cbtm_ray.run import Run
 from cbtm_ray.stages import DENSE_FOLDER, MADE_FROM, expert_folder
@@ -48,7 +49,8 @@ def test_results_compare_every_system_on_the_same_tokens(finished_run: Run) -> N
     found = rows(finished_run)
     assert [row["system"] for row in found[:2]] == ["seed", "dense"]
     mixtures = {(row["routing"], row["top_k"]) for row in found[2:]}
-    expected = {(r, k) for r in ("embedding", "ngram", "posterior") for k in (1, 2)} | {("prefix", 1)}
+    expected = {(r, k) for r in ("embedding", "ngram", "posterior") for k in (1, 2)}
+    expected |= {("prefix", 1), ("oracle", 1)}
     assert mixtures == expected
     dense = found[1]
     assert dense["ratio_to_dense"] == dense["ratio_low"] == dense["ratio_high"] == 1
@@ -58,6 +60,11 @@ def test_results_compare_every_system_on_the_same_tokens(finished_run: Run) -> N
         assert row["ppl"] == pytest.approx(np.exp(row["loss_nats"]))
         assert row["ppl_low"] < row["ppl"] < row["ppl_high"]
     assert sum(bool(row.get("chosen")) for row in found) == 1
+    [served] = [row for row in found if row.get("served")]
+    rivals = [
+        row["tuning_loss_nats"] for row in found if row["routing"] in ("embedding", "ngram") and row["top_k"] == 1
+    ]
+    assert (served["top_k"], served["tuning_loss_nats"]) == (1, min(rivals))
 
 
 def test_results_have_the_settings_of_every_router_for_every_top_k(finished_run: Run) -> None:
@@ -65,9 +72,37 @@ def test_results_have_the_settings_of_every_router_for_every_top_k(finished_run:
     routers = files.read_json(finished_run.uri("evaluation", "results.json"))["routers"]
     assert list(routers) == ["embedding", "ngram", "posterior", "prefix"]
     assert all(list(by_top_k) == ["1", "2"] for by_top_k in routers.values())
-    for row in rows(finished_run)[2:]:
+    for row in rows(finished_run)[2:-1]:
         assert row["settings"] == routers[row["routing"]][str(row["top_k"])]
     assert routers["prefix"]["2"] == routers["posterior"]["2"]
+
+
+def test_results_have_every_router_held_after_every_prefix_that_documents_exceed(finished_run: Run) -> None:
+    """One and two experts, also where `evaluate.top_k`, [1], leaves out two."""
+    results = files.read_json(finished_run.uri("evaluation", "results.json"))
+    found = {(row["prefix_tokens"], row["routing"], row["top_k"], row["held"]) for row in results["prefixes"]}
+    routed = {(name, k, held) for name in results["routers"] for k in (1, 2) for held in (True, False)}
+    lengths = {n for n, *_ in found}
+    assert {8, 16, 32} <= lengths <= set(finished_run.config.evaluate.prefix_lengths)
+    assert found == {(n, *key) for n in lengths for key in routed | {("oracle", 1, False)}}
+    best = {row["prefix_tokens"]: row["loss_nats"] for row in results["prefixes"] if row["routing"] == "oracle"}
+    held = [row for row in results["prefixes"] if row["held"] and row["top_k"] == 1]
+    assert all(row["loss_nats"] >= best[row["prefix_tokens"]] - 1e-6 for row in held)
+
+
+def test_the_oracle_is_named_for_what_it_is_and_has_nothing_to_tune(
+    finished_run: Run, capsys: pytest.CaptureFixture
+) -> None:
+    """It costs one expert, and the terminal and the report say that it is hindsight."""
+    found = rows(finished_run)
+    oracle = next(row for row in found if row["routing"] == "oracle")
+    assert oracle["infer_flops_per_token"] == found[1]["infer_flops_per_token"]
+    assert not {"settings", "chosen", "served", "tuning_loss_nats"} & oracle.keys()
+    terminal.print_results(finished_run)
+    assert "best of 2 experts in hindsight" in capsys.readouterr().out
+    report = files.read_bytes(finished_run.uri("report.html")).decode()
+    assert "best of 2 experts in hindsight, oracle" in report
+    assert "No router: the best single expert for each document, in hindsight" in report
 
 
 def test_dense_row_is_what_hugging_face_gives(finished_run: Run) -> None:
@@ -183,7 +218,7 @@ def test_a_defect_in_a_worker_keeps_its_traceback_and_a_mistake_found_there_is_o
     for stage in ("corpus", "tokenizer", "clusterer"):
         shutil.copytree(finished_run.uri(stage), tmp_path / "run" / stage)
     if whose == "ours":
-        (tmp_path / "run" / "clusterer" / "centers.npy").write_bytes(b"no array")
+        (tmp_path / "run" / "clusterer" / "ngrams" / "pairs.npy").write_bytes(b"no array")
     else:
         manifest = files.read_json(finished_run.uri("corpus", "manifest.json"))
         changed = tmp_path / "part-1.jsonl"

@@ -47,7 +47,7 @@ def test_a_field_of_a_deleted_stage_is_known_to_the_stages_after_it(tmp_path: Pa
     with pytest.raises(UserError, match=r"configuration: cluster\.n_clusters=4 \(the run has 8\)\. Give") as caught:
         run_with(tmp_path, cluster__n_clusters=4).open()
     kept = ("corpus", "tokenizer", "clusterer", "seed")
-    assert listed(caught, tmp_path) == [s for s in STAGE_SETTINGS if s not in kept and not s.startswith("shards/")]
+    assert listed(caught, tmp_path) == [s for s in STAGE_SETTINGS if s not in kept and "/controls/" not in s]
 
 
 def test_a_stage_made_again_as_it_was_leaves_the_stages_after_it_finished(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_all_that_comes_after_another_input_is_named(tmp_path: Path) -> None:
     make(run, "corpus", content="second")
     with pytest.raises(UserError, match="tokenizer was made from another corpus than") as caught:
         run.open()
-    assert listed(caught, tmp_path) == [s for s in STAGE_SETTINGS if s != "corpus" and not s.startswith("shards/")]
+    assert listed(caught, tmp_path) == [s for s in STAGE_SETTINGS if s != "corpus" and "/controls/" not in s]
 
 
 def test_another_seed_of_the_random_choices_is_another_corpus(tmp_path: Path) -> None:

@@ -74,9 +74,10 @@ class NgramTables:
     def n_bytes(self) -> int:
         return self.token_VK.nbytes + self.context_VK.nbytes + self.pairs.nbytes + self.pair_PK.nbytes
 
-    def evidence(self, tokens_T: np.ndarray) -> np.ndarray:
-        """The evidence of every token of a document, float32 (T, K)."""
-        keys_T = pair_keys(tokens_T, len(self.token_VK), self.end_of_text)
+    def evidence(self, tokens_T: np.ndarray, previous: int | None = None) -> np.ndarray:
+        """The evidence of every token of a text after `previous`, None at the start of a document: float32 (T, K)."""
+        before = self.end_of_text if previous is None else previous
+        keys_T = pair_keys(tokens_T, len(self.token_VK), before)
         previous_T, tokens_T = np.divmod(keys_T, len(self.token_VK))
         numerator_TK = self.token_VK[tokens_T].astype(np.float32)
         places_T, kept_T = find_rows(self.pairs, keys_T)
@@ -171,7 +172,7 @@ def find_rows(pairs: np.ndarray, keys_T: np.ndarray) -> tuple[np.ndarray, np.nda
     return places_T, pairs[places_T] == keys_T
 
 
-def pair_keys(tokens_T: np.ndarray, vocabulary: int, end_of_text: int) -> np.ndarray:
-    """Each token with the token before it, as one number, int64 (T,)."""
+def pair_keys(tokens_T: np.ndarray, vocabulary: int, before: int) -> np.ndarray:
+    """Each token with the token before it, as one number, int64 (T,); `before` comes before the first."""
     tokens_T = np.asarray(tokens_T, np.int64)
-    return np.concatenate([[end_of_text], tokens_T[:-1]])[: len(tokens_T)] * vocabulary + tokens_T
+    return np.concatenate([[before], tokens_T[:-1]])[: len(tokens_T)] * vocabulary + tokens_T

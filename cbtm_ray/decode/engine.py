@@ -30,7 +30,7 @@ from cbtm_ray.merge.ensemble import Ensemble
 from cbtm_ray.merge.scores import check_top_k
 
 PROMPT_TOKENS = 128
-"""Most tokens of a prompt that an expert reads in one step: a long prompt must not delay the other sequences."""
+"""Most tokens that an expert reads of a sequence in one step: a long prompt must not delay the other sequences."""
 REMOTE_WAIT_S = 0.05
 """The longest time that a step waits for remote experts when it has nothing else to do."""
 
@@ -45,7 +45,7 @@ class _Running:
     targets: dict[int, int] | None = None
     """By expert: the position up to which it has to read before the sequence can advance. None: not computed yet."""
     steps_waited: int = 0
-    """Steps since the sequence last advanced."""
+    """Steps since an expert last read of it."""
     remote_answers: dict[int, Future[np.ndarray]] = field(default_factory=dict)
     """By remote expert: the answer that the sequence waits for."""
 
@@ -134,12 +134,12 @@ class Engine:
     def step(self) -> list[tuple[int, Step]]:
         """Run one forward pass; the new tokens of all sequences, if any. Of a long prompt it reads a piece."""
         self._join()
-        local: list[PendingChunk[Sequence]] = []
+        local: list[PendingChunk[_Running]] = []
         remote: list[tuple[_Running, ScoreRequest]] = []
         for number, running in self._running.items():
             for expert, chunk in _chunks(running):
                 if expert in self.ensemble.experts:
-                    local.append(PendingChunk(expert, chunk, running.steps_waited, running.sequence))
+                    local.append(PendingChunk(expert, chunk, running.steps_waited, running))
                 else:
                     remote.append((running, self._score_request(number, running.sequence, expert, chunk)))
         self._send(remote)
@@ -160,9 +160,9 @@ class Engine:
                 self._leave(number)
         return found
 
-    def _forward(self, pending: list[PendingChunk[Sequence]]) -> None:
+    def _forward(self, pending: list[PendingChunk[_Running]]) -> None:
         """Run the pass that the scheduler chooses."""
-        chosen, chunks = choose_pass(pending, len(self._caches) if self._stacked else 0), dict[int, list[Chunk]]()
+        chosen, chunks = choose_pass(pending, stacked=self._stacked is not None), dict[int, list[Chunk]]()
         for one in chosen:
             chunks.setdefault(one.expert, []).append(one.chunk)
         if self._stacked and len(chunks) > 1:
@@ -172,7 +172,8 @@ class Engine:
             found = {expert: self._caches[expert].forward(self.ensemble.experts[expert], theirs)}
         rows = {expert: iter(theirs) for expert, theirs in found.items()}
         for one in chosen:
-            one.sequence.append_predictions(one.expert, next(rows[one.expert]))
+            one.sequence.sequence.append_predictions(one.expert, next(rows[one.expert]))
+            one.sequence.steps_waited = 0
 
     def _score_request(self, number: int, sequence: Sequence, expert: int, chunk: Chunk) -> ScoreRequest:
         token_ids = [*sequence.token_ids, *sequence.drafts][: chunk.end]
@@ -187,20 +188,16 @@ class Engine:
                 running.remote_answers[request.expert] = answer
 
     def _is_ready(self, number: int, running: _Running) -> bool:
-        """Whether a sequence waits for no expert any more. If so, it gets the answers of the remote experts."""
-        if not all(answer.done() for answer in running.remote_answers.values()):
-            return False
-        for answer in running.remote_answers.values():
+        """Whether a sequence waits for no expert any more. It gets the answers of the remote experts that have come."""
+        answers = running.remote_answers
+        for expert in [expert for expert, answer in answers.items() if answer.done()]:
+            answer = answers.pop(expert)
             if problem := answer.exception():
                 self.failed.append((number, problem))
                 self._leave(number)
                 return False
-        if _pending(running):
-            return False
-        for expert, answer in running.remote_answers.items():
             running.sequence.append_predictions(expert, answer.result())
-        running.targets, running.steps_waited, running.remote_answers = None, 0, {}
-        return True
+        return not answers and not _pending(running)
 
     def _join(self) -> None:
         """Start waiting requests, in order: a large request is not overtaken by small ones forever."""
@@ -221,8 +218,6 @@ class Engine:
     def _check(self, request: Request) -> None:
         check_top_k(request.top_k, self.ensemble.routes)
         strategy_for(request)
-        if request.refresh_tokens < 1:
-            raise UserError(f"refresh_tokens={request.refresh_tokens} must be at least 1. Raise it.")
         least = 0 if request.echo_logprobs and request.prompt else 1
         if request.max_tokens < least:
             raise UserError(f"max_tokens={request.max_tokens} must be at least {least}. Raise it.")
@@ -266,12 +261,12 @@ def check_room(request: Request, ensemble: Ensemble, cache_tokens: int) -> None:
 
 
 def _pending(running: _Running) -> dict[int, int]:
-    """By expert: the position up to which it still has to read; without experts that have a request under way."""
+    """By expert: the position up to which it has to read next; without experts that have a request under way."""
     sequence = running.sequence
     if running.targets is None:
-        running.targets = running.strategy.targets() if sequence.routed else sequence.prompt_targets(PROMPT_TOKENS)
+        running.targets = sequence.echo_targets(PROMPT_TOKENS) if sequence.echoing else running.strategy.targets()
     return {
-        expert: end
+        expert: min(end, sequence.expert_states[expert].length + PROMPT_TOKENS)
         for expert, end in running.targets.items()
         if end > sequence.expert_states[expert].length and expert not in running.remote_answers
     }
@@ -286,10 +281,5 @@ def _chunks(running: _Running) -> Iterator[tuple[int, Chunk]]:
 
 def _advance(running: _Running) -> list[Step]:
     """Advance a sequence whose experts have read enough; its new tokens."""
-    sequence, steps = running.sequence, []
-    if not sequence.routed:
-        steps = sequence.route_prompt()
-        if not sequence.routed or (steps and steps[-1].finish_reason):
-            return steps
-        running.strategy.targets()  # satisfied: the running experts have read everything
-    return steps + running.strategy.advance()
+    running.targets = None
+    return running.sequence.echo() if running.sequence.echoing else running.strategy.advance()

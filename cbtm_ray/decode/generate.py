@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from cbtm_ray.decode.text import TextAssembler
     from cbtm_ray.merge.ensemble import Ensemble
 
-MAX_TOKENS, TOP_K = 100, 2
+MAX_TOKENS = 100
 COLORS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green", "bright_yellow",
           "bright_magenta", "bright_blue", "bright_red")  # fmt: skip
 
@@ -48,8 +47,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, metavar="N", help=f"most tokens of the answer ({MAX_TOKENS})")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest token (1)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="share of the probability kept (1)")
-    parser.add_argument("--top-k", type=int, metavar="K", help=f"experts mixed for a token ({TOP_K})")
-    parser.add_argument("--routing", default="prefix", help="a router of evaluate.routings (prefix)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="experts mixed for a token (those of the served row)")
+    parser.add_argument("--routing", help="a router of evaluate.routings (that of the served row)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed draws the same text (0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be given again")
     parser.add_argument("--strategy", default="auto", help="auto, lockstep, ancestral or speculative (auto)")
@@ -82,7 +81,7 @@ def _read_prompt(given: str) -> str:
         raise UserError(f"--prompt must be UTF-8, which byte {error.start} is not. Convert it.") from None
 
 
-def _load(run_dir: str, routing: str) -> tuple[Ensemble, PreTrainedTokenizerBase]:
+def _load(run_dir: str, routing: str | None) -> tuple[Ensemble, PreTrainedTokenizerBase]:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -99,20 +98,16 @@ def _request(
     from cbtm_ray.corpus.tokenizer import encode
     from cbtm_ray.decode.sampling import Sampling
     from cbtm_ray.decode.sequence import Request
-    from cbtm_ray.decode.strategies import strategy_for
 
     token_ids = encode(tokenizer, [prompt])[0].tolist()
     room = max(min(MAX_TOKENS, ensemble.max_length - len(token_ids)), 1)
-    sizes = ensemble.routes  # by top_k
-    request = Request(
+    return Request(
         prompt=token_ids,
         max_tokens=room if options.max_tokens is None else options.max_tokens,
-        top_k=min(max(TOP_K, min(sizes)), max(sizes)) if options.top_k is None else options.top_k,
+        top_k=ensemble.served_top_k if options.top_k is None else options.top_k,
         sampling=Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed),
         strategy=options.strategy,
     )
-    # Where every expert reads every token anyway, the weights may as well be the ones that the evaluation measures.
-    return request if strategy_for(request) == "ancestral" else replace(request, refresh_tokens=1)
 
 
 def stream_text(steps: Iterable[Step], assembler: TextAssembler) -> Iterator[tuple[Step, str]]:

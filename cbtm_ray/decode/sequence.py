@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from cbtm_ray.decode.sampling import Sampling, token_probabilities
+from cbtm_ray.merge.context_router import ContextRouter
 from cbtm_ray.merge.ensemble import Ensemble
 from cbtm_ray.merge.mixture import mix_logprobs
 
@@ -27,19 +28,11 @@ class Request:
     sampling: Sampling
     strategy: str = "auto"
     """'lockstep', 'ancestral', 'speculative' (see strategies.py), or 'auto': ancestral where it is exact, else speculative."""
-    refresh_tokens: int = 16
-    """The router observes the experts' evidence of the prompt, and then of so many new tokens at a time. With 1 the weights
-    are those that `perplexity.py` measures. With more they are another model, which every strategy samples exactly."""
     top_logprobs: int | None = None
     """Return the log-probabilities of the token and of so many most probable tokens. None: the strategy decides."""
     answer: list[int] = field(default_factory=list)
     """Tokens that an engine which is gone has generated before. They count as generated, and decoding continues after them.
-    With lockstep and refresh_tokens=1 the continuation is the one that the other engine would have generated."""
-    candidates: tuple[int, ...] | None = None
-    """Experts that may be used, of the active ones; None: all."""
-    known_logprobs: dict[int, list[float]] = field(default_factory=dict)
-    """By expert: its log-probabilities of the first tokens, if they are known already. Not with `echo_logprobs`,
-    which needs the full predictions."""
+    With lockstep the continuation is the one that the other engine would have generated."""
     echo_logprobs: bool = False
     """Return the prompt's tokens as steps too, with their log-probabilities."""
     echoed: int = 0
@@ -73,13 +66,11 @@ def remaining(request: Request, steps: list[Step]) -> Request:
 
 
 class ExpertState:
-    """One expert on one sequence: its KV cache position, and its log-probabilities of the tokens so far."""
+    """One expert on one sequence: its KV cache position, and its predictions that may still be needed."""
 
     def __init__(self) -> None:
         self.length = 0
         """Tokens read."""
-        self.token_logprobs: list[float] = []
-        """Log-probabilities of the sequence's tokens from position 1 on, as far as known."""
         self._rows_NV: np.ndarray | None = None  # predictions after the last N tokens read
 
     def logprobs_after(self, position: int) -> np.ndarray:
@@ -87,21 +78,12 @@ class ExpertState:
         assert self._rows_NV is not None
         return self._rows_NV[position - self.length + len(self._rows_NV)]
 
-    def append_predictions(self, rows_CV: np.ndarray, token_ids: list[int], keep_from: int) -> None:
-        """Add the predictions after the next C tokens. Predictions before the position `keep_from` are used and dropped."""
+    def append_predictions(self, rows_CV: np.ndarray, keep_from: int) -> None:
+        """Add the predictions after the next C tokens. Those before the position `keep_from` are dropped."""
         rows_NV = rows_CV if self._rows_NV is None else np.concatenate([self._rows_NV, rows_CV])
-        self.length, self._rows_NV = self.length + len(rows_CV), rows_NV
-        self.update_logprobs(token_ids)
+        self.length += len(rows_CV)
         first = self.length - len(rows_NV)
         self._rows_NV = rows_NV[min(max(keep_from - first, 0), len(rows_NV) - 1) :]
-
-    def update_logprobs(self, token_ids: list[int]) -> None:
-        """Look up the log-probabilities of tokens that were predicted and are known now."""
-        known, done = min(self.length, len(token_ids) - 1), len(self.token_logprobs)
-        if known > done:
-            assert self._rows_NV is not None
-            rows = np.arange(done, known) - self.length + len(self._rows_NV)
-            self.token_logprobs += self._rows_NV[rows, token_ids[done + 1 : known + 1]].tolist()
 
     def truncate(self, length: int) -> None:
         """Forget the tokens read after the first `length` ones."""
@@ -112,27 +94,18 @@ class ExpertState:
 
 
 class Sequence:
-    """A request that is being decoded. Experts read it at different times; the weights depend on its tokens alone.
+    """A request that is being decoded. Experts read it at different times, and only those that answer read it.
 
-    The engine repeats: ask how far experts have to read, run forward passes, append their predictions, advance. Two phases:
+    The engine repeats: ask how far experts have to read, run forward passes, append their predictions, advance. With
+    `echo_logprobs` it asks `echo_targets` and `echo` until all tokens of the prompt have been returned as steps, then as
+    otherwise `targets` and `advance` of the strategy:
 
-        __init__, reroute(active)     a new router; drafts are dropped
-            |
-            v
-        PROMPT, routed = False        prompt_targets -> forward passes -> append_predictions -> route_prompt
-            |                         The running experts read the tokens that are given, in chunks: the prompt and
-            |                         `request.answer`. A router with a prefix first has all of them read the prefix, and
-            |                         then holds the best `top_k`, which read the rest. With `echo_logprobs`, route_prompt
-            |                         returns the prompt's tokens as steps, one by one; `_n_echoed` counts them. Where
-            |                         `request.known_logprobs` knows the prefix, nobody reads it for its evidence.
-            v
-        DECODE, routed = True         strategy.targets -> forward passes -> append_predictions -> strategy.advance
-            |                         Lockstep and ancestral `append` a token. Speculative proposes `drafts`, then appends
-            |                         the accepted ones and one more token. `refresh` lets the router observe evidence.
-            v
-        a step with a finish_reason
+        lockstep, ancestral     `append` a token
+        speculative             propose `drafts`, then append the accepted ones and one more token
 
-    `reroute` may come in either phase: then the tokens so far are treated like a prompt.
+    The experts of the answer are chosen at the prompt's end, as if nobody had read any of it, and from there on at every
+    token. A change costs what the new expert has to read (`Route.reread_cost`), so that weights depend on the choices before:
+    `reroute` makes them again for the tokens of an answer that is given. Weights of an echoed prompt are the evaluation's.
     """
 
     def __init__(self, ensemble: Ensemble, request: Request, slots: Tensor, active: set[int]) -> None:
@@ -147,12 +120,14 @@ class Sequence:
         else:  # the number of draws so far is not known, and draws must not repeat
             self.random = np.random.default_rng([seed, n_given])
         self.expert_states = {expert: ExpertState() for expert in range(ensemble.n_experts)}
-        for expert, logprobs in request.known_logprobs.items():
-            self.expert_states[expert].token_logprobs = logprobs.copy()
-        self._n_echoed = (
-            request.echoed if request.echo_logprobs else len(request.prompt)
-        )  # prompt tokens returned as steps
+        # Tokens of the prompt that have been returned as steps.
+        self._n_echoed = request.echoed if request.echo_logprobs else len(request.prompt)
         self.reroute(active)
+
+    @property
+    def echoing(self) -> bool:
+        """Whether tokens of the prompt are still to be returned as steps."""
+        return self._n_echoed < len(self.request.prompt)
 
     @property
     def tokens_left(self) -> int:
@@ -160,23 +135,39 @@ class Sequence:
         return self.request.max_tokens - (len(self.token_ids) - 1 - len(self.request.prompt))
 
     def reroute(self, active: set[int]) -> None:
-        """Route the tokens so far again, as a prompt, with these experts. Experts do not read again what they have read."""
-        candidates = self.request.candidates
-        chosen = active if candidates is None else active.intersection(candidates) or active
-        self.router, self.drafts = self.ensemble.router(self.request.top_k, chosen), []
+        """Route the tokens so far as if these experts had been the only ones. Experts read nothing twice."""
+        self._active, self.drafts = active, []
         for state in self.expert_states.values():
             state.truncate(len(self.token_ids))
-        if self._n_echoed < len(self.request.prompt):  # predictions for the rest of the prompt were dropped
+        if self.echoing:  # predictions for the rest of the prompt were dropped
             self.expert_states = {expert: ExpertState() for expert in self.expert_states}
-        self.routed = False
-        """Whether the prompt phase is over: the running experts have read all tokens."""
-        self.route_prompt()
+        self.router = self._new_router()
 
-    def prompt_targets(self, most: int) -> dict[int, int]:
-        """By running expert: the position up to which to read next, at most `most` tokens. First the prefix, then the rest."""
-        hold_at = self.router.hold_at
-        end = len(self.token_ids) if hold_at is None else min(len(self.token_ids), hold_at + 1)
-        return {expert: min(end, self.expert_states[expert].length + most) for expert in self.router.running}
+    def _new_router(self) -> ContextRouter:
+        """A router that has made the choices for the tokens so far."""
+        router, prompt = self.ensemble.router(self.request.top_k, self._active), self.request.prompt
+        if self.echoing:
+            router.replay(prompt[: self._n_echoed])
+        else:
+            router.append(prompt)
+            router.replay(self.token_ids[1 + len(prompt) :])
+        return router
+
+    def echo_targets(self, most: int) -> dict[int, int]:
+        """By expert: the position up to which to read for the next steps of the prompt, at most `most`."""
+        return dict.fromkeys(self.router.running, min(len(self.token_ids), self._n_echoed + most))
+
+    def echo(self) -> list[Step]:
+        """The next tokens of the prompt as steps, as far as the experts have read."""
+        steps = list[Step]()
+        while self.echoing and self._have_read(self._n_echoed + 1):
+            token = self.request.prompt[self._n_echoed]
+            steps.append(self._step(token, *self.mixture(self._n_echoed), in_prompt=True))
+            self._n_echoed += 1
+            self.router.append([token])
+        if not self.echoing:
+            self.router = self._new_router()
+        return steps
 
     def unread_tokens(self, expert: int, end: int) -> list[int]:
         """The tokens, drafts included, that the expert has not read, up to the position `end`."""
@@ -185,44 +176,16 @@ class Sequence:
 
     def append_predictions(self, expert: int, rows_CV: np.ndarray) -> None:
         """Add an expert's predictions after the next C tokens."""
-        keep_from = len(self.token_ids) - 1 if self._n_echoed == len(self.request.prompt) else self._n_echoed
-        self.expert_states[expert].append_predictions(rows_CV, self.token_ids, keep_from)
-
-    def route_prompt(self) -> list[Step]:
-        """Route the tokens that the experts have read; the prompt's steps, if asked for."""
-        steps, router, last = list[Step](), self.router, len(self.token_ids) - 1
-        while True:
-            if router.due(1):
-                if any(len(self.expert_states[expert].token_logprobs) < router.length for expert in router.running):
-                    return steps
-                self._observe()
-            start, echoing = router.length, self._n_echoed < len(self.request.prompt)
-            if start == last:
-                break
-            if echoing and start == self._n_echoed:  # from here on, the mixture of every token of the prompt is needed
-                if any(self.expert_states[expert].length <= start for expert in router.running):
-                    return steps
-                steps.append(self._step(self.token_ids[start + 1], *self.mixture(start), in_prompt=True))
-                self._n_echoed += 1
-            end = min(last, max(self._n_echoed, start + 1) if echoing else last, router.hold_at or last)
-            router.append(self.token_ids[start + 1 : end + 1])
-        self.routed = self.all_read
-        return steps
+        keep_from = self._n_echoed if self.echoing else len(self.token_ids) - 1
+        self.expert_states[expert].append_predictions(rows_CV, keep_from)
 
     @property
     def all_read(self) -> bool:
         """Whether the running experts have read all tokens."""
-        return all(self.expert_states[expert].length >= len(self.token_ids) for expert in self.router.running)
+        return self._have_read(len(self.token_ids))
 
-    def refresh(self) -> None:
-        """Let the router observe the evidence, if due. The running experts must have read at least all but the last token."""
-        if self.router.due(self.request.refresh_tokens):
-            for expert in self.router.running:
-                self.expert_states[expert].update_logprobs(self.token_ids)
-            self._observe()
-
-    def _observe(self) -> None:
-        self.router.observe({expert: self.expert_states[expert].token_logprobs for expert in self.router.running})
+    def _have_read(self, length: int) -> bool:
+        return all(self.expert_states[expert].length >= length for expert in self.router.running)
 
     def mixture(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """The mixture's log-probabilities of the token after a position (V,), and the weights (K,)."""

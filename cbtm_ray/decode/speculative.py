@@ -98,7 +98,6 @@ class Speculative:
     def _mixture(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """p for the next token (V,), its log-probabilities before penalties and the like (V,), the weights (K,)."""
         sequence = self.sequence
-        sequence.refresh()
         logprobs_V, weights_K = sequence.mixture(len(sequence.token_ids) - 1)
         return sequence.probabilities(logprobs_V), logprobs_V, weights_K
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-import numpy as np
-
 from cbtm_ray.decode.sampling import draw
 from cbtm_ray.decode.sequence import Request, Sequence, Step
 from cbtm_ray.decode.speculative import Speculative
@@ -33,7 +31,6 @@ class Lockstep:
 
     def advance(self) -> list[Step]:
         sequence = self.sequence
-        sequence.refresh()
         logprobs_V, weights_K = sequence.mixture(len(sequence.token_ids) - 1)
         token = draw(sequence.probabilities(logprobs_V), sequence.random)
         return [sequence.append(token, logprobs_V, weights_K)]
@@ -42,27 +39,17 @@ class Lockstep:
 class Ancestral:
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
-        self._drawn: tuple[int, np.ndarray] | None = None
+        self._expert = -1
 
     def targets(self) -> dict[int, int]:
-        sequence = self.sequence
-        if sequence.router.due(sequence.request.refresh_tokens):  # the weights need the evidence of all running experts
-            return {expert: len(sequence.token_ids) for expert in sequence.router.running}
-        self._drawn = self._draw_expert()
-        return {self._drawn[0]: len(sequence.token_ids)}
+        self._expert = draw(self.sequence.router.weights(), self.sequence.random)
+        return {self._expert: len(self.sequence.token_ids)}
 
     def advance(self) -> list[Step]:
         sequence = self.sequence
-        sequence.refresh()
-        expert, weights_K = self._drawn or self._draw_expert()
-        self._drawn = None
-        logprobs_V = sequence.expert_states[expert].logprobs_after(len(sequence.token_ids) - 1)
+        logprobs_V = sequence.expert_states[self._expert].logprobs_after(len(sequence.token_ids) - 1)
         token = draw(sequence.probabilities(logprobs_V), sequence.random)
-        return [sequence.append(token, None, weights_K, expert)]
-
-    def _draw_expert(self) -> tuple[int, np.ndarray]:
-        weights_K = self.sequence.router.weights()
-        return draw(weights_K, self.sequence.random), weights_K
+        return [sequence.append(token, None, sequence.router.weights(), self._expert)]
 
 
 STRATEGIES: dict[str, type[Strategy]] = {"lockstep": Lockstep, "ancestral": Ancestral, "speculative": Speculative}

@@ -18,7 +18,7 @@ from cbtm_ray.evaluate.result_rows import Summary
 from cbtm_ray.merge.mixture import mix_logprobs
 from cbtm_ray.merge.rereading import tokens_read
 from cbtm_ray.merge.routers import ROUTERS, Route, Router
-from cbtm_ray.merge.scores import ScoredHalf, Settings
+from cbtm_ray.merge.scores import ScoredHalf, Settings, routing_scores
 from cbtm_ray.train.loss import TokenLoss
 
 BOOTSTRAP = 1000
@@ -92,13 +92,21 @@ def mixture_logprobs(held_out: ScoredHalf, route: Route) -> np.ndarray:
     return mix_logprobs(held_out.logprobs_TK, route.weights(held_out))
 
 
+def oracle_logprobs(held_out: ScoredHalf) -> np.ndarray:
+    """The log-probability of every token by the best single expert of its document, chosen in hindsight, (T,)."""
+    logprobs_TK = held_out.logprobs_TK
+    sums = [document_sums(logprobs_TK[:, expert], held_out.lengths) for expert in range(logprobs_TK.shape[1])]
+    best_N = np.argmax(sums, axis=0)
+    return logprobs_TK[np.arange(len(logprobs_TK)), np.repeat(best_N, held_out.lengths)]
+
+
 def tune(held_out: ScoredHalf, config: EvaluateConfig, routing: str) -> dict[int, Route]:
     """For every top_k that the router can mix: the route of least loss on these documents, which are not those reported on.
 
     A pass over the documents for each candidate gives the losses of all sizes together.
     """
     router, n_experts = ROUTERS[routing], held_out.logprobs_TK.shape[1]
-    if not (sizes := router.sizes(n_experts, config)):
+    if not (sizes := router.sizes(n_experts)):
         return {}
     if router.evidence == "ngrams":
         return _tune_ngrams(held_out, config, routing)
@@ -116,10 +124,13 @@ def _candidate_losses(
     held_out: ScoredHalf, config: EvaluateConfig, router: Router
 ) -> Iterator[tuple[Settings, np.ndarray]]:
     """Every candidate with the loss (K,) of its mixtures of 1, 2, ... K experts."""
-    for gamma, group in itertools.groupby(router.candidates(config), lambda settings: settings.get("gamma", 1.0)):
+    candidates = router.candidates(config)
+    if not held_out.squared_distances_TK.shape[1]:  # clusters by chance have no centers
+        candidates = [settings for settings in candidates if "temperature" not in settings]
+    for gamma, group in itertools.groupby(candidates, lambda settings: settings.get("gamma", 1.0)):
         evidence_TK = router.evidence_TK(held_out, gamma)
         for settings in group:
-            scores_TK = router.scores_TK(held_out, evidence_TK, settings, config.prefix_tokens)
+            scores_TK = routing_scores(held_out.squared_distances_TK, evidence_TK, settings)
             order_TK = router.order_TK(held_out, scores_TK, config.prefix_tokens)
             yield settings, -nested_mixtures(held_out.logprobs_TK, scores_TK, order_TK).mean(axis=0)
 
@@ -176,8 +187,8 @@ def summarize(logprobs_T: np.ndarray, lengths: np.ndarray, text_bytes: int, dens
 
     The bootstrap draws the same documents for both systems, so that the ratio's interval leaves out what they share.
     """
-    sums_N, dense_N = -_document_sums(logprobs_T, lengths), -_document_sums(dense_T, lengths)
-    draws = np.random.default_rng(0).integers(0, len(lengths), (BOOTSTRAP, len(lengths)))
+    sums_N, dense_N = -document_sums(logprobs_T, lengths), -document_sums(dense_T, lengths)
+    draws = document_draws(len(lengths))
     tokens_R = lengths[draws].sum(axis=1)
     loss_R, dense_R = sums_N[draws].sum(axis=1) / tokens_R, dense_N[draws].sum(axis=1) / tokens_R
     loss, dense = sums_N.sum() / lengths.sum(), dense_N.sum() / lengths.sum()
@@ -195,7 +206,12 @@ def summarize(logprobs_T: np.ndarray, lengths: np.ndarray, text_bytes: int, dens
     }
 
 
-def _document_sums(values_T: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def document_draws(n_documents: int) -> np.ndarray:
+    """The documents of every bootstrap draw, the same for as many documents; (BOOTSTRAP, N)."""
+    return np.random.default_rng(0).integers(0, n_documents, (BOOTSTRAP, n_documents))
+
+
+def document_sums(values_T: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Sum over each document's tokens, float64; 0 for one without tokens."""
     totals = np.concatenate([[0.0], np.cumsum(values_T, dtype=np.float64)])
     ends = np.cumsum(lengths)

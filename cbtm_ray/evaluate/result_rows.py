@@ -35,23 +35,60 @@ class DomainSummary(Summary):
     """By gold domain; empty without them."""
 
 
-class ResultRow(DomainSummary):
-    """A system on the reported documents."""
+ORACLE = "oracle"
+"""The `routing` of rows that are no routing."""
+ORACLE_MEANING = "the best single expert for each document, in hindsight: what is left for routing to gain"
+
+
+class Trained(TypedDict):
+    """A system, and what it took to train."""
 
     system: str
     """'seed', 'dense', 'moe', 'cbtm' (the ensemble), or a control with experts."""
     n_clusters: int
+    train_tokens: int
+    train_flops: float
+
+
+class ResultRow(Trained, DomainSummary):
+    """A system on the reported documents."""
+
     top_k: int
     routing: str | None
     """None: the system does not route."""
-    train_tokens: int
-    train_flops: float
     infer_flops_per_token: float
     settings: NotRequired[dict[str, float]]
     """The settings of the router, tuned for this top_k."""
     tuning_loss_nats: NotRequired[float]
     chosen: NotRequired[bool]
     """True for the mixture of the ensemble with the least loss on the tuning documents."""
+    served: NotRequired[bool]
+    """True for the mixture of the ensemble that the endpoint serves if not told otherwise."""
+
+
+class GainShare(TypedDict):
+    """The share of a gain in loss that is left, with its 95 % interval; None where the gain itself may be none."""
+
+    share: float
+    low: float | None
+    high: float | None
+
+
+class PrefixRow(TypedDict):
+    """The ensemble on the tokens after the first `prefix_tokens` of the longer documents; see `prefix_curve.py`."""
+
+    prefix_tokens: int
+    routing: str
+    top_k: int
+    held: bool
+    """Whether the weights stay from there on."""
+    tokens: int
+    loss_nats: float
+    ratio_to_dense: float
+    ratio_low: float
+    ratio_high: float
+    gain: NotRequired[GainShare]
+    """In the row of n-grams that are held, with one expert: of the gain that n-grams that go on have over the embedding."""
 
 
 class DomainRow(TypedDict):
@@ -98,6 +135,7 @@ class Evaluation(TypedDict):
     routers: dict[str, dict[str, dict[str, float]]]
     """The ensemble's routers: name -> top_k -> the settings tuned for it, for every top_k that the router can mix."""
     prefix_tokens: int
+    prefixes: NotRequired[list[PrefixRow]]
     domains: list[DomainRow]
     tuned_on_documents: int
     reported_on_documents: int
@@ -112,7 +150,9 @@ def missing_keys(row: Mapping[str, object], kind: Any) -> list[str]:
 
 
 def experts_name(row: ResultRow | FewshotRow) -> str:
-    """How many experts are mixed: 'top-2 of 8 experts'."""
+    """How many experts are mixed: 'top-2 of 8 experts'; the oracle's 'best of 8 experts in hindsight'."""
+    if row["routing"] == ORACLE:
+        return f"best of {row['n_clusters']} experts in hindsight"
     if row["top_k"] == row["n_clusters"]:
         return f"all {row['n_clusters']} experts"
     return f"top-{row['top_k']} of {row['n_clusters']} experts"

@@ -5,23 +5,20 @@ T tokens (of one document after the other), R those of the documents that are re
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from cbtm_ray import files
 from cbtm_ray.branch.upcycle import TOP_K
-from cbtm_ray.config import PARTITION_CONTROLS, EvaluateConfig, task_name
+from cbtm_ray.config import PARTITION_CONTROLS, task_name
 from cbtm_ray.corpus.tokenizer import load_tokenizer
-from cbtm_ray.evaluate import perplexity
+from cbtm_ray.evaluate.mixture_rows import Mixtures, choose, mark_served, mix
+from cbtm_ray.evaluate.prefix_curve import prefix_rows
 from cbtm_ray.evaluate.result_rows import DomainRow, DomainSummary, Evaluation, FewshotRow, ResultRow, SampleToken
 from cbtm_ray.evaluate.scoring import HeldOutDocuments, fewshot_prompts, held_out_documents, score_models
 from cbtm_ray.evaluate.systems import (
-    Measured,
     control_system,
     ensemble_system,
     measure,
@@ -29,28 +26,12 @@ from cbtm_ray.evaluate.systems import (
     system_distances,
 )
 from cbtm_ray.manifests import ModelManifest
-from cbtm_ray.merge.routers import ROUTERS, Route, check_reported
+from cbtm_ray.merge.routers import Route, check_reported
 from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.run import Run
 from cbtm_ray.stages import DENSE_FOLDER, MOE_FOLDER
 
 SAMPLE_TOKENS = 300
-
-Summarize: TypeAlias = Callable[[np.ndarray], DomainSummary]
-"""A summary of the log-probabilities of the reported tokens."""
-
-
-@dataclass(frozen=True)
-class Mixtures:
-    """A system's mixtures: tuned on one half of the documents, measured on the other."""
-
-    measured: Measured
-    routers: dict[str, dict[int, Route]]
-    """Every router by name and top_k, tuned for it."""
-    routes: list[Route]
-    """The routes that are reported."""
-    rows: list[ResultRow]
-    """One a route."""
 
 
 def evaluate_mixture(run: Run) -> dict[str, Any]:
@@ -75,19 +56,23 @@ def evaluate_mixture(run: Run) -> dict[str, Any]:
     rows = [
         _single_row(system, models[name], summarize(logprobs[name][reported_T])) for system, name in singles.items()
     ]
-    mixtures = [_mix(found, config, models, summarize) for found in measure(run, documents, logprobs, systems)]
-    results = _results(run, documents, rows, mixtures)
+    mixtures = [mix(found, config, models, summarize) for found in measure(run, documents, logprobs, systems)]
+    results = _results(run, documents, rows, mixtures, logprobs[DENSE_FOLDER][reported_T])
     for task in map(files.absolute, config.fewshot):
         results["fewshot"] += _fewshot_rows(run, task, singles, mixtures)
     files.write_json(run.uri("evaluation", "results.json"), results)
     return {key: results[key] for key in ("tuned_on_documents", "reported_on_documents", "reported_tokens")}
 
 
-def _results(run: Run, documents: HeldOutDocuments, singles: list[ResultRow], mixtures: list[Mixtures]) -> Evaluation:
-    """Everything but the few-shot tasks."""
+def _results(
+    run: Run, documents: HeldOutDocuments, singles: list[ResultRow], mixtures: list[Mixtures], dense_R: np.ndarray
+) -> Evaluation:
+    """Everything but the few-shot tasks; `dense_R`: the dense control's log-probabilities."""
     ensemble, config = mixtures[0], run.config.evaluate
-    best, chosen = _choose(ensemble)
+    best, chosen = choose(ensemble)
+    mark_served(ensemble.rows, ensemble.routes)
     reported = ensemble.measured.reported
+    few = [by_top_k[top_k] for by_top_k in ensemble.routers.values() for top_k in (1, 2) if top_k in by_top_k]
     return {
         "rows": singles + [row for found in mixtures for row in found.rows],
         "routers": {
@@ -95,6 +80,7 @@ def _results(run: Run, documents: HeldOutDocuments, singles: list[ResultRow], mi
             for name, by_top_k in ensemble.routers.items()
         },
         "prefix_tokens": config.prefix_tokens,
+        "prefixes": prefix_rows(reported, dense_R, few, config.prefix_lengths),
         "domains": _domain_rows(documents, singles[1], best, chosen.weights(reported)),
         "tuned_on_documents": len(ensemble.measured.tuning.lengths),
         "reported_on_documents": len(reported.lengths),
@@ -115,45 +101,6 @@ def _single_row(system: str, manifest: ModelManifest, summary: DomainSummary) ->
         "infer_flops_per_token": manifest["infer_flops_per_token"],
         **summary,
     }
-
-
-def _mix(
-    measured: Measured, config: EvaluateConfig, models: dict[str, ModelManifest], summarize: Summarize
-) -> Mixtures:
-    """Every router of a system tuned for every top_k, and the rows of those that are reported."""
-    manifests = [models[name] for name in measured.system.experts]
-    tuned = {routing: perplexity.tune(measured.tuning, config, routing) for routing in measured.system.routings}
-    routers = {routing: by_top_k for routing, by_top_k in tuned.items() if by_top_k}
-    routes = [
-        by_top_k[top_k]
-        for routing, by_top_k in routers.items()
-        for top_k in ROUTERS[routing].reported_sizes(len(manifests), config)
-    ]
-    return Mixtures(measured, routers, routes, [_mixture_row(measured, each, manifests, summarize) for each in routes])
-
-
-def _mixture_row(measured: Measured, route: Route, manifests: list[ModelManifest], summarize: Summarize) -> ResultRow:
-    return {
-        "system": measured.system.name,
-        "n_clusters": len(manifests),
-        "routing": route.routing,
-        "top_k": route.top_k,
-        "settings": route.settings,
-        "train_tokens": sum(manifest["train_tokens"] for manifest in manifests),
-        "train_flops": sum(manifest["train_flops"] for manifest in manifests),
-        "infer_flops_per_token": route.experts_run(measured.reported) * manifests[0]["infer_flops_per_token"],
-        "tuning_loss_nats": float(-perplexity.mixture_logprobs(measured.tuning, route).mean()),
-        **summarize(perplexity.mixture_logprobs(measured.reported, route)),
-    }
-
-
-def _choose(ensemble: Mixtures) -> tuple[ResultRow, Route]:
-    """The ensemble's row of least loss on the tuning documents, marked as `chosen`, and its route."""
-    best, chosen = min(
-        zip(ensemble.rows, ensemble.routes, strict=True), key=lambda pair: pair[0].get("tuning_loss_nats", math.inf)
-    )
-    best["chosen"] = True
-    return best, chosen
 
 
 def _fewshot_rows(run: Run, task: str, singles: dict[str, str], mixtures: list[Mixtures]) -> list[FewshotRow]:

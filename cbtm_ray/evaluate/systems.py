@@ -17,12 +17,12 @@ from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.evaluate.scoring import HeldOutDocuments, context_distances
 from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.run import Run
-from cbtm_ray.stages import expert_folder, partition_folder
+from cbtm_ray.stages import expert_folder, ngrams_folder, partition_folder
 
 CONTROL_ROUTINGS = {
-    "random": ("uniform", "bayes"),
-    "unbalanced": ("embedding", "posterior"),
-    "metadata": ("uniform", "bayes", "embedding"),
+    "random": ("uniform", "bayes", "ngram"),
+    "unbalanced": ("embedding", "ngram", "posterior"),
+    "metadata": ("uniform", "bayes", "embedding", "ngram"),
 }
 
 
@@ -54,20 +54,22 @@ def ensemble_system(run: Run) -> System:
     """The method's own experts and centers."""
     experts = [expert_folder(cluster) for cluster in range(run.config.cluster.n_clusters)]
     routings, centers_KD = run.config.evaluate.routings, load_centers(run.uri("clusterer"))
-    end_of_text = int(load_tokenizer(run.uri("tokenizer")).eos_token_id)
-    ngrams = None
-    if "ngram" in routings:
-        run.require("ngrams", "partition_corpus")
-        ngrams = load_tables(run.uri("ngrams"), end_of_text)
+    ngrams = _load_ngrams(run, "ngrams") if "ngram" in routings else None
     return System("cbtm", experts, centers_KD, routings, ngrams)
 
 
 def control_system(run: Run, control: str) -> System:
-    """The experts of a control and what can route to them: its own centers, the experts' likelihoods alone, or nothing."""
+    """The experts of a control, and what can route to them: n-grams, centers, the experts' likelihoods, or nothing."""
     n_clusters = run.require(partition_folder(control), "partition_corpus")["n_clusters"]
     experts = [expert_folder(cluster, control) for cluster in range(n_clusters)]
     centers_KD = None if control == "random" else control_centers(run, control)
-    return System(control, experts, centers_KD, CONTROL_ROUTINGS[control])
+    ngrams = _load_ngrams(run, ngrams_folder(control))
+    return System(control, experts, centers_KD, CONTROL_ROUTINGS[control], ngrams)
+
+
+def _load_ngrams(run: Run, folder: str) -> NgramTables:
+    run.require(folder, "partition_corpus")
+    return load_tables(run.uri(folder), int(load_tokenizer(run.uri("tokenizer")).eos_token_id))
 
 
 def measure(

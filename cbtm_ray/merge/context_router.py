@@ -5,7 +5,7 @@ K experts, R of them that may take part, D embedding dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -17,10 +17,10 @@ from cbtm_ray.merge.scores import routing_scores, sparse_weights
 
 
 class ContextRouter:
-    """The weights of `Route.weights`, token by token, in O(R D) each.
+    """The weights of `Route.weights`, token by token, in O(R D) each; for routers that need no expert's likelihood.
 
-    They are the same where the evidence of every token is observed before the next is appended. It may come later than the
-    tokens: then the weights are a function of the embedding of the whole context and of the evidence so far.
+    Experts are chosen where weights are asked for, and a change of experts has its cost from there on. So weights that are
+    asked for at every token are those of the evaluation. Tokens that are appended together are a prompt that nobody has read.
     """
 
     def __init__(
@@ -37,101 +37,60 @@ class ContextRouter:
             active: experts that may take part.
             ngrams: the evidence of a router by n-grams.
         """
+        assert route.router.servable
         self._route, self._context, self._n_experts = route, context, len(centers_KD)
-        self.length = 0
-        """Tokens appended."""
-        self.hold_at = route.held_after
-        """Length of the text at which the best experts are to be held; None: they have been, or never are."""
+        self._gamma, self._reread_cost = route.gamma, route.reread_cost
         self._experts_R = np.array(sorted(active))
         self._centers_RD = centers_KD[self._experts_R]
+        self._ngrams, self._last_token = ngrams, 0 if ngrams is None else ngrams.end_of_text
         self._evidence_R = np.zeros(len(self._experts_R))
-        self._observed_R = np.zeros(len(self._experts_R), int)  # tokens whose evidence has been taken in
-        self._ngrams, self._last_token = ngrams, None if ngrams is None else ngrams.end_of_text
+        self._length = 0
         self._read_R = np.zeros(len(self._experts_R), int)  # length of the context when the expert was last mixed
         self._weights_K: np.ndarray | None = None
-        self._running: list[int] | None = None
-        self._changed()
 
     @property
     def running(self) -> list[int]:
-        """Experts that have to read the text for the next weights: for their evidence, or because they are mixed."""
-        if self._running is None:
-            evident = self._route.router.evidence == "experts"
-            self._running = self._experts_R[self._rows].tolist() if evident else np.flatnonzero(self.weights()).tolist()
-        return self._running
+        """Experts that are mixed for the next token."""
+        return np.flatnonzero(self.weights()).tolist()
 
     def weights(self) -> np.ndarray:
         """Weights for the next token, float64 (K,)."""
         if self._weights_K is None:
-            scores, weights_K = self._scores(), np.zeros(self._n_experts)
-            top_k = min(self._route.top_k, len(scores))
-            if self._route.router.evidence == "ngrams":
-                best = best_after_reading(scores, self.length - self._read_R, top_k, self._route.reread_cost)
-                self._read_R[best] = self.length
-                dropped = np.ones(len(scores), bool)
-                dropped[best] = False
-                scores[dropped] = -np.inf
-            weights_K[self._experts_R[self._rows]] = 1 if len(scores) == 1 else sparse_weights(scores, top_k)
-            self._weights_K = weights_K
+            top_k = min(self._route.top_k, len(self._experts_R))
+            scores_R = self._scores()
+            best = best_after_reading(scores_R, self._length - self._read_R, top_k, self._reread_cost)
+            self._read_R[best] = self._length
+            self._weights_K = np.zeros(self._n_experts)
+            self._weights_K[self._experts_R[best]] = 1 if top_k == 1 else sparse_weights(scores_R[best], top_k)
         return self._weights_K
 
-    def append(self, tokens: Iterable[int]) -> None:
-        """Take in the next tokens. The evidence up to `hold_at` has to be observed before a token after it is appended."""
-        for token in tokens:
-            assert self.length != self.hold_at
-            self._context.append(token)
-            self.length += 1
-            if self._route.router.evidence == "ngrams":
-                self._evidence_R *= self._route.gamma
-                self._evidence_R += self._token_evidence(token)
-        self._changed()
-
-    def _token_evidence(self, token: int) -> np.ndarray:
-        assert self._ngrams is not None
-        found_K, self._last_token = self._ngrams.step(self._last_token, token), token
-        return found_K[self._experts_R]
-
-    def due(self, refresh_tokens: int) -> bool:
-        """Whether the next weights need the running experts' evidence up to here.
-
-        They do after so many tokens without, at the end of the prefix, and where an expert runs that lags behind the others.
-        """
-        if self._route.router.evidence != "experts":
-            return False
-        observed_R = self._observed_R[self._rows]
-        missing = self.length - observed_R.min()
-        lags = observed_R.min() < observed_R.max()
-        return bool(missing and (missing >= refresh_tokens or lags or self.length == self.hold_at))
-
-    def observe(self, logprobs: Mapping[int, Sequence[float]]) -> None:
-        """Take in the evidence up to here: each running expert's log-probabilities of the text's tokens, from the first on."""
-        for row in self._rows.tolist():
-            evidence, told = float(self._evidence_R[row]), logprobs[int(self._experts_R[row])]
-            assert len(told) >= self.length
-            for logprob in told[self._observed_R[row] : self.length]:
-                evidence = self._route.gamma * evidence + logprob
-            self._evidence_R[row], self._observed_R[row] = evidence, self.length
+    def append(self, tokens: Sequence[int]) -> None:
+        """Take in the next tokens."""
+        if "temperature" in self._route.settings:
+            for token in tokens:
+                self._context.append(token)
+        if self._route.router.evidence == "ngrams" and len(tokens):
+            self._evidence_R = self._gamma ** len(tokens) * self._evidence_R + self._new_evidence(tokens)
+            self._last_token = tokens[-1]
+        self._length += len(tokens)
         self._weights_K = None
-        if self.length == self.hold_at:
-            self._hold()
 
-    def _hold(self) -> None:
-        best = np.sort(self._rows[np.argsort(-self._scores(), kind="stable")[: self._route.top_k]])
-        self._experts_R, self._centers_RD = self._experts_R[best], self._centers_RD[best]
-        self._evidence_R, self._observed_R = self._evidence_R[best], self._observed_R[best]
-        self.hold_at = None
-        self._changed()
+    def replay(self, tokens: Sequence[int]) -> None:
+        """Take in the next tokens, with the choices that were made before each of them."""
+        for token in tokens:
+            self.weights()
+            self.append([token])
 
-    def _changed(self) -> None:
-        """Look anew at the context: the distances to it, and which rows (of R) are weighed."""
-        offsets_RD = self._context.embedding() - self._centers_RD
-        self._distances_R = np.vecdot(offsets_RD, offsets_RD)
-        self._rows = np.arange(len(self._experts_R))
-        if self._route.router.nearest and self.hold_at is not None:
-            readers = int(self._route.settings["prefix_experts"])
-            self._rows = np.sort(np.argsort(self._distances_R, kind="stable")[:readers])
-        self._weights_K = self._running = None
+    def _new_evidence(self, tokens: Sequence[int]) -> np.ndarray:
+        """The tokens' own, (R,). One token is the way of every answer, and has to be fast."""
+        assert self._ngrams is not None
+        if len(tokens) == 1:
+            return self._ngrams.step(self._last_token, tokens[0])[self._experts_R]
+        found_TR = self._ngrams.evidence(np.array([self._last_token, *tokens]))[1:, self._experts_R]
+        return self._gamma ** np.arange(len(tokens) - 1, -1, -1) @ found_TR
 
     def _scores(self) -> np.ndarray:
-        rows = self._rows
-        return routing_scores(self._distances_R[rows], self._evidence_R[rows], self._route.settings)
+        if "temperature" not in self._route.settings:
+            return routing_scores(self._evidence_R, self._evidence_R, self._route.settings)
+        offsets_RD = self._context.embedding() - self._centers_RD
+        return routing_scores(np.vecdot(offsets_RD, offsets_RD), self._evidence_R, self._route.settings)

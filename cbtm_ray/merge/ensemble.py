@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.merge.context_router import ContextRouter
 from cbtm_ray.merge.paging import PagedExperts
-from cbtm_ray.merge.routers import Route
+from cbtm_ray.merge.routers import ROUTERS, Route
 from cbtm_ray.models import load_model_config
 from cbtm_ray.stages import expert_folder
 
@@ -36,6 +37,8 @@ class Ensemble:
     end_of_text: int
     routes: Mapping[int, Route]
     """One router, by top_k, each with its own settings."""
+    served_top_k: int = 1
+    """Experts mixed for a token where a request does not say."""
     ngrams: NgramTables | None = None
     """For a router by n-grams."""
 
@@ -55,40 +58,73 @@ class Ensemble:
         return ContextRouter(self.routes[top_k], self.embedder.context(), centers_KD, active, self.ngrams)
 
 
-def tuned_routers(run_dir: str) -> dict[str, dict[int, Route]]:
-    """Every router that a finished run evaluated, by name and top_k, with the settings that its results are reported for.
+def servable_routers(run_dir: str) -> dict[str, dict[int, Route]]:
+    """Every router that a finished run evaluated and text can be decoded with, by name and top_k, with its tuned settings.
 
     Raises:
-        UserError: the run is not finished, or an older version evaluated it.
+        UserError: the run is not finished, an older version evaluated it, or there is no such router.
     """
-    if not files.exists(files.join(run_dir, "evaluation", "manifest.json")):
-        raise UserError(f"run_dir={run_dir} is not a finished run. Run first: python -m jobs.run_all --config FILE")
-    evaluation = files.read_json(files.join(run_dir, "evaluation", "results.json"))
-    if "routers" not in evaluation:
-        raise UserError(f"run_dir={run_dir}: an older version evaluated it. To serve it, {evaluate_again(run_dir)}")
-    prefix_tokens = evaluation["prefix_tokens"]
-    return {
+    evaluation = _evaluation(run_dir)
+    found = {
         name: {
-            int(top_k): Route(routing=name, top_k=int(top_k), settings=settings, prefix_tokens=prefix_tokens)
+            int(top_k): Route(
+                routing=name, top_k=int(top_k), settings=settings, prefix_tokens=evaluation["prefix_tokens"]
+            )
             for top_k, settings in by_top_k.items()
         }
         for name, by_top_k in evaluation["routers"].items()
+        if ROUTERS[name].servable
     }
+    if not found:
+        raise UserError(
+            f"run_dir={run_dir}: none of its routers ({', '.join(evaluation['routers'])}) can be served. Add 'ngram' to "
+            f"evaluate.routings, {evaluate_again(run_dir)}"
+        )
+    return found
 
 
 def tuned_routes(run_dir: str, routing: str) -> dict[int, Route]:
-    """One of the `tuned_routers`, by top_k.
+    """One of the `servable_routers`, by top_k.
 
     Raises:
-        UserError: as there, or the run has not evaluated it.
+        UserError: as there, or it is not one of them.
     """
-    routers = tuned_routers(run_dir)
+    routers = servable_routers(run_dir)
     if routing not in routers:
-        raise UserError(
-            f"routing={routing!r} was not evaluated in run_dir={run_dir}; choose from {', '.join(routers)}. Or add it to "
-            f"evaluate.routings, {evaluate_again(run_dir)}"
+        needs = routing in ROUTERS and not ROUTERS[routing].servable
+        problem = (
+            "cannot be served, for it needs every expert's likelihood of the text," if needs else "was not evaluated"
         )
+        advice = "" if needs else f" Or add it to evaluate.routings, {evaluate_again(run_dir)}"
+        names = ", ".join(routers)
+        raise UserError(f"routing={routing!r} {problem} in run_dir={run_dir}; choose from {names}.{advice}")
     return routers[routing]
+
+
+def served_route(run_dir: str) -> Route:
+    """What a run is served by where nobody says: the route of the row that its evaluation marks.
+
+    Raises:
+        UserError: as `servable_routers`.
+    """
+    routers = servable_routers(run_dir)
+    row = next((row for row in _evaluation(run_dir)["rows"] if row.get("served")), None)
+    if row is None:
+        raise _older(run_dir)
+    return routers[row["routing"]][row["top_k"]]
+
+
+def _evaluation(run_dir: str) -> dict[str, Any]:
+    if not files.exists(files.join(run_dir, "evaluation", "manifest.json")):
+        raise UserError(f"run_dir={run_dir} is not a finished run. Run first: python -m jobs.run_all --config FILE")
+    evaluation: dict[str, Any] = files.read_json(files.join(run_dir, "evaluation", "results.json"))
+    if "routers" not in evaluation or not evaluation["routers"].keys() <= ROUTERS.keys():
+        raise _older(run_dir)
+    return evaluation
+
+
+def _older(run_dir: str) -> UserError:
+    return UserError(f"run_dir={run_dir}: an older version evaluated it. To serve it, {evaluate_again(run_dir)}")
 
 
 def evaluate_again(run_dir: str) -> str:
@@ -100,7 +136,7 @@ def load_ensemble(
     run_dir: str,
     clusters: Collection[int] | None = None,
     *,
-    routing: str = "prefix",
+    routing: str | None = None,
     resident: int | None = None,
     device: str = "cpu",
 ) -> tuple[Ensemble, PreTrainedTokenizerBase]:
@@ -108,14 +144,16 @@ def load_ensemble(
 
     Args:
         clusters: whose experts are to be here; all, if not said.
-        routing: a router that the run evaluated (`evaluate.routings`).
+        routing: a router that the run evaluated (`evaluate.routings`); the one of the row marked as served, if not said.
         resident: how many of the experts have their weights in memory at a time; all, if not said.
         device: where they run.
 
     Raises:
-        UserError: the run is not finished, or has not evaluated that routing.
+        UserError: the run is not finished, or cannot be served by that routing.
     """
-    routes = tuned_routes(run_dir, routing)
+    served = served_route(run_dir)
+    routes = tuned_routes(run_dir, routing or served.routing)
+    by_ngrams = next(iter(routes.values())).router.evidence == "ngrams"
     tokenizer = load_tokenizer(files.join(run_dir, "tokenizer"))
     embedder, centers_KD = load_clusterer(files.join(run_dir, "clusterer"), tokenizer)
     wanted = range(len(centers_KD)) if clusters is None else clusters
@@ -127,6 +165,7 @@ def load_ensemble(
         centers_KD=centers_KD,
         end_of_text=tokenizer.eos_token_id,
         routes=routes,
-        ngrams=load_tables(files.join(run_dir, "ngrams"), tokenizer.eos_token_id) if routing == "ngram" else None,
+        served_top_k=min(max(served.top_k, min(routes)), max(routes)),
+        ngrams=load_tables(files.join(run_dir, "ngrams"), tokenizer.eos_token_id) if by_ngrams else None,
     )
     return ensemble, tokenizer

@@ -13,7 +13,10 @@ import numpy as np
 
 def best_after_reading(scores: np.ndarray, unread: np.ndarray, top_k: int, reread_cost: float) -> np.ndarray:
     """The `top_k` experts of each row, (..., top_k); ties go to the lower expert. Experts on the last axis."""
-    return np.argsort(reread_cost * unread - scores, axis=-1, kind="stable")[..., :top_k]
+    costs = reread_cost * unread - scores
+    if top_k == 1:
+        return costs.argmin(axis=-1, keepdims=True)
+    return np.argsort(costs, axis=-1, kind="stable")[..., :top_k]
 
 
 def chosen_experts(scores_TK: np.ndarray, lengths: np.ndarray, top_k: int, reread_cost: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The routers: how experts are weighted for every token. Evaluation and serving route by the same ones.
+"""The routers: how experts are weighted for every token.
 
 All are parts of one formula, whose first term is the paper's (section 2):
 
@@ -7,7 +7,8 @@ All are parts of one formula, whose first term is the paper's (section 2):
 kept for the `top_k` largest weights and renormalized. A router says which terms it has, whether it holds its experts after a
 prefix, and which experts read that prefix. A new one is an entry of `ROUTERS`, a name in `config.Routing`, and a line in
 README.md. A new source of evidence e_j is one more value of `Router.evidence`: `evidence_TK` knows its terms for whole
-documents, `ContextRouter.append` those of a text that grows.
+documents, `ContextRouter.append` those of a text that grows. Evaluation has all routers, serving those without the experts'
+own evidence (`Router.servable`).
 
 T tokens (of one document after the other), K experts.
 """
@@ -28,7 +29,6 @@ from cbtm_ray.merge.scores import (
     Settings,
     evidence,
     hold_after_prefix,
-    nearest,
     routing_scores,
     sparse_weights,
 )
@@ -48,8 +48,11 @@ class Router:
     'ngrams': of its cluster's bigram model, over all clusters'. None: 0."""
     holds: bool = False
     """Whether the best `top_k` experts at the end of the prefix stay for good."""
-    nearest: bool = False
-    """Whether only the `prefix_experts` experts nearest to the context read the prefix."""
+
+    @property
+    def servable(self) -> bool:
+        """Whether a text can be routed without a run of an expert: what decoding and the endpoint can route by."""
+        return self.evidence != "experts"
 
     def candidates(self, config: EvaluateConfig) -> list[Settings]:
         """The settings to choose from. Gamma changes slowest: its evidence takes a pass over all tokens."""
@@ -59,23 +62,19 @@ class Router:
             return [{"gamma": gamma, "beta": beta} | prior for gamma, prior, beta in found]
         choices = {"gamma": config.gammas, "temperature": config.temperatures, "beta": config.betas}
         names = [name for name in choices if name in self.tuned]
-        fixed: Settings = {"prefix_experts": float(config.prefix_experts or 0)} if self.nearest else {}
-        if config.legacy_d4 and self.tuned == ("temperature",):  # of the paper's own routing alone
-            fixed = {"legacy_d4": True}
+        legacy = config.legacy_d4 and self.tuned == ("temperature",)  # of the paper's own routing alone
+        fixed: Settings = {"legacy_d4": True} if legacy else {}
         products = itertools.product(*(choices[name] for name in names))
         return [dict(zip(names, values, strict=True)) | fixed for values in products]
 
-    def sizes(self, n_experts: int, config: EvaluateConfig) -> range:
-        """Every top_k that this router can mix."""
-        if not self.tuned and self.evidence is None:  # all weigh alike: no expert is better than another
-            return range(n_experts, n_experts + 1)
-        readers = config.prefix_experts or 0 if self.nearest else n_experts  # only readers of the prefix can be held
-        return range(1, readers + 1)
+    def sizes(self, n_experts: int) -> range:
+        """Every top_k that this router can mix: all experts where none is better than another."""
+        return range(1 if self.tuned or self.evidence else n_experts, n_experts + 1)
 
     def reported_sizes(self, n_experts: int, config: EvaluateConfig) -> list[int]:
         """The sizes in `evaluate.top_k`, and K. Holding all K experts would be posterior routing, so K is left out there."""
         wanted = {*config.top_k, n_experts} - ({n_experts} if self.holds else set())
-        return [top_k for top_k in self.sizes(n_experts, config) if top_k in wanted]
+        return [top_k for top_k in self.sizes(n_experts) if top_k in wanted]
 
     def evidence_TK(self, held_out: ScoredHalf, gamma: float) -> np.ndarray:
         """The evidence for every expert before every token; each document starts anew."""
@@ -83,18 +82,6 @@ class Router:
             return np.zeros_like(held_out.logprobs_TK)
         tokens_TK = held_out.logprobs_TK if self.evidence == "experts" else held_out.ngrams_TK
         return np.concatenate([evidence(tokens_TK[rows], gamma) for rows in held_out.documents()])
-
-    def scores_TK(
-        self, held_out: ScoredHalf, evidence_TK: np.ndarray, settings: Settings, prefix_tokens: int
-    ) -> np.ndarray:
-        """Scores of every expert before every token, -inf where it does not read the prefix; not held yet."""
-        distances_TK = held_out.squared_distances_TK
-        scores_TK = routing_scores(distances_TK, evidence_TK, settings)
-        if self.nearest:
-            for rows in held_out.documents():
-                prefix = slice(rows.start, min(rows.start + prefix_tokens + 1, rows.stop))  # and the row that chooses
-                scores_TK[prefix][~nearest(distances_TK[prefix], int(settings["prefix_experts"]))] = -np.inf
-        return scores_TK
 
     def order_TK(self, held_out: ScoredHalf, scores_TK: np.ndarray, prefix_tokens: int) -> np.ndarray:
         """The experts before every token, best first; held ones in the order of the prefix's end."""
@@ -127,13 +114,6 @@ ROUTERS = {
         tuned=_POSTERIOR,
         evidence="experts",
         holds=True,
-    ),
-    "nearest_prefix": Router(
-        meaning="The same, but only the experts nearest to the context read these first tokens.",
-        tuned=_POSTERIOR,
-        evidence="experts",
-        holds=True,
-        nearest=True,
     ),
     "uniform": Router(meaning="All experts weigh alike: for controls whose clusters have no centers."),
     "bayes": Router(
@@ -176,15 +156,10 @@ class Route:
         """In units of the scores."""
         return self.settings.get("reread_cost", 0.0) * self.settings.get("beta", 1.0)
 
-    @property
-    def held_after(self) -> int | None:
-        """Tokens after which the experts stay, None: never."""
-        return self.prefix_tokens if self.router.holds else None
-
     def weights(self, held_out: ScoredHalf) -> np.ndarray:
         """Weights of the experts for every token, (T, K)."""
         evidence_TK = self.router.evidence_TK(held_out, self.gamma)
-        scores_TK = self.router.scores_TK(held_out, evidence_TK, self.settings, self.prefix_tokens)
+        scores_TK = routing_scores(held_out.squared_distances_TK, evidence_TK, self.settings)
         if self.router.holds:
             held = [hold_after_prefix(scores_TK[rows], self.top_k, self.prefix_tokens) for rows in held_out.documents()]
             scores_TK = np.concatenate(held)
@@ -201,21 +176,5 @@ class Route:
             return tokens_read(self.weights(held_out) > 0, lengths)
         if not self.router.holds or self.top_k == n_experts:
             return float(n_experts)
-        readers: float = n_experts
-        if self.router.nearest:
-            readers = prefix_readers(held_out, int(self.settings["prefix_experts"]), self.prefix_tokens)
         prefixes = np.minimum(lengths, self.prefix_tokens).sum() / lengths.sum()
-        return float(prefixes * readers + (1 - prefixes) * self.top_k)
-
-
-def prefix_readers(held_out: ScoredHalf, n_nearest: int, prefix_tokens: int) -> float:
-    """Experts that read a token of a prefix, on average, where only those nearest to its contexts read it.
-
-    Nearest before which token changes with the token, and an expert that comes late reads what it missed.
-    """
-    reads = 0
-    for rows in held_out.documents():
-        near_TK = nearest(held_out.squared_distances_TK[rows][: prefix_tokens + 1], n_nearest)
-        until_K = (near_TK * np.arange(1, len(near_TK) + 1)[:, None]).max(axis=0, initial=0)
-        reads += int(np.minimum(until_K, prefix_tokens).sum())
-    return reads / int(np.minimum(held_out.lengths, prefix_tokens).sum())
+        return float(prefixes * n_experts + (1 - prefixes) * self.top_k)

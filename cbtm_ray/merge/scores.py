@@ -17,7 +17,7 @@ from scipy.signal import lfilter
 from cbtm_ray.errors import UserError
 
 Settings: TypeAlias = dict[str, float]
-"""temperature, beta, gamma, reread_cost, legacy_d4, prefix_experts: the settings that a router has."""
+"""temperature, beta, gamma, reread_cost, legacy_d4: the settings that a router has."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ def routing_scores(squared_distances: np.ndarray, evidence: np.ndarray, settings
 
     Without a temperature the distances are not looked at: all experts are alike before the evidence. Without a beta it is 1.
     """
-    prior = np.zeros_like(evidence)
+    scores = settings.get("beta", 1.0) * evidence
     if "temperature" in settings:
         legacy_d4 = bool(settings.get("legacy_d4"))
-        prior = embedding_scores(squared_distances, settings["temperature"], legacy_d4=legacy_d4)
-    return prior + settings.get("beta", 1.0) * evidence
+        scores = scores + embedding_scores(squared_distances, settings["temperature"], legacy_d4=legacy_d4)
+    return scores
 
 
 def evidence(logprobs_TK: np.ndarray, gamma: float) -> np.ndarray:
@@ -78,14 +78,6 @@ def hold_after_prefix(scores_TK: np.ndarray, top_k: int, prefix_tokens: int) -> 
         dropped = np.argsort(-scores_TK[prefix_tokens], kind="stable")[top_k:]
         held_TK[prefix_tokens:, dropped] = -np.inf
     return held_TK
-
-
-def nearest(squared_distances_TK: np.ndarray, n_nearest: int) -> np.ndarray:
-    """Which experts are among the nearest `n_nearest` of each row, bool (T, K); ties go to the lower expert."""
-    found_TK = np.zeros(squared_distances_TK.shape, bool)
-    order_TK = np.argsort(squared_distances_TK, axis=1, kind="stable")
-    np.put_along_axis(found_TK, order_TK[:, :n_nearest], True, axis=1)
-    return found_TK
 
 
 def check_top_k(top_k: int, sizes: Collection[int]) -> None:

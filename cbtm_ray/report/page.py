@@ -19,9 +19,13 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from cbtm_ray.errors import UserError
+from cbtm_ray.evaluate.prefix_curve import gain_sentence
 from cbtm_ray.evaluate.result_rows import (
+    ORACLE,
+    ORACLE_MEANING,
     DomainRow,
     FewshotRow,
+    PrefixRow,
     ResultRow,
     SampleToken,
     experts_name,
@@ -35,11 +39,13 @@ from cbtm_ray.report import plots
 Row = dict[str, Any]
 
 MAX_HEAT_MAP_DOMAINS = 40
+MEANINGS = {**{name: router.meaning for name, router in ROUTERS.items()}, ORACLE: f"No router: {ORACLE_MEANING}."}
 _ROWS: dict[str, Any] = {
     "results": ResultRow,
     "domain_rows": DomainRow,
     "sample_text": SampleToken,
     "fewshot": FewshotRow,
+    "prefixes": PrefixRow,
 }
 
 
@@ -56,7 +62,8 @@ class ReportData:
     clusters: list[Row]
     """cluster (id), documents, tokens, top_terms, samples (texts nearest the center), domains (name -> documents)."""
     clustering: Row
-    """nmi, purity (None: no domains), gap (relative, to the bound), n_iter, balanced, size_skew (largest / mean)."""
+    """nmi, purity (None: no domains), gap (relative, to the bound), n_iter, balanced, size_skew (largest / mean), refined
+    (`RefineRound`s)."""
     curves: dict[str, list[CurvePoint]]
     """By name: "seed", "dense", "expert 0003"."""
     results: list[ResultRow]
@@ -68,6 +75,7 @@ class ReportData:
     """x, y, cluster: a sample of documents in two dimensions (2,000 are plenty). May be empty."""
     sample_text: list[SampleToken] = field(default_factory=list)
     fewshot: list[FewshotRow] = field(default_factory=list)
+    prefixes: list[PrefixRow] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, kind in _ROWS.items():
@@ -90,7 +98,7 @@ class ReportData:
 def render_report(data: ReportData) -> str:
     """The page as HTML."""
     dense = next(row for row in data.results if row["system"] == "dense")
-    ensembles = [row for row in data.results if row["system"] == "cbtm"]
+    ensembles = [row for row in data.results if row["system"] == "cbtm" and row["routing"] != ORACLE]
     best = next(row for row in ensembles if row.get("chosen"))
     routings = {row["routing"] for row in data.results}
     curves = {name: points for name, points in data.curves.items() if points}
@@ -98,6 +106,7 @@ def render_report(data: ReportData) -> str:
     seed = {name: points for name, points in curves.items() if name == "seed"}
     branched = {name: points for name, points in curves.items() if name != "seed"}
     drawings: dict[str, tuple[str, Callable[[Axes], None], Any]] = {
+        "prefixes": ("Ratio against prefix", lambda axes: plots.draw_prefixes(axes, data.prefixes), data.prefixes),
         "perplexity": ("Perplexity against top-k", lambda axes: plots.draw_results(axes, data.results), True),
         "branched": ("Training loss after branching", lambda axes: plots.draw_curves(axes, branched), branched),
         "seed": ("Training loss of the seed", lambda axes: plots.draw_curves(axes, seed), seed),
@@ -108,10 +117,22 @@ def render_report(data: ReportData) -> str:
     return page_template("report.html.j2").render(
         data=data, dense=dense, best=best, ensembles=ensembles, plots=figures, speeds=speeds, domain_ratios=ratios,
         heat_map=heat_map(data.clusters), max_domains=MAX_HEAT_MAP_DOMAINS, palette=plots.PALETTE,
+        prefixes=_prefix_pairs(data.prefixes), gain=gain_sentence(data.prefixes),
         fewshot=fewshot_by_system(data.fewshot), fewshot_columns=fewshot_columns(data.fewshot),
         fewshot_means=_fewshot_means(data.fewshot), verdict=verdict(dense, best), best_name=_ensemble_name(best),
-        meanings={name: router.meaning for name, router in ROUTERS.items() if name in routings},
+        meanings={name: meaning for name, meaning in MEANINGS.items() if name in routings},
     )  # fmt: skip
+
+
+def _prefix_pairs(rows: list[PrefixRow]) -> list[Row]:
+    """One row for each length, routing and top-k, with the rows of both ways: held (None for the oracle), and going on."""
+    found: dict[tuple[int, str, int], Row] = {}
+    for row in rows:
+        key = row["prefix_tokens"], row["routing"], row["top_k"]
+        names = dict(zip(("prefix_tokens", "routing", "top_k"), key, strict=True))
+        entry = found.setdefault(key, {**names, "tokens": row["tokens"], "held": None})
+        entry["held" if row["held"] else "running"] = row
+    return list(found.values())
 
 
 def verdict(dense: ResultRow, best: ResultRow) -> Markup:

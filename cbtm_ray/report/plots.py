@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from cbtm_ray.evaluate.result_rows import ResultRow
+from cbtm_ray.evaluate.result_rows import ORACLE, PrefixRow, ResultRow
 from cbtm_ray.manifests import CurvePoint
 
 PALETTE = ("#3d7fd6", "#d2691e", "#2a9a6c", "#c4457f", "#8b66d0", "#a88500", "#1497ac", "#cf4d40", "#6c8f2b", "#8f7063")
@@ -83,6 +83,28 @@ def draw_results(axes: Axes, results: list[ResultRow]) -> None:
         axes.axhspan(row["ppl_low"], row["ppl_high"], color=_INK, alpha=0.13, lw=0)
         labels.append((row["ppl"], row["system"], _INK))
     _perplexity_axes(axes, "experts mixed per token (top-k)", sorted({row["top_k"] for row in routed}))
+    _label_ends(axes, labels)
+
+
+def draw_prefixes(axes: Axes, rows: list[PrefixRow]) -> None:
+    """Ratio to the dense control against the length of the prefix: a line for each routing of one expert, held after it."""
+    labels = []
+    shown = [row for row in rows if row["top_k"] == 1 and (row["held"] or row["routing"] == ORACLE)]
+    for i, (name, group) in enumerate(
+        groupby(sorted(shown, key=lambda row: row["routing"]), lambda row: row["routing"])
+    ):
+        points = sorted(group, key=lambda row: row["prefix_tokens"])
+        ratio, low, high = (
+            np.array([row[key] for row in points]) for key in ("ratio_to_dense", "ratio_low", "ratio_high")
+        )
+        n = np.array([row["prefix_tokens"] for row in points]) * 2 ** (0.09 * (i % 5 - 2))
+        axes.errorbar(n, ratio, np.maximum(0, (ratio - low, high - ratio)), **_look(i), capsize=2, elinewidth=1)
+        labels.append((ratio[-1], name, PALETTE[i % 10]))
+    ticks = sorted({row["prefix_tokens"] for row in shown})
+    axes.set(xscale="log", xlabel="tokens that routing has seen", ylabel="perplexity / dense control's")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y")
     _label_ends(axes, labels)
 
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from cbtm_ray import files, progress
 from cbtm_ray.branch.branches import control_branches
 from cbtm_ray.config import PARTITION_CONTROLS
-from cbtm_ray.evaluate.result_rows import Evaluation, FewshotRow, Summary, system_name
+from cbtm_ray.evaluate.prefix_curve import gain_sentence
+from cbtm_ray.evaluate.result_rows import ORACLE, ORACLE_MEANING, Evaluation, FewshotRow, Summary, system_name
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.manifests import ClustererManifest, CurvePoint, ShardsManifest
 from cbtm_ray.report.page import ReportData, fewshot_by_system, fewshot_columns, render_report, verdict
@@ -70,6 +71,7 @@ def collect(run: Run, summaries: dict[str, str]) -> ReportData:
         clusters=[{**cluster, **counted[cluster["cluster"]]} for cluster in found["clusters"]],
         clustering={
             **{key: found[key] for key in ("nmi", "purity", "gap", "n_iter", "balanced")},
+            "refined": found.get("refined", []),
             "size_skew": shards["train"]["size_skew"],
         },
         curves=curves(run),
@@ -83,6 +85,7 @@ def collect(run: Run, summaries: dict[str, str]) -> ReportData:
         map2d=found["map2d"],
         sample_text=evaluation["sample"],
         fewshot=evaluation["fewshot"],
+        prefixes=evaluation.get("prefixes", []),
     )
 
 
@@ -94,11 +97,17 @@ def print_results(run: Run) -> None:
     best = next(row for row in evaluation["rows"] if row.get("chosen"))
     for row in evaluation["rows"]:
         compute = f"{row['infer_flops_per_token'] / dense['infer_flops_per_token']:.2f} x"
-        name = system_name(row) + (" *" if row is best else "")
+        name = system_name(row) + (" *" if row is best else "") + (" +" if row.get("served") else "")
         table.add_row(name, row["routing"] or "-", compute, *_measures(row))
     progress.console.print(table)
     progress.console.print("compute: of inference, dense control = 1; experts that are run only for routing count too")
+    if any(row["routing"] == ORACLE for row in evaluation["rows"]):
+        progress.console.print(f"oracle: {ORACLE_MEANING}", soft_wrap=True)
+    if gain := gain_sentence(evaluation.get("prefixes", [])):
+        progress.console.print(gain, soft_wrap=True)
     progress.console.print(f"* best on the tuning documents. {verdict(dense, best).striptags()}", soft_wrap=True)
+    if any(row.get("served") for row in evaluation["rows"]):
+        progress.console.print("+ served, and mixed by jobs.generate, where you ask for nothing else", soft_wrap=True)
     if evaluation["fewshot"]:
         progress.console.print(_fewshot_table(evaluation["fewshot"]))
     progress.console.print(f"Report: {run.uri('report.html')}", soft_wrap=True)

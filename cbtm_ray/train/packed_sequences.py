@@ -152,14 +152,24 @@ def held_out_sequences(
     return PackedSequences(documents, sequence_length=length, end_of_text=end_of_text, seed=seed)
 
 
-def _read_by_partition(part_uri: str, partition_uri: str, cluster: int | None) -> Iterator[np.ndarray]:
-    """The cluster's documents of one shard, whose rows the partition names in the same order, each with its cluster."""
+def control_clusters(part_uri: str, partition_uri: str) -> pa.ChunkedArray:
+    """The cluster that a control's partition gives every document of one shard, in the shard's order.
+
+    Raises:
+        UserError: the partition is of other documents.
+    """
     filesystem, path = files.resolve(part_uri)
     _, partition_path = files.resolve(files.join(partition_uri, part_uri.rpartition("/")[2]))
     named = pq.read_table(partition_path, filesystem=filesystem)
     if not named["id"].equals(pq.read_table(path, columns=["id"], filesystem=filesystem)["id"]):
         raise UserError(f"{partition_uri} does not name the documents of {part_uri}. Delete it: it is made again.")
-    member_N, position = named["cluster"].to_numpy() == cluster, 0
+    return named["cluster"]
+
+
+def _read_by_partition(part_uri: str, partition_uri: str, cluster: int | None) -> Iterator[np.ndarray]:
+    """The cluster's documents of one shard."""
+    filesystem, path = files.resolve(part_uri)
+    member_N, position = control_clusters(part_uri, partition_uri).to_numpy() == cluster, 0
     with filesystem.open_input_file(path) as stream:
         for batch in pq.ParquetFile(stream).iter_batches(columns=["tokens"]):
             yield from _as_documents(batch["tokens"].filter(pa.array(member_N[position : position + len(batch)])))

@@ -18,10 +18,11 @@ from cbtm_ray import files
 from cbtm_ray.branch.branches import control_branches
 from cbtm_ray.branch.upcycle import upcycle
 from cbtm_ray.branch.worker import read_sequences
-from cbtm_ray.cluster.controls import control_centers, partition_control, random_clusters
+from cbtm_ray.cluster.controls import SCHEMA, control_centers, partition_control, random_clusters
+from cbtm_ray.cluster.count_ngrams import _count_shard, fit_control_ngrams
 from cbtm_ray.cluster.embed import load_clusterer
 from cbtm_ray.cluster.likelihood import best_clusters
-from cbtm_ray.cluster.ngrams import load_tables
+from cbtm_ray.cluster.ngrams import count_pairs, load_tables, smooth
 from cbtm_ray.config import CONTROLS, PARTITION_CONTROLS
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
@@ -34,7 +35,7 @@ from cbtm_ray.run import Run
 from cbtm_ray.stages import DENSE_FOLDER, MOE_FOLDER, expert_folder, partition_folder
 from cbtm_ray.train.packed_sequences import PackedSequences, read_documents
 from cbtm_ray.train.trainer import train_model
-from tests.support.tiny import DOMAINS
+from tests.support.tiny import DOMAINS, run_with
 
 SPLITS = {"random": 2, "unbalanced": 2, "metadata": 4}
 
@@ -45,6 +46,29 @@ def test_a_random_cluster_depends_on_the_seed_and_the_id_alone() -> None:
     assert np.array_equal(random_clusters(ids[::-1], 5, seed=3)[::-1], clusters_N)
     assert not np.array_equal(random_clusters(ids, 5, seed=4), clusters_N)
     np.testing.assert_allclose(np.bincount(clusters_N), 800, atol=100)
+
+
+def test_n_grams_are_counted_by_the_control_s_clusters_of_the_shard_s_own_documents(tmp_path: Path) -> None:
+    """A control may have more clusters than the run; a partition that was made for other documents is refused."""
+    run = run_with(tmp_path, cluster__n_clusters=2)
+    shard, part = run.uri("shards", "train", "part-0.parquet"), run.uri(partition_folder("metadata"), "part-0.parquet")
+    rows = [{"id": "a", "cluster": 1, "tokens": [1, 2]}, {"id": "b", "cluster": 0, "tokens": [3]}]
+
+    def write(uri: str, table: pa.Table) -> None:
+        with files.writing(uri) as stream:
+            pq.write_table(table, stream)
+
+    def count() -> dict:
+        sizes = {"vocabulary": 4, "n_clusters": 3}
+        return _count_shard({"uri": shard}, run.config, "metadata", share=1.0, end_of_text=0, **sizes)
+
+    schema = pa.schema({"id": pa.string(), "cluster": pa.int32(), "tokens": pa.list_(pa.int32())})
+    write(shard, pa.Table.from_pylist(rows, schema))
+    write(part, pa.table([["a", "b"], [2, 0]], SCHEMA))
+    assert count()["codes"].tolist() == [(0 * 4 + 1) * 3 + 2, (0 * 4 + 3) * 3 + 0, (1 * 4 + 2) * 3 + 2]
+    write(part, pa.table([["b", "a"], [0, 2]], SCHEMA))
+    with pytest.raises(UserError, match=r"metadata does not name the documents of \S+part-0\.parquet\. Delete it"):
+        count()
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +208,21 @@ def test_the_mixture_of_experts_is_the_upcycled_seed_trained_like_the_dense_cont
 
 
 @pytest.mark.ray
+def test_every_control_has_n_grams_of_its_own_clusters(parted_run: Run) -> None:
+    rows = shard_rows(parted_run)
+    documents = [np.array(row["tokens"]) for row in rows]
+    for control, n_clusters in SPLITS.items():
+        clusters = [row["cluster"] for row in partition_rows(parted_run, control)]
+        manifest = fit_control_ngrams(parted_run, control)
+        counts = count_pairs(documents, clusters, vocabulary=300, n_clusters=n_clusters, end_of_text=0)
+        expected = smooth(counts, end_of_text=0, max_pairs=500_000).tables()
+        found = load_tables(parted_run.uri("ngrams", "controls", control), 0)
+        assert manifest["tokens"] == sum(map(len, documents))
+        assert np.array_equal(found.pairs, expected.pairs)
+        assert np.array_equal(found.pair_PK, expected.pair_PK)
+
+
+@pytest.mark.ray
 def test_more_domains_than_steps_are_refused(parted_run: Run) -> None:
     train = dataclasses.replace(parted_run.config.train, total_tokens=3 * 128)
     run = Run(dataclasses.replace(parted_run.config, train=train))
@@ -200,9 +239,16 @@ def test_results_have_the_controls_after_the_ensemble(controls_run: Run) -> None
     found = {control: {(r["routing"], r["top_k"]) for r in rows if r["system"] == control} for control in CONTROLS}
     assert found.pop("moe") == {(None, 2)}
     assert found == {
-        "random": {("uniform", 2), ("bayes", 1), ("bayes", 2)},
-        "unbalanced": {(routing, k) for routing in ("embedding", "posterior") for k in (1, 2)},
-        "metadata": {("uniform", 4), *((routing, k) for routing in ("bayes", "embedding") for k in (1, 4))},
+        "random": {("uniform", 2), *((routing, k) for routing in ("bayes", "ngram") for k in (1, 2)), ("oracle", 1)},
+        "unbalanced": {
+            *((routing, k) for routing in ("embedding", "ngram", "posterior") for k in (1, 2)),
+            ("oracle", 1),
+        },
+        "metadata": {
+            ("uniform", 4),
+            *((routing, k) for routing in ("bayes", "embedding", "ngram") for k in (1, 4)),
+            ("oracle", 1),
+        },
     }
     assert {row["system"] for row in rows if row.get("chosen")} == {"cbtm"}
     assert {row["n_clusters"] for row in rows if row["system"] == "metadata"} == {4}

@@ -27,11 +27,11 @@ TEXT = [7, 3, 3, 9, 21, 14, 8, 8, 30, 2, 41, 5, 6, 17, 19, 1, 44, 12, 12, 27]
 GREEDY = Sampling(temperature=0)
 
 
-PREFIX = 6
+SERVABLE = [name for name, router in ROUTERS.items() if router.servable]
 
 
-def evaluated_logprobs(ensemble: Ensemble, tokens: list[int], top_k: int) -> np.ndarray:
-    """Log-probability of every token as the evaluation gives it."""
+def scored(ensemble: Ensemble, tokens: list[int]) -> ScoredHalf:
+    """A text as the evaluation scores it."""
     tokens_T = np.array(tokens)
     logprobs_TK = np.stack(
         [
@@ -43,27 +43,45 @@ def evaluated_logprobs(ensemble: Ensemble, tokens: list[int], top_k: int) -> np.
     embeddings_TD = torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens_T))
     distances_TK = squared_distances(embeddings_TD, ensemble.centers_KD).numpy()
     assert ensemble.ngrams is not None
-    ngrams_TK = ensemble.ngrams.evidence(tokens_T)
-    scored = ScoredHalf(np.array([len(tokens)]), logprobs_TK, distances_TK, ngrams_TK)
-    return perplexity.mixture_logprobs(scored, ensemble.routes[top_k])
+    return ScoredHalf(np.array([len(tokens)]), logprobs_TK, distances_TK, ensemble.ngrams.evidence(tokens_T))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "cohere, which scales its logits"])
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_text_has_the_probability_that_evaluation_gives_it(architecture: str, top_k: int) -> None:
-    """Read as a prompt, and token by token after prompts that end before, at and after the end of the prefix."""
-    ensemble = make_ensemble(architecture=architecture)
-    expected_T = evaluated_logprobs(ensemble, TEXT, top_k)
-    np.testing.assert_allclose(text_logprobs(ensemble, TEXT, top_k=top_k), expected_T, atol=1e-4)
-    for length in (0, 4, PREFIX, 11):
-        request = make_request(TEXT[:length], top_k=top_k, sampling=GREEDY, refresh_tokens=1, strategy="lockstep")
+def evaluated_logprobs(ensemble: Ensemble, tokens: list[int], top_k: int) -> np.ndarray:
+    """Log-probability of every token as the evaluation gives it."""
+    return perplexity.mixture_logprobs(scored(ensemble, tokens), ensemble.routes[top_k])
+
+
+def with_free_changes(ensemble: Ensemble) -> Ensemble:
+    """Routed without a cost of reading: then it does not matter where the prompt ends."""
+    routes = {
+        top_k: dataclasses.replace(route, settings={**route.settings, "reread_cost": 0.0})
+        for top_k, route in ensemble.routes.items()
+    }
+    return dataclasses.replace(ensemble, routes=routes)
+
+
+def check_decodes_as_evaluated(ensemble: Ensemble, top_k: int, strategy: str, lengths: tuple[int, ...]) -> None:
+    """The log-probabilities of an answer after prompts of these lengths are those of the evaluation."""
+    for length in lengths:
+        request = make_request(TEXT[:length], top_k=top_k, sampling=GREEDY, strategy=strategy)
         steps = list(generate(ensemble, request))
         text = TEXT[:length] + [step.token for step in steps]
         given_T = evaluated_logprobs(ensemble, text, top_k)[length:]
         np.testing.assert_allclose([step.logprob for step in steps], given_T, atol=1e-4)
 
 
-@pytest.mark.parametrize("routing", list(ROUTERS))
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "cohere, which scales its logits"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_text_has_the_probability_that_evaluation_gives_it(architecture: str, top_k: int) -> None:
+    """Read as a prompt, and token by token; without a prompt also where a change of experts has a cost."""
+    ensemble = make_ensemble(architecture=architecture)
+    expected_T = evaluated_logprobs(ensemble, TEXT, top_k)
+    np.testing.assert_allclose(text_logprobs(ensemble, TEXT, top_k=top_k), expected_T, atol=1e-4)
+    check_decodes_as_evaluated(ensemble, top_k, "lockstep", (0,))
+    check_decodes_as_evaluated(with_free_changes(ensemble), top_k, "lockstep", (4, 11))
+
+
+@pytest.mark.parametrize("routing", SERVABLE)
 @pytest.mark.parametrize("strategy", ["lockstep", "speculative"])
 def test_every_router_decodes_as_it_is_evaluated(routing: str, strategy: str) -> None:
     """Read as a prompt, and token by token; with this many tokens a round of drafts sees experts come and go."""
@@ -71,74 +89,81 @@ def test_every_router_decodes_as_it_is_evaluated(routing: str, strategy: str) ->
     top_k = max(ensemble.routes) if routing == "uniform" else 2
     expected_T = evaluated_logprobs(ensemble, TEXT, top_k)
     np.testing.assert_allclose(text_logprobs(ensemble, TEXT, top_k=top_k), expected_T, atol=1e-4)
-    for length in (0, 4, PREFIX, 11):
-        request = make_request(TEXT[:length], top_k=top_k, sampling=GREEDY, refresh_tokens=1, strategy=strategy)
-        steps = list(generate(ensemble, request))
-        text = TEXT[:length] + [step.token for step in steps]
-        given_T = evaluated_logprobs(ensemble, text, top_k)[length:]
-        np.testing.assert_allclose([step.logprob for step in steps], given_T, atol=1e-4)
+    check_decodes_as_evaluated(ensemble, top_k, strategy, (0,))
+    check_decodes_as_evaluated(with_free_changes(ensemble), top_k, strategy, (4, 11))
 
 
-def test_only_the_chosen_experts_have_weight_after_the_prefix() -> None:
-    ensemble = make_ensemble()
-    steps = list(generate(ensemble, make_request(TEXT, max_tokens=0, echo_logprobs=True)))
-    weights_TK = np.stack([step.weights_K for step in steps])
-    np.testing.assert_allclose(weights_TK.sum(axis=1), 1)
-    chosen = set(np.flatnonzero(weights_TK[PREFIX]))
-    assert len(chosen) == 2
-    assert all(set(np.flatnonzero(weights_K)) == chosen for weights_K in weights_TK[PREFIX:])
-    assert [step.expert for step in steps] == weights_TK.argmax(axis=1).tolist()
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_an_echoed_prompt_has_the_weights_of_the_evaluation(top_k: int) -> None:
+    """Experts change in it, less often than they would if reading cost nothing; the answer's first experts are the best."""
+    ensemble, prompt = make_ensemble(), TEXT * 3
+    route, given = ensemble.routes[top_k], scored(ensemble, [*prompt, 0])
+    expected_TK = route.weights(given)
+    request = make_request(prompt, top_k=top_k, max_tokens=1, echo_logprobs=True, top_logprobs=0)
+    steps = list(generate(ensemble, request))
+    np.testing.assert_allclose([step.weights_K for step in steps[:-1]], expected_TK[:-1], atol=1e-5)
+    assert [step.expert for step in steps[:-1]] == expected_TK[:-1].argmax(axis=1).tolist()
+    free_TK = with_free_changes(ensemble).routes[top_k].weights(given)
+    changes, free_changes = (int(((w[1:] > 0) != (w[:-1] > 0)).any(axis=1).sum()) for w in (expected_TK, free_TK))
+    assert 0 < changes < free_changes
+    np.testing.assert_allclose(steps[-1].weights_K, free_TK[-1], atol=1e-5)
+    plain = next(generate(ensemble, dataclasses.replace(request, echo_logprobs=False)))
+    assert (plain.token, plain.logprob) == (steps[-1].token, pytest.approx(steps[-1].logprob, abs=1e-5))
+
+
+def test_only_the_experts_that_answer_read_the_prompt() -> None:
+    """And where another takes over in the text, it reads what it missed."""
+    ensemble, read = dataclasses.replace(make_ensemble(), end_of_text=25), dict.fromkeys(range(4), 0)
+    for expert, model in ensemble.experts.items():
+        model.register_forward_pre_hook(
+            lambda _model, _given, named, expert=expert: read.update(
+                {expert: read[expert] + named["input_ids"].numel()}
+            ),
+            with_kwargs=True,
+        )
+    steps = list(generate(ensemble, make_request(TEXT, top_k=1, max_tokens=1, sampling=GREEDY)))
+    assert read == {expert: (len(TEXT) + 1) * (expert == steps[0].expert) for expert in read}
+    read.update(dict.fromkeys(read, 0))
+    request = make_request(TEXT[:4], top_k=1, max_tokens=30, sampling=Sampling(seed=3), strategy="lockstep")
+    steps = list(generate(ensemble, request))
+    experts = [step.expert for step in steps]
+    assert len(set(experts)) > 1
+    last = {expert: 5 + index for index, expert in enumerate(experts)}
+    assert read == {expert: last.get(expert, 0) for expert in read}
 
 
 def next_two(ensemble: Ensemble, sampling: Sampling, prompt: list[int], top_k: int) -> np.ndarray:
-    """The exact probability of every pair of tokens after a prompt, (V, V), whose weights stay those of the prompt's evidence.
-
-    The pairs' probability is w(x) p(y1 | x) w(x, y1) p(y2 | x, y1), where only the embedding sees y1.
-    """
+    """The exact probability of every pair of tokens after a prompt, (V, V): w(x) p(y1 | x) w(x, y1) p(y2 | x, y1)."""
     vocabulary, route = len(ensemble.embedder.table_VD), ensemble.routes[top_k]
-    settings, beta = route.settings, route.settings["beta"] if route.router.evidence else 0
-    pairs_VV = np.zeros((vocabulary, vocabulary))
 
-    def after(tokens: list[int]) -> np.ndarray:
+    def probabilities(tokens: list[int], answer: list[int]) -> np.ndarray:
         with torch.inference_mode():
             rows = [
-                model(input_ids=torch.tensor([[0, *tokens]])).logits[0].log_softmax(-1)
+                model(input_ids=torch.tensor([[0, *tokens, *answer]])).logits[0, -1].softmax(-1)
                 for model in ensemble.experts.values()
             ]
-        return torch.stack(rows, dim=-1).double().numpy()  # (T, V, K)
+        weights_K = route.weights(scored(ensemble, [*tokens, *answer, 0]))[-1]
+        mixture_V = torch.stack(rows, dim=-1).double().numpy() @ weights_K
+        return token_probabilities(np.log(mixture_V), sampling, tokens, answer)
 
-    def weights(tokens: list[int], evidence_K: np.ndarray) -> np.ndarray:
-        h_D = ensemble.embedder.prefix_embeddings(np.array([*tokens, 0]))[-1]
-        scores_K = -((h_D - ensemble.centers_KD.numpy()) ** 2).sum(1) / settings["temperature"]
-        scores_K = scores_K + beta * evidence_K
-        scores_K[np.argsort(-scores_K)[top_k:]] = -np.inf
-        return np.exp(scores_K) / np.exp(scores_K).sum()
-
-    rows_TVK = after(prompt)
-    evidence_K = np.zeros(len(ensemble.experts))
-    for position, token in enumerate(prompt):
-        evidence_K = settings["gamma"] * evidence_K + rows_TVK[position, token]
-    first_V = token_probabilities(np.log(np.exp(rows_TVK[-1]) @ weights(prompt, evidence_K)), sampling, prompt, [])
-    for token in range(vocabulary):
-        mixture_V = np.exp(after([*prompt, token])[-1]) @ weights([*prompt, token], evidence_K)
-        pairs_VV[token] = first_V[token] * token_probabilities(np.log(mixture_V), sampling, prompt, [token])
-    return pairs_VV
+    first_V = probabilities(prompt, [])
+    return np.stack([first_V[token] * probabilities(prompt, [token]) for token in range(vocabulary)])
 
 
 @pytest.mark.parametrize(
     ("strategy", "sampling", "routing"),
     [
-        ("lockstep", {}, "prefix"),
-        ("ancestral", {}, "prefix"),
-        ("speculative", {}, "prefix"),
-        ("speculative", {"temperature": 0.7, "top_k_tokens": 4, "frequency_penalty": 0.8}, "prefix"),
+        ("lockstep", {}, "ngram"),
+        ("ancestral", {}, "ngram"),
+        ("speculative", {}, "ngram"),
+        ("speculative", {"temperature": 0.7, "top_k_tokens": 4, "frequency_penalty": 0.8}, "ngram"),
         ("ancestral", {}, "embedding"),
         ("speculative", {}, "embedding"),
     ],
 )
 def test_draws_are_from_the_exact_mixture(strategy: str, sampling: dict[str, Any], routing: str) -> None:
     """Chi-square over pairs of tokens, since the second depends on caches, weights and penalties that the first changed."""
-    ensemble = make_ensemble(vocab_size=6, prefix_tokens=20, routing=routing)
+    ensemble = with_free_changes(make_ensemble(vocab_size=6, routing=routing))
     prompt, draws = [3, 1, 5], 1000
     requests = [
         make_request(prompt, max_tokens=2, top_k=3, strategy=strategy, sampling=Sampling(seed=seed, **sampling))
@@ -157,15 +182,13 @@ def test_draws_are_from_the_exact_mixture(strategy: str, sampling: dict[str, Any
     assert chisquare(observed, expected).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("refresh_tokens", [1, 5])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0, repetition_penalty=1.3, presence_penalty=0.5)])
-def test_greedy_speculation_gives_the_greedy_text(refresh_tokens: int, sampling: Sampling) -> None:
+def test_greedy_speculation_gives_the_greedy_text(sampling: Sampling) -> None:
     ensemble = make_ensemble()
     for prompt, top_k in itertools.product(([], [4, 9], TEXT), (2, 4)):
         texts = [
             tokens_of(
-                ensemble, prompt, top_k=top_k, max_tokens=16, sampling=sampling, strategy=strategy,
-                refresh_tokens=refresh_tokens,
+                ensemble, prompt, top_k=top_k, max_tokens=16, sampling=sampling, strategy=strategy
             )
             for strategy in ("lockstep", "speculative")
         ]  # fmt: skip
@@ -191,23 +214,20 @@ def test_speculation_drafts_more_where_experts_agree() -> None:
     assert (rounds[0], max(rounds)) == (3, 9)
 
 
-@pytest.mark.parametrize("routing", ["embedding", "nearest_prefix"])
-@pytest.mark.parametrize("refresh_tokens", [1, 5])
-def test_speculation_goes_on_where_experts_come_and_go(routing: str, refresh_tokens: int) -> None:
+@pytest.mark.parametrize("routing", ["embedding", "ngram"])
+def test_speculation_goes_on_where_experts_come_and_go(routing: str) -> None:
     """Equal experts accept every draft, and which two of them run changes with the tokens."""
-    ensemble = dataclasses.replace(make_ensemble(routing=routing, prefix_tokens=30), end_of_text=25)
+    ensemble = dataclasses.replace(make_ensemble(routing=routing), end_of_text=25)
     alike, alone = with_experts(ensemble, [0, 0, 0, 0]), with_experts(ensemble, [0])
-    alike = dataclasses.replace(alike, centers_KD=ensemble.centers_KD)
-    request = {"prompt": TEXT[:2], "max_tokens": 40, "sampling": GREEDY, "refresh_tokens": refresh_tokens}
+    alike = dataclasses.replace(alike, centers_KD=ensemble.centers_KD, ngrams=ensemble.ngrams)
+    request = {"prompt": TEXT[:2], "max_tokens": 40, "sampling": GREEDY}
     steps = list(generate(alike, make_request(**request, strategy="speculative")))
-    assert (
-        len({tuple(np.flatnonzero(step.weights_K)) for step in steps[: 28 if routing == "nearest_prefix" else 40]}) > 1
-    )
+    assert len({tuple(np.flatnonzero(step.weights_K)) for step in steps}) > 1
     assert [step.token for step in steps] == tokens_of(alone, **request, top_k=1, strategy="lockstep")
 
 
 def test_speculation_becomes_lockstep_where_experts_disagree() -> None:
-    ensemble = dataclasses.replace(make_ensemble(), end_of_text=25)
+    ensemble = dataclasses.replace(make_ensemble(routing="embedding"), end_of_text=25)
     rounds = [tokens for tokens in passes(ensemble, "speculative") if tokens]
     assert rounds[10:] == [1] * len(rounds[10:])
     assert len(passes(ensemble, "speculative")) < 1.2 * len(passes(ensemble, "lockstep"))

@@ -64,7 +64,7 @@ def recite(tokenizer: PreTrainedTokenizerBase, speech: str) -> GPT2LMHeadModel:
 def reciting_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A finished run both of whose experts recite."""
     folder = tmp_path_factory.mktemp("reciting")
-    for name in ("tokenizer", "clusterer", "evaluation"):
+    for name in ("tokenizer", "clusterer", "evaluation", "ngrams"):
         shutil.copytree(finished_run.uri(name), folder / name)
     tokenizer = load_tokenizer(finished_run.uri("tokenizer"))
     for cluster in range(2):
@@ -75,8 +75,8 @@ def reciting_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize(
     ("options", "changes", "sampling"),
     [
-        ([], {"refresh_tokens": 16}, {}),
-        (["--seed", "7", "--top-k", "1"], {"refresh_tokens": 16, "top_k": 1}, {"seed": 7}),
+        ([], {}, {}),
+        (["--seed", "7", "--top-k", "2"], {"top_k": 2}, {"seed": 7}),
         (["--strategy", "lockstep"], {"strategy": "lockstep"}, {}),
         (["--routing", "embedding", "--temperature", "0"], {}, {"temperature": 0}),
         (["--temperature", "0.7", "--top-p", "0.9", "--seed", "3"], {}, {"temperature": 0.7, "top_p": 0.9, "seed": 3}),
@@ -90,8 +90,8 @@ def test_the_text_is_the_engines(
     sampling: dict[str, Any],
 ) -> None:
     """A hardly trained model of bytes: much of the text is no UTF-8."""
-    ensemble, tokenizer = load_ensemble(finished_run.dir, routing="embedding" if "embedding" in options else "prefix")
-    fields = {"top_k": 2, "refresh_tokens": 1, "max_tokens": 60, "sampling": Sampling(**sampling), **changes}
+    ensemble, tokenizer = load_ensemble(finished_run.dir, routing="embedding" if "embedding" in options else None)
+    fields = {"top_k": 1, "max_tokens": 60, "sampling": Sampling(**sampling), **changes}
     steps = list(generate(ensemble, Request(prompt=encode(tokenizer, ["the ship"])[0].tolist(), **fields)))
     given = [step.token for step in steps if step.finish_reason != "stop"]
     capsys.readouterr()  # what loading the experts here has printed
@@ -171,6 +171,7 @@ def test_experts_are_shown_in_colors(
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0 must be at least 0"),
         (["--prompt", "a", "--top-k", "3"], "top_k=3 must be between 1 and 2"),
         (["--prompt", "a", "--routing", "nearest"], "routing='nearest' was not evaluated in run_dir="),
+        (["--prompt", "a", "--routing", "prefix"], "routing='prefix' cannot be served, for it needs every expert's"),
         (["--prompt", "a", "--max-tokens", "0"], "max_tokens=0 must be at least 1"),
         (["--prompt", "a", "--strategy", "greedy"], "strategy='greedy' must be one of lockstep"),
         (["--prompt", "a", "--stop", ""], "stop='' must be at least one character"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from cbtm_ray.evaluate import perplexity
 from cbtm_ray.evaluate.perplexity import mixture_logprobs, nested_mixtures, score_documents, summarize, tune
 from cbtm_ray.evaluate.scoring import held_out_documents
 from cbtm_ray.load_config import build_config
-from cbtm_ray.merge.routers import ROUTERS, Route, prefix_readers
+from cbtm_ray.merge.routers import ROUTERS, Route
 from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.run import Run
 from tests.support.tiny import tiny_tree
@@ -342,56 +341,6 @@ def test_all_experts_run_where_all_are_mixed() -> None:
     given = held_out(n_experts=8, lengths=(10, 30))
     runs = [route("prefix", k, prefix_tokens=tokens).experts_run(given) for k, tokens in ((8, 16), (1, 100), (1, 0))]
     assert runs == [8, 8, 1]
-
-
-def nearest_prefix(readers: int, top_k: int, prefix_tokens: int) -> Route:
-    settings = {"temperature": 5.0, "beta": 1.0, "gamma": 0.9, "prefix_experts": float(readers)}
-    return Route(routing="nearest_prefix", top_k=top_k, settings=settings, prefix_tokens=prefix_tokens)
-
-
-def test_a_prefix_that_all_experts_read_is_prefix_routing() -> None:
-    random = np.random.default_rng(0)
-    held_out = ScoredHalf(np.array([9, 3, 6]), -random.random((18, 4)), random.random((18, 4)))
-    route = nearest_prefix(4, 2, 5)
-    prefix = Route(routing="prefix", top_k=2, settings=route.settings, prefix_tokens=5)
-    assert np.array_equal(route.weights(held_out), prefix.weights(held_out))
-
-
-def test_only_the_nearest_experts_read_the_prefix_and_one_of_them_stays() -> None:
-    """Expert 2 explains the text best and is far from the prefix's contexts; it is near only when the choice is made."""
-    near_TK = np.array([[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2], [2, 1, 0]], np.float32)
-    logprobs_TK = np.tile(np.log([0.1, 0.2, 0.9]), (5, 1))
-    held_out = ScoredHalf(np.array([5]), logprobs_TK, near_TK)
-    assert nearest_prefix(2, 1, 2).weights(held_out).argmax(axis=1).tolist() == [0, 1, 1, 1, 1]
-    assert (nearest_prefix(2, 2, 2).weights(held_out)[:, 2] == 0).all()
-    assert nearest_prefix(2, 1, 4).weights(held_out).argmax(axis=1).tolist()[-1] == 2
-    found = nearest_prefix(1, 1, 2).weights(held_out)
-    assert found.tolist() == [[1, 0, 0]] * 5
-
-
-def test_experts_that_come_near_late_read_what_they_missed() -> None:
-    """Expert 0 is near for the first token, 1 for the second and third, 2 where the choice is made; 3 never."""
-    near_TK = np.array([[0, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]], np.float32)
-    held_out = ScoredHalf(np.array([5, 2]), np.zeros((7, 4)), np.concatenate([near_TK, near_TK[:2]]))
-    assert prefix_readers(held_out, 1, 3) == pytest.approx((1 + 3 + 3 + 1 + 2) / (3 + 2))
-    assert prefix_readers(held_out, 4, 3) == 4
-    assert nearest_prefix(1, 1, 3).experts_run(held_out) == pytest.approx((5 * 2 + 2 * 1) / 7)
-    with_empty = ScoredHalf(np.array([5, 0, 2]), held_out.logprobs_TK, held_out.squared_distances_TK)
-    assert prefix_readers(with_empty, 1, 3) == 2
-
-
-def test_tuning_agrees_with_the_mixture_for_the_nearest_prefix() -> None:
-    random = np.random.default_rng(1)
-    held_out = ScoredHalf(np.array([9, 3, 6]), -random.random((18, 4)), random.random((18, 4)).astype(np.float32))
-    config = EvaluateConfig(temperatures=(0.1, 1.0), betas=(1.0,), gammas=(0.5, 0.9), prefix_experts=2, prefix_tokens=4)
-    routes = tune(held_out, config, "nearest_prefix")
-    assert list(routes) == [1, 2]
-    for route in routes.values():
-        losses = [
-            -mixture_logprobs(held_out, dataclasses.replace(route, settings=settings)).mean()
-            for settings in ROUTERS["nearest_prefix"].candidates(config)
-        ]
-        assert -mixture_logprobs(held_out, route).mean() == pytest.approx(min(losses))
 
 
 def test_ngram_routes_read_no_more_than_they_may_and_gain_by_reading() -> None:

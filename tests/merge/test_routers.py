@@ -18,13 +18,12 @@ from cbtm_ray.merge.routers import ROUTERS, Route
 from cbtm_ray.merge.scores import ScoredHalf
 from tests.support.tiny_ensemble import make_ngrams
 
-CONFIG = EvaluateConfig(top_k=(1, 2, 5, 9), prefix_experts=2)
+CONFIG = EvaluateConfig(top_k=(1, 2, 5, 9))
 SETTINGS = {
     "temperature": 0.5,
     "beta": 0.3,
     "gamma": 0.8,
     "legacy_d4": True,
-    "prefix_experts": 2.0,
     "reread_cost": 0.02,
 }
 
@@ -40,16 +39,14 @@ def test_every_router_can_be_asked_for() -> None:
         ("ngram", [1, 2, 3, 4, 5], [1, 2, 5]),
         ("posterior", [1, 2, 3, 4, 5], [1, 2, 5]),
         ("prefix", [1, 2, 3, 4, 5], [1, 2]),  # with all experts it is posterior routing
-        ("nearest_prefix", [1, 2], [1, 2]),  # only its two readers can be held
         ("uniform", [5], [5]),
         ("bayes", [1, 2, 3, 4, 5], [1, 2, 5]),
     ],
 )
 def test_sizes_that_a_router_mixes_and_reports(routing: str, mixed: list[int], reported: list[int]) -> None:
     router = ROUTERS[routing]
-    assert list(router.sizes(5, CONFIG)) == mixed
+    assert list(router.sizes(5)) == mixed
     assert router.reported_sizes(5, CONFIG) == reported
-    assert list(router.sizes(5, EvaluateConfig())) == (mixed if routing != "nearest_prefix" else [])
 
 
 class Text:
@@ -67,13 +64,9 @@ class Text:
         ngrams_TK = self.ngrams.evidence(self.tokens)
         self.held_out = ScoredHalf(np.array([n_tokens]), self.logprobs_TK, distances_TK, ngrams_TK)
 
-    def router(self, route: Route) -> ContextRouter:
-        active = range(len(self.centers_KD))
-        return ContextRouter(route, self.embedder.context(), self.centers_KD.astype(float), active, self.ngrams)
-
-    def observe(self, router: ContextRouter) -> None:
-        """What the running experts, and only they, think of the text so far."""
-        router.observe({expert: self.logprobs_TK[: router.length, expert].tolist() for expert in router.running})
+    def router(self, route: Route, active: set[int] | None = None) -> ContextRouter:
+        takes_part = range(len(self.centers_KD)) if active is None else active
+        return ContextRouter(route, self.embedder.context(), self.centers_KD.astype(float), takes_part, self.ngrams)
 
 
 texts = st.builds(Text, st.integers(1, 6), st.integers(1, 25), st.integers(0, 10_000))
@@ -81,78 +74,46 @@ texts = st.builds(Text, st.integers(1, 6), st.integers(1, 25), st.integers(0, 10
 
 def route_of(routing: str, top_k: int, prefix_tokens: int) -> Route:
     known = {"embedding": ("temperature", "legacy_d4"), "uniform": (), "bayes": ()}
-    settings = {
-        name: SETTINGS[name]
-        for name in known.get(routing, ("temperature", "beta", "gamma", "prefix_experts", "reread_cost"))
-    }
+    settings = {name: SETTINGS[name] for name in known.get(routing, ("temperature", "beta", "gamma", "reread_cost"))}
     return Route(routing=routing, top_k=top_k, settings=settings, prefix_tokens=prefix_tokens)
 
 
-@pytest.mark.parametrize("routing", list(ROUTERS))
-@given(text=texts, prefix_tokens=st.integers(1, 12), data=st.data())
-def test_weights_of_a_growing_text_are_those_of_the_batch(
-    routing: str, text: Text, prefix_tokens: int, data: st.DataObject
-) -> None:
-    """Where all evidence is observed at once; an expert that is not `running` has no weight and need not be asked."""
-    n_experts = len(text.centers_KD)
-    top_k = data.draw(st.integers(1, min(n_experts, 2) if routing == "nearest_prefix" else n_experts))
-    route = route_of(routing, top_k, prefix_tokens)
+SERVABLE = [name for name, router in ROUTERS.items() if router.servable]
+
+
+@pytest.mark.parametrize("routing", SERVABLE)
+@given(text=texts, data=st.data())
+def test_weights_of_a_growing_text_are_those_of_the_batch(routing: str, text: Text, data: st.DataObject) -> None:
+    """An expert that is not `running` has no weight."""
+    route = route_of(routing, data.draw(st.integers(1, len(text.centers_KD))), 1)
     router, found_TK = text.router(route), []
     for token in text.tokens.tolist():
-        if router.due(1):
-            text.observe(router)
-        assert set(np.flatnonzero(router.weights())) <= set(router.running)
+        assert set(np.flatnonzero(router.weights())) == set(router.running)
         found_TK.append(router.weights())
         router.append([token])
     np.testing.assert_allclose(found_TK, route.weights(text.held_out), atol=1e-5)
 
 
-@pytest.mark.parametrize("routing", list(ROUTERS))
-@given(text=texts, prefix_tokens=st.integers(1, 12), most=st.integers(1, 9))
-def test_evidence_that_comes_in_pieces_gives_the_same_weights(
-    routing: str, text: Text, prefix_tokens: int, most: int
-) -> None:
-    """Late, but taken in up to the end: also where other experts ran meanwhile. (What an expert has read depends on them.)"""
-    route = route_of(routing, 1, prefix_tokens)
+@pytest.mark.parametrize("routing", SERVABLE)
+@given(text=texts, cut=st.integers(0, 12))
+def test_tokens_that_come_together_give_the_same_weights(routing: str, text: Text, cut: int) -> None:
+    """Of a prompt, where no expert reads before its end."""
+    route = route_of(routing, 1, 1)
     route.settings.pop("reread_cost", None)
-    router, tokens = text.router(route), text.tokens.tolist()
-    for token in tokens[:-1]:
-        if router.due(most):
-            text.observe(router)
-        router.append([token])
-    if router.due(1):
-        text.observe(router)
+    router, tokens = text.router(route), text.tokens.tolist()[:-1]
+    for part in (tokens[:cut], tokens[cut:]):
+        router.append(part)
     np.testing.assert_allclose(router.weights(), route.weights(text.held_out)[-1], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("routing", "runs"), [("embedding", 2), ("posterior", 5), ("prefix", 5), ("nearest_prefix", 2)]
-)
-def test_as_many_experts_run_as_the_router_needs(routing: str, runs: int) -> None:
-    """In the prefix, and after it."""
-    text = Text(5, 12, seed=3)
-    route = route_of(routing, 2, prefix_tokens=4)
-    router = text.router(route)
-    router.append(text.tokens[:4].tolist())
-    assert len(router.running) == runs
-    if router.due(1):
-        text.observe(router)
-    assert len(router.running) == (2 if route.held_after else runs)
-    assert not router.due(1)
-
-
-def test_an_expert_that_comes_near_has_its_evidence_asked_for_at_once() -> None:
-    """Without it, it would be weighed as if it had thought every token certain."""
-    text = Text(3, 12, seed=0)
-    text.embedder, text.tokens = TokenTfidf(np.eye(2)), np.array([0] * 4 + [1] * 8)
-    text.centers_KD = np.array([[0.7, 0.7], [1, 0], [0, 1]], np.float32)
-    router = text.router(route_of("nearest_prefix", 2, prefix_tokens=100))
-    router.append(text.tokens[:4].tolist())
-    assert router.running == [0, 1]
-    text.observe(router)
-    router.append([1, 1])
-    assert (router.running, router.due(3), router.due(2)) == ([0, 1], False, True)
-    router.append(text.tokens[6:].tolist())
-    assert (router.running, router.due(1000)) == ([0, 2], True)
-    text.observe(router)
-    assert not router.due(1)
+def test_an_expert_that_is_out_is_left_out() -> None:
+    text = Text(4, 12, seed=1)
+    route = route_of("ngram", 2, 1)
+    whole = text.router(route)
+    whole.append(text.tokens.tolist())
+    best = int(whole.weights().argmax())
+    rest = text.router(route, active=set(range(4)) - {best})
+    rest.append(text.tokens.tolist())
+    assert best not in rest.running
+    assert rest.weights().sum() == pytest.approx(1)
+    assert len(rest.running) == 2

@@ -310,8 +310,8 @@ def test_what_kuberay_and_kubernetes_allow_passes() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("top_k: 2", "topk: 2", r"^spec\.serveConfigV2: topk=2: Extra inputs"),
-        ("top_k: 2", "top_k: 0", r"^spec\.serveConfigV2: top_k=0: Input should be greater than or equal to 1"),
+        ("drain_s: 300", "drains: 300", r"^spec\.serveConfigV2: drains=300: Extra inputs"),
+        ("drain_s: 300", "top_k: 0", r"^spec\.serveConfigV2: top_k=0: Input should be greater than or equal to 1"),
         ("serve.app:build", "serve.app:make", r"^spec\.serveConfigV2: import_path='serve\.app:make' must be"),
         (
             "num_replicas",

@@ -26,8 +26,9 @@ def test_every_result_row_appears_with_its_numbers() -> None:
         "top-2 of 4 experts, posterior",
         "all 4 experts, posterior",
     ]
-    perplexity = [row for row in page.rows if row[0].removesuffix("best") in names][:6]
-    assert [row[0].removesuffix("best") for row in perplexity] == names
+    perplexity = [row for row in page.rows if row[0].removesuffix("best").removesuffix("served") in names][:6]
+    tags = {"top-1 of 4 experts, embedding": "served", "top-2 of 4 experts, posterior": "best"}
+    assert [row[0] for row in perplexity] == [name + tags.get(name, "") for name in names]
     assert page.row("top-2 of 4 experts, posteriorbest")[1:] == [
         "40.0 [38.8, 41.2]",
         "0.800 [0.784, 0.816]",
@@ -177,15 +178,21 @@ def test_two_renders_are_equal() -> None:
     assert render_report(make_data()) == render_report(make_data())
 
 
+def test_a_prefix_has_a_row_with_both_ways_and_the_share_of_the_gain_is_named() -> None:
+    html = render_report(make_data())
+    assert "keeps 40 [20, 60] % of its gain" in html
+    assert ["32", "ngram", "1", "0.944 [0.924, 0.964]", "0.920 [0.900, 0.940]", "8,680"] in Page(html).rows
+
+
 def test_optional_parts_may_be_absent() -> None:
     data = make_data()
     clusters = [cluster | {"domains": {}, "samples": [], "top_terms": []} for cluster in data.clusters]
-    clustering = data.clustering | {"nmi": None, "purity": None}
-    empty = {"domain_rows": [], "map2d": {}, "sample_text": [], "curves": {}, "stages": []}
+    clustering = data.clustering | {"nmi": None, "purity": None, "refined": []}
+    empty = {"prefixes": [], "domain_rows": [], "map2d": {}, "sample_text": [], "curves": {}, "stages": []}
     page = Page(render_report(make_data(clusters=clusters, clustering=clustering, **empty)))
     assert [tag for tag, _ in page.tags].count("svg") == 1
     assert "NMI" not in page.text("facts")
-    assert not {"domains", "training"} & {attrs.get("id") for _, attrs in page.tags}
+    assert not {"domains", "training", "prefixes"} & {attrs.get("id") for _, attrs in page.tags}
 
 
 def test_a_diverged_model_does_not_hide_the_report() -> None:

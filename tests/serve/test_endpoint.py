@@ -53,13 +53,13 @@ GREEDY: dict[str, Any] = {"model": "cbtm", "prompt": "the captain watched the", 
 SEEDED: dict[str, Any] = {**GREEDY, "temperature": 0.9, "seed": 7}  # so small a model is dull when it is greedy
 
 
-OF_ONE = {"temperature": 1000.0, "beta": 1.0, "gamma": 0.5}
+OF_ONE = {"temperature": 0.1, "beta": 0.01, "gamma": 0.5, "reread_cost": 0.0}
 """Settings that route this run's texts to other experts than the settings it tunes do."""
 
 
 @pytest.fixture(scope="module")
 def served_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The finished run with a chat template, and settings of their own for prefix routing of one expert."""
+    """The finished run with a chat template, and settings of their own for n-gram routing of one expert."""
     folder = tmp_path_factory.mktemp("served") / "run"
     shutil.copytree(finished_run.dir, folder, ignore=shutil.ignore_patterns("checkpoints", "corpus"))
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
@@ -67,9 +67,11 @@ def served_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> s
     tokenizer.save_pretrained(folder / "tokenizer")
     path = folder / "evaluation" / "results.json"
     results = json.loads(path.read_text())
-    results["routers"]["prefix"]["1"] = OF_ONE
-    [row] = [row for row in results["rows"] if (row["routing"], row["top_k"]) == ("prefix", 1)]
-    row["settings"] = OF_ONE
+    results["routers"]["ngram"]["1"] = OF_ONE
+    for row in results["rows"]:
+        row["served"] = (row["system"], row["routing"], row["top_k"]) == ("cbtm", "ngram", 1)
+        if row["served"]:
+            row["settings"] = OF_ONE
     path.write_text(json.dumps(results))
     return str(folder)
 
@@ -81,7 +83,8 @@ def endpoint(served_run: str) -> Iterator[openai.OpenAI]:
     folder.joinpath("admins").write_text(ADMIN)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     arguments = AppArguments(
-        run_dir=served_run, max_in_flight=8, max_choices=8, max_tokens=120, max_prompt_tokens=110, max_body_bytes=20_000,
+        run_dir=served_run, top_k=2, max_in_flight=8, max_choices=8, max_tokens=120, max_prompt_tokens=110,
+        max_body_bytes=20_000,
         client_tokens=f"file:{folder / 'clients'}", admin_tokens=f"file:{folder / 'admins'}", drain_s=5,
     )  # fmt: skip
     serve.run(build(arguments), route_prefix="/")
@@ -121,9 +124,7 @@ def test_serve_run_finds_the_class_of_the_arguments() -> None:
 def test_greedy_text_is_that_of_the_library(endpoint: openai.OpenAI, ensemble: Ensemble, tokenizer: Any) -> None:
     prompt = encode(tokenizer, [GREEDY["prompt"]])[0].tolist()
     sampling = Sampling(temperature=0, frequency_penalty=1.5)
-    steps = list(
-        generate(ensemble, Request(prompt=prompt, max_tokens=24, top_k=2, sampling=sampling, refresh_tokens=1))
-    )
+    steps = list(generate(ensemble, Request(prompt=prompt, max_tokens=24, top_k=2, sampling=sampling)))
     answer = endpoint.completions.create(**GREEDY, frequency_penalty=1.5)
     assert answer.choices[0].text == tokenizer.decode([step.token for step in steps])
     assert answer.choices[0].finish_reason == steps[-1].finish_reason
@@ -176,12 +177,11 @@ def test_text_ends_before_a_stop_string(endpoint: openai.OpenAI) -> None:
 
 
 def reported_route(run_dir: str, top_k: int) -> Route:
-    """What the evaluation reports for prefix routing, which with all experts is posterior routing."""
+    """What the evaluation reports for n-gram routing."""
     results = json.loads(Path(run_dir, "evaluation", "results.json").read_text())
-    routing = "prefix" if top_k < 2 else "posterior"
-    named = {"system": "cbtm", "routing": routing, "top_k": top_k}
+    named = {"system": "cbtm", "routing": "ngram", "top_k": top_k}
     [row] = [row for row in results["rows"] if named.items() <= row.items()]
-    return Route(routing=routing, top_k=top_k, settings=row["settings"], prefix_tokens=results["prefix_tokens"])
+    return Route(routing="ngram", top_k=top_k, settings=row["settings"], prefix_tokens=results["prefix_tokens"])
 
 
 def reported_logprobs(ensemble: Ensemble, tokens: np.ndarray, route: Route) -> np.ndarray:
@@ -197,7 +197,8 @@ def reported_logprobs(ensemble: Ensemble, tokens: np.ndarray, route: Route) -> n
     )
     prefixes_TD = torch.from_numpy(ensemble.embedder.prefix_embeddings(tokens))
     distances_TK = squared_distances(prefixes_TD, ensemble.centers_KD).numpy()
-    held_out = ScoredHalf(np.array([len(tokens)]), logprobs_TK, distances_TK)
+    assert ensemble.ngrams is not None
+    held_out = ScoredHalf(np.array([len(tokens)]), logprobs_TK, distances_TK, ensemble.ngrams.evidence(tokens))
     return perplexity.mixture_logprobs(held_out, route)
 
 
@@ -206,7 +207,6 @@ def test_echoed_logprobs_are_those_of_the_evaluation(
 ) -> None:
     text = "the captain watched the harbour lights beyond the reef and the ship sailed over the waves"
     tokens = encode(tokenizer, [text])[0]
-    assert len(tokens) > reported_route(served_run, 1).prefix_tokens
     one = endpoint.completions.create(
         model="cbtm", prompt=text, max_tokens=0, echo=True, logprobs=1, extra_body={"cbtm": {"top_k": 1}}
     )
@@ -239,9 +239,7 @@ def test_a_seeded_text_is_the_librarys_and_has_the_logprobs_of_its_echo(
 ) -> None:
     prompt = encode(tokenizer, [SEEDED["prompt"]])[0].tolist()
     sampling = Sampling(temperature=0.9, seed=7)
-    request = Request(
-        prompt=prompt, max_tokens=24, top_k=2, sampling=sampling, strategy="lockstep", refresh_tokens=1, top_logprobs=0
-    )
+    request = Request(prompt=prompt, max_tokens=24, top_k=2, sampling=sampling, strategy="lockstep", top_logprobs=0)
     steps = list(generate(ensemble, request))
     written = endpoint.completions.create(**SEEDED, logprobs=1).choices[0]
     assert written.text == tokenizer.decode([step.token for step in steps if step.finish_reason != "stop"])
@@ -333,7 +331,9 @@ def test_an_expert_is_taken_out_and_put_back(endpoint: openai.OpenAI) -> None:
             time.sleep(0.1)
 
     assert experts_used() == {"0", "1"}
-    before = call("GET", "/v1/experts").json()["data"]
+    listed = call("GET", "/v1/experts").json()
+    assert (listed["routing"], listed["top_k"]) == ("ngram", 2)
+    before = listed["data"]
     assert [row["cluster"] for row in before] == [0, 1]
     assert all(row["state"] == "active" and row["top_terms"] and row["documents"] > 0 for row in before)
     assert call("PUT", "/v1/experts/1", json={"active": False}).status_code == 401  # a client is no administrator
@@ -595,7 +595,7 @@ DRIVE = """(async () => {
   const outside = [...document.querySelectorAll("body *")].filter(one => right(one) > root.clientWidth + 0.5);
   return {
     status: get("status").textContent, text: tokens.map(token => token.textContent).join(""),
-    dense: get("dense-text").textContent, legend: get("experts").textContent,
+    dense: get("dense-text").textContent, served: get("served").textContent, legend: get("experts").textContent,
     experts: tokens.map(token => Number(token.dataset.expert)), titles: tokens.map(token => token.title),
     numbered: tokens.filter(token => token.matches(".first")).map(token => Number(token.dataset.expert)),
     shares: [...document.querySelectorAll(".share")].map(share => Number(share.textContent)),
@@ -621,6 +621,7 @@ def test_playground_writes_and_says_which_expert(endpoint: openai.OpenAI, tmp_pa
     assert all(row["top_terms"][0] in seen["legend"] for row in call("GET", "/v1/experts").json()["data"])
     assert sum(seen["shares"]) == pytest.approx(1, abs=0.02)
     assert seen["chosen"] == 0
+    assert seen["served"] == "Served: ngram routing, 2 experts for a token."
     assert seen["client_width"] == width
     assert seen["outside"] == []
     assert seen["scroll_width"] <= width

@@ -58,7 +58,7 @@ def served_run(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> s
 def client(ray_cluster: str, served_run: str) -> Iterator[httpx.Client]:
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     arguments = AppArguments(
-        run_dir=served_run, experts_per_group=1, group_cpus=0, cache_tokens=CACHE_TOKENS, drain_s=5,
+        run_dir=served_run, top_k=2, experts_per_group=1, group_cpus=0, cache_tokens=CACHE_TOKENS, drain_s=5,
         admin_tokens=f"file:{served_run}/admins",
     )  # fmt: skip
     serve.run(build(arguments), route_prefix="/")
@@ -115,7 +115,7 @@ def undisturbed(ensemble: Ensemble, prompt: list[int], *, top_k: int, max_tokens
     """What one engine with all experts gives."""
     request = Request(
         prompt=prompt, max_tokens=max_tokens, top_k=top_k, sampling=Sampling(temperature=0.9, seed=7),
-        strategy="lockstep", refresh_tokens=1, top_logprobs=1, echo_logprobs=True,
+        strategy="lockstep", top_logprobs=1, echo_logprobs=True,
     )  # fmt: skip
     return list(generate(ensemble, request))
 
@@ -133,9 +133,9 @@ def check_is(choice: dict[str, Any], steps: list[Step], tokenizer: Any) -> None:
 def test_a_text_that_is_handed_on_loses_no_token(
     client: httpx.Client, ensemble: Ensemble, tokenizer: Any, ask: Callable[..., list[dict[str, Any]]], top_k: int
 ) -> None:
-    """Where the prefix ends within the answer, with its first token, or within the prompt."""
-    tokens, prefix = encode(tokenizer, [TEXT])[0].tolist(), ensemble.routes[top_k].prefix_tokens
-    for length in (1, prefix - 1, prefix, len(tokens)):
+    """Experts of both groups are mixed, or the text changes from one to the other."""
+    tokens = encode(tokenizer, [TEXT])[0].tolist()
+    for length in (1, 8, len(tokens)):
         prompt = tokens[:length]
         [choice] = ask(client, body_of(prompt, cbtm={"top_k": top_k}))
         check_is(choice, undisturbed(ensemble, prompt, top_k=top_k), tokenizer)

@@ -69,6 +69,7 @@ def results(scale: float = 1.0) -> list[dict[str, Any]]:
     """A seed, a dense control of perplexity 50, and ensembles whose best (posterior, top-2) has 40 * scale."""
     ensembles = [("embedding", 1, 46.0), ("embedding", 4, 45.0), ("posterior", 2, 40.0), ("posterior", 4, 40.5)]
     rows = [result("cbtm", ppl * scale, ppl * scale / 50, k, routing) for routing, k, ppl in ensembles]
+    rows[0]["served"] = True
     return [result("seed", 57.0, 1.14), result("dense", 50.0, 1.0, 1), *rows]
 
 
@@ -100,7 +101,33 @@ def make_data(**changes: Any) -> ReportData:
             "n_iter": 23,
             "balanced": True,
             "size_skew": 1.571,
+            "refined": [
+                {"moved": 0.164, "evidence_nats": 250.0, "size_skew": 1.5, "nmi": 0.45, "purity": 0.6},
+                {"moved": 0.049, "evidence_nats": 260.0, "size_skew": 1.6, "nmi": 0.46, "purity": 0.6},
+            ],
         },
+        prefixes=[
+            {
+                "prefix_tokens": n,
+                "routing": routing,
+                "top_k": k,
+                "held": held,
+                "tokens": 9000 - 10 * n,
+                "loss_nats": math.log(ratio),
+                "ratio_to_dense": ratio,
+                "ratio_low": ratio - 0.02,
+                "ratio_high": ratio + 0.02,
+                **({"gain": {"share": 0.405, "low": 0.2, "high": 0.6}} if (routing, held) == ("ngram", True) else {}),
+            }
+            for n in (8, 32, 128)
+            for routing, k, held, ratio in (
+                ("oracle", 1, False, 0.9),
+                ("embedding", 1, True, 0.97),
+                ("embedding", 1, False, 0.96),
+                ("ngram", 1, True, 0.95 - n / 5000),
+                ("ngram", 1, False, 0.92),
+            )
+        ],
         curves={
             "seed": curve(12_000_000),
             "dense": curve(8_000_000),

@@ -29,30 +29,21 @@ def small_vocabulary(vocab_size: int) -> Any:
     )  # fmt: skip
 
 
-def make_routes(n_experts: int, routing: str, prefix_tokens: int) -> dict[int, Route]:
+def make_routes(n_experts: int, routing: str) -> dict[int, Route]:
     """Settings of its own for every top_k, so that those of another one show."""
-    last = 2 if routing == "nearest_prefix" else n_experts
-    return {
-        top_k: Route(
-            routing=routing,
-            top_k=top_k,
-            settings={
-                "temperature": 3.0 + 0.5 * top_k,
-                "beta": 0.2,
-                "gamma": 0.8 + 0.05 * top_k,
-                "prefix_experts": 2.0,
-                "reread_cost": 0.01,
-            },
-            prefix_tokens=prefix_tokens,
-        )
-        for top_k in range(1, last + 1)
-    }
+    found = {}
+    for top_k in range(1, n_experts + 1):
+        settings = {"temperature": 3.0 + 0.5 * top_k, "beta": 2.0, "gamma": 0.8 + 0.05 * top_k}
+        if routing == "ngram":
+            settings["reread_cost"] = 0.02
+        found[top_k] = Route(routing=routing, top_k=top_k, settings=settings, prefix_tokens=6)
+    return found
 
 
 def make_ngrams(n_clusters: int, vocabulary: int, seed: int = 0) -> NgramTables:
-    """Bigram tables of random documents, some of whose pairs have no row of their own."""
+    """Bigram tables of random documents, each with favorite tokens; some of their pairs have no row of their own."""
     random = np.random.default_rng(seed)
-    documents = [random.integers(0, vocabulary, 400) for _ in range(n_clusters)]
+    documents = [random.choice(vocabulary, 4000, p=random.dirichlet([2.0] * vocabulary)) for _ in range(n_clusters)]
     counts = count_pairs(documents, range(n_clusters), vocabulary=vocabulary, n_clusters=n_clusters, end_of_text=0)
     return smooth(counts, end_of_text=0, max_pairs=100, min_count=1).tables()
 
@@ -62,8 +53,7 @@ def make_ensemble(
     *,
     architecture: str = "llama",
     vocab_size: int = 50,
-    prefix_tokens: int = 6,
-    routing: str = "prefix",
+    routing: str = "ngram",
 ) -> Ensemble:
     """Experts far enough from each other and from uniform that mistakes in mixing show."""
     experts = []
@@ -80,13 +70,13 @@ def make_ensemble(
         embedder=TokenTfidf(random.normal(size=(vocab_size, DIMENSIONS))),
         centers_KD=torch.from_numpy(random.normal(size=(n_experts, DIMENSIONS)).astype(np.float32)),
         end_of_text=0,
-        routes=make_routes(n_experts, routing, prefix_tokens),
+        routes=make_routes(n_experts, routing),
         ngrams=make_ngrams(n_experts, vocab_size),
     )
 
 
 def make_request(prompt: list[int], **changes: Any) -> Request:
-    fields = {"max_tokens": 12, "top_k": 2, "sampling": Sampling(), "refresh_tokens": 4}
+    fields = {"max_tokens": 12, "top_k": 2, "sampling": Sampling()}
     return Request(prompt=prompt, **(fields | changes))
 
 
@@ -110,8 +100,10 @@ def text_logprobs(ensemble: Ensemble, tokens: list[int], **changes: Any) -> np.n
 
 
 def with_experts(ensemble: Ensemble, order: list[int]) -> Ensemble:
+    tables = {name: getattr(ensemble.ngrams, name)[:, order] for name in ("token_VK", "context_VK", "pair_PK")}
     return dataclasses.replace(
         ensemble,
+        ngrams=dataclasses.replace(ensemble.ngrams, **tables),
         experts={new: ensemble.experts[old] for new, old in enumerate(order)},
         centers_KD=ensemble.centers_KD[order],
         routes={top_k: route for top_k, route in ensemble.routes.items() if top_k <= len(order)},
