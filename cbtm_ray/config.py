@@ -321,8 +321,8 @@ class EvaluateConfig:
         "posterior",
         "prefix",
     )
-    """Routers of the ensemble to tune and report (see `routers.py`), and so those it can be served with. Controls have
-    their own."""
+    """Routers of the ensemble to tune and report (see `routers.py`). The endpoint can serve the routers among them that run no
+    expert for its likelihood. Controls have their own routers."""
     max_documents: Annotated[int, Field(ge=2, strict=True)] = 2000
     """At most this many held-out documents, those with the smallest hash: half of them tune, half are reported on."""
     temperatures: Annotated[tuple[Tunable, ...], Field(min_length=1)] = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1.0)

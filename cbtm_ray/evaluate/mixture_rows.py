@@ -30,7 +30,8 @@ class Mixtures:
     routes: list[Route]
     """The routes that are reported."""
     rows: list[ResultRow]
-    """One a route, and the oracle's."""
+    """One a route."""
+    oracle: ResultRow
 
 
 def mix(measured: Measured, config: EvaluateConfig, models: dict[str, ModelManifest], summarize: Summarize) -> Mixtures:
@@ -44,7 +45,7 @@ def mix(measured: Measured, config: EvaluateConfig, models: dict[str, ModelManif
         for top_k in ROUTERS[routing].reported_sizes(len(manifests), config)
     ]
     rows = [_mixture_row(measured, each, manifests, summarize) for each in routes]
-    return Mixtures(measured, routers, routes, [*rows, _oracle_row(measured, manifests, summarize)])
+    return Mixtures(measured, routers, routes, rows, _oracle_row(measured, manifests, summarize))
 
 
 def _oracle_row(measured: Measured, manifests: list[ModelManifest], summarize: Summarize) -> ResultRow:
@@ -82,7 +83,7 @@ def _mixture_row(measured: Measured, route: Route, manifests: list[ModelManifest
 def choose(ensemble: Mixtures) -> tuple[ResultRow, Route]:
     """The ensemble's row of least loss on the tuning documents, marked as `chosen`, and its route."""
     best, chosen = min(
-        zip(ensemble.rows, ensemble.routes, strict=False),  # the last row is the oracle's
+        zip(ensemble.rows, ensemble.routes, strict=True),
         key=lambda pair: pair[0].get("tuning_loss_nats", math.inf),
     )
     best["chosen"] = True

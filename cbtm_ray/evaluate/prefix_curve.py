@@ -16,6 +16,7 @@ import numpy as np
 from cbtm_ray.evaluate.perplexity import document_draws, document_sums, oracle_logprobs, summarize
 from cbtm_ray.evaluate.result_rows import ORACLE, GainShare, PrefixRow
 from cbtm_ray.merge.mixture import mix_logprobs
+from cbtm_ray.merge.rereading import positions
 from cbtm_ray.merge.routers import Route
 from cbtm_ray.merge.scores import ScoredHalf
 
@@ -53,15 +54,9 @@ def prefix_rows(
     return rows
 
 
-def positions(lengths: np.ndarray) -> np.ndarray:
-    """The position of every token in its document, (T,)."""
-    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
 def hold(weights_TK: np.ndarray, lengths: np.ndarray, n: int) -> np.ndarray:
     """Weights that stay from the one for the token after the first `n` on, in every document; (T, K)."""
-    positions_T = positions(lengths)
-    rows_T = np.arange(len(weights_TK)) - np.maximum(positions_T - n, 0)
+    rows_T = np.arange(len(weights_TK)) - np.maximum(positions(lengths) - n, 0)
     return weights_TK[rows_T]
 
 

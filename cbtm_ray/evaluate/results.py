@@ -74,7 +74,7 @@ def _results(
     reported = ensemble.measured.reported
     few = [by_top_k[top_k] for by_top_k in ensemble.routers.values() for top_k in (1, 2) if top_k in by_top_k]
     return {
-        "rows": singles + [row for found in mixtures for row in found.rows],
+        "rows": singles + [row for found in mixtures for row in (*found.rows, found.oracle)],
         "routers": {
             name: {str(top_k): route.settings for top_k, route in by_top_k.items()}
             for name, by_top_k in ensemble.routers.items()

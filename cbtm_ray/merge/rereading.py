@@ -38,9 +38,13 @@ def chosen_experts(scores_TK: np.ndarray, lengths: np.ndarray, top_k: int, rerea
     return chosen_TK
 
 
+def positions(lengths: np.ndarray) -> np.ndarray:
+    """The position of every token in its document, (T,)."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
 def tokens_read(chosen_TK: np.ndarray, lengths: np.ndarray) -> float:
     """Tokens that experts read for each token that is mixed: every expert reads a document up to where it is last mixed."""
-    positions_T = np.arange(len(chosen_TK)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    reached_TK = chosen_TK * (positions_T[:, None] + 1)
+    reached_TK = chosen_TK * (positions(lengths)[:, None] + 1)
     starts = (np.cumsum(lengths) - lengths)[lengths > 0]
     return float(np.maximum.reduceat(reached_TK, starts, axis=0).sum() / lengths.sum())

@@ -4,8 +4,8 @@ All are parts of one formula, whose first term is the paper's (section 2):
 
     log w_j(x_<t) = -||h(x_<t) - c_j||^2 / T  +  beta * sum_{s<t} gamma^(t-1-s) e_j(x_s)  + const
 
-kept for the `top_k` largest weights and renormalized. A router says which terms it has, whether it holds its experts after a
-prefix, and which experts read that prefix. A new one is an entry of `ROUTERS`, a name in `config.Routing`, and a line in
+kept for the `top_k` largest weights and renormalized. A router says which terms it has, and whether it holds its experts after a
+prefix. A new one is an entry of `ROUTERS`, a name in `config.Routing`, and a line in
 README.md. A new source of evidence e_j is one more value of `Router.evidence`: `evidence_TK` knows its terms for whole
 documents, `ContextRouter.append` those of a text that grows. Evaluation has all routers, serving those without the experts'
 own evidence (`Router.servable`).

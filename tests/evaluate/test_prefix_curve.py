@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbtm_ray.evaluate.perplexity import oracle_logprobs
-from cbtm_ray.evaluate.prefix_curve import gain_sentence, gain_share, hold, positions, prefix_rows, share_of_gain
+from cbtm_ray.evaluate.prefix_curve import gain_sentence, gain_share, hold, prefix_rows, share_of_gain
+from cbtm_ray.merge.rereading import positions
 from cbtm_ray.merge.routers import Route
 from cbtm_ray.merge.scores import ScoredHalf
 
