@@ -93,8 +93,6 @@ def choose(ensemble: Mixtures) -> tuple[ResultRow, Route]:
 def mark_served(rows: list[ResultRow], routes: list[Route]) -> None:
     """Mark the row of the ensemble that is served where nobody says: of those with fewest experts whose router can be served,
     the one of least loss on the tuning documents."""
-    able = [
-        row for row, route in zip(rows, routes, strict=False) if route.router.servable
-    ]  # the last row is the oracle's
+    able = [row for row, route in zip(rows, routes, strict=True) if route.router.servable]
     if able:
         min(able, key=lambda row: (row["top_k"], row.get("tuning_loss_nats", math.inf)))["served"] = True

@@ -4,11 +4,11 @@ All are parts of one formula, whose first term is the paper's (section 2):
 
     log w_j(x_<t) = -||h(x_<t) - c_j||^2 / T  +  beta * sum_{s<t} gamma^(t-1-s) e_j(x_s)  + const
 
-kept for the `top_k` largest weights and renormalized. A router says which terms it has, and whether it holds its experts after a
-prefix. A new one is an entry of `ROUTERS`, a name in `config.Routing`, and a line in
-README.md. A new source of evidence e_j is one more value of `Router.evidence`: `evidence_TK` knows its terms for whole
-documents, `ContextRouter.append` those of a text that grows. Evaluation has all routers, serving those without the experts'
-own evidence (`Router.servable`).
+kept for the `top_k` largest weights and renormalized. A router says which terms it has, and whether it holds its experts
+after a prefix. A new one is an entry of `ROUTERS`, a name in `config.Routing`, and a line in docs/REFERENCE.md. A new source
+of evidence e_j is one more value of `Router.evidence`: `evidence_TK` knows its terms for whole documents,
+`ContextRouter.append` those of a text that grows. Evaluation has all routers, serving those without the experts' own
+evidence (`Router.servable`).
 
 T tokens (of one document after the other), K experts.
 """
