@@ -76,15 +76,26 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Answ
     return answer
 
 
+async def ask_whole(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Answer:
+    """One request whose answer comes in one piece."""
+    answer = Answer(time.perf_counter())
+    response = await client.post(url, json=body)
+    answer.status, answer.ended_s = response.status_code, time.perf_counter()
+    if response.status_code == 200:
+        answer.arrived_s.append(answer.ended_s)
+        answer.n_tokens = response.json()["usage"]["completion_tokens"]
+    return answer
+
+
 async def keep_asking(
-    url: str, bodies: Iterator[dict[str, Any]], n_streams: int, seconds: float
+    url: str, bodies: Iterator[dict[str, Any]], n_streams: int, seconds: float, *, whole: bool = False
 ) -> tuple[list[Answer], float]:
     """So many streams at once, each asking again until the time is over; all answers, to their ends, and when it was over."""
     answers, end_s = list[Answer](), time.perf_counter() + seconds
 
     async def one_stream(client: httpx.AsyncClient) -> None:
         while time.perf_counter() < end_s:
-            answer = await ask(client, url, next(bodies))
+            answer = await (ask_whole if whole else ask)(client, url, next(bodies))
             answers.append(answer)
             if answer.status != 200:
                 await asyncio.sleep(RETRY_S)
@@ -95,15 +106,17 @@ async def keep_asking(
     return answers, end_s
 
 
-def measure(url: str, body: dict[str, Any], prompts: list[str], n_streams: int, seconds: float) -> Load:
-    """Speed over the time, latencies of all answers begun in it.
+def measure(
+    url: str, body: dict[str, Any], prompts: list[str], n_streams: int, seconds: float, *, whole: bool = False
+) -> Load:
+    """Speed over the time, latencies of all answers begun in it; a whole answer's are those of its only piece.
 
     Raises:
         RuntimeError: something was refused.
     """
     bodies = ({**body, "prompt": prompt} for prompt in itertools.cycle(prompts))
     started = time.perf_counter()
-    answers, end_s = asyncio.run(keep_asking(url, bodies, n_streams, seconds))
+    answers, end_s = asyncio.run(keep_asking(url, bodies, n_streams, seconds, whole=whole))
     if refused := {answer.status for answer in answers} - {200}:
         raise RuntimeError(f"{url} answered {sorted(refused)}")
     long = [answer for answer in answers if answer.n_tokens > 1 and answer.arrived_s]

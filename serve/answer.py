@@ -21,7 +21,7 @@ from cbtm_ray.decode.text import TextAssembler
 
 from .limits import Refused, refusal
 from .placement import Placement
-from .protocol import ChatRequest, CompletionRequest, Piece, TokenPiece, choice_of
+from .protocol import ChatRequest, CompletionRequest, Piece, TokenPiece, choice_of, lists_tokens
 from .remote_experts import MAX_ATTEMPTS, REPLICA_LOST
 
 logger = logging.getLogger("ray.serve")
@@ -60,17 +60,17 @@ async def choice_pieces(
     wanted: Request,
     request: CompletionRequest | ChatRequest,
     tokenizer: PreTrainedTokenizerBase,
-    placement: Placement,
+    decoded: AsyncGenerator[list[Step]],
     usage: dict[str, int],
 ) -> AsyncGenerator[Piece]:
-    """One choice of an answer, as it becomes certain; its tokens are added to `usage`."""
-    choice = Choice(index, tokenizer, request.stop)
+    """One choice of an answer, as it becomes certain, of the steps of `wanted`; its tokens are added to `usage`."""
+    choice = Choice(index, tokenizer, request.stop, lists_tokens=lists_tokens(request))
     if isinstance(request, CompletionRequest) and request.echo and not wanted.echo_logprobs:
         yield choice.echo(wanted.prompt)
     if wanted.max_tokens == 0 and not wanted.echo_logprobs:
         yield Piece(index, finish_reason="length")
         return
-    async with aclosing(decode(placement, request.model, wanted)) as steps:
+    async with aclosing(decoded) as steps:
         async for batch in steps:
             piece, n_tokens = choice.take(batch)
             usage["completion_tokens"] += n_tokens
@@ -80,7 +80,7 @@ async def choice_pieces(
 
 
 def sequence_request(
-    request: CompletionRequest | ChatRequest, prompt: list[int], *, max_tokens: int, top_k: int, seed: int
+    request: CompletionRequest | ChatRequest, prompt: list[int], *, max_tokens: int, top_k: int, seed: int | None
 ) -> Request:
     """The engine's request for one choice.
 
@@ -134,8 +134,14 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, request: ChatRequest) -> lis
 class Choice:
     """One choice of an answer: the text that is certain so far, and the tokens whose text is not yet."""
 
-    def __init__(self, index: int, tokenizer: PreTrainedTokenizerBase, stop: list[str]) -> None:
-        self.index = index
+    def __init__(
+        self, index: int, tokenizer: PreTrainedTokenizerBase, stop: list[str], *, lists_tokens: bool = True
+    ) -> None:
+        """
+        Args:
+            lists_tokens: whether pieces have their tokens beside their text, which costs more than the text.
+        """
+        self.index, self._by_token = index, lists_tokens or bool(stop)
         self._tokenizer = tokenizer
         self._prompt, self._answer = TextAssembler(tokenizer), TextAssembler(tokenizer, stop)
         self._prompt_open, self._length = True, 0
@@ -149,6 +155,8 @@ class Choice:
 
     def take(self, steps: list[Step]) -> tuple[Piece, int]:
         """The text that has become certain, with the tokens that begin in it and why it ended; how many tokens were new."""
+        if not self._by_token:
+            return self._take_text(steps), len(steps)
         new, reason, n_tokens = "", None, 0
         for step in steps:
             n_tokens += not step.in_prompt
@@ -167,6 +175,12 @@ class Choice:
         sure = [token for token in self._unsure if at_end or token.offset < self._length]
         self._unsure = self._unsure[len(sure) :]
         return Piece(self.index, new, sure, reason), n_tokens
+
+    def _take_text(self, steps: list[Step]) -> Piece:
+        """As `take`, all tokens at once."""
+        reason = steps[-1].finish_reason
+        new = self._answer.push(*(step.token for step in steps if step.finish_reason != "stop"))
+        return Piece(self.index, new + (self._answer.finish() if reason else ""), finish_reason=reason)
 
     def _token(self, step: Step, offset: int) -> TokenPiece:
         return TokenPiece(

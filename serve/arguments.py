@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +19,14 @@ class AppArguments(BaseModel):
     evaluation marks as served."""
     dense: bool = True
     """Whether the dense control is loaded too, as the model "dense"."""
+    engine: Literal["own", "vllm"] = "own"
+    """vllm: every expert is a stock vLLM engine of its own, in deployments Expert0 and so on, and one expert at a time
+    decodes a text. own: this project's engine, which mixes the experts' distributions."""
+    own_engine: bool = False
+    """With engine=vllm: whether expert groups run beside the engines, for requests that need a mixture or else more than vLLM
+    does. Without them such requests are refused."""
+    vllm: dict[str, Any] = {}
+    """vLLM's own engine arguments (`EngineArgs`), such as gpu_memory_utilization, quantization or tensor_parallel_size."""
     experts_per_group: int | None = Field(default=None, ge=1)
     """Experts of one deployment, ExpertGroup0 and so on; None: all, in the deployment ExpertGroup."""
     resident_experts: int | None = Field(default=None, ge=1)
@@ -28,16 +36,18 @@ class AppArguments(BaseModel):
     likelihood of the text. Every `top_k` has the settings that the evaluation tuned and reported for it. None: as in the row
     that the run's evaluation marks as served."""
     group_cpus: float = Field(default=1.0, ge=0)
-    """CPUs that Ray sets aside for a replica of a group."""
+    """CPUs that Ray sets aside for a replica of a group, or of a vLLM engine."""
     group_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of a replica of a group, fractions allowed. Above 0 its experts and their caches are on the GPU."""
+    """GPUs of a replica of a group or of a vLLM engine, fractions allowed. Above 0 its models and their caches are on the GPU.
+    Of a fraction, vLLM takes that much of 0.9 of the GPU's memory, unless `vllm` says gpu_memory_utilization."""
     autoscaling: dict[str, Any] | None = None
-    """Serve's AutoscalingConfig of every group, each scaled by its own load; `min_replicas: 0` lets cold ones go.
+    """Serve's AutoscalingConfig of every group or engine, each scaled by its own load; `min_replicas: 0` lets cold ones go.
     None: one replica each, or what `deployments` of a configuration say."""
     max_sequences: int = Field(default=32, ge=1)
-    """Sequences that an expert group decodes at once; more wait."""
+    """Sequences that an expert group or a vLLM engine decodes at once; more wait."""
     cache_tokens: int = Field(default=32768, ge=1)
-    """Tokens of all sequences that each expert has memory for: 2 x layers x hidden size x 4 bytes a token."""
+    """Tokens of all sequences that each expert has memory for: 2 x layers x hidden size x 4 bytes a token.
+    A vLLM engine on a GPU measures its memory itself."""
     max_in_flight: int = Field(default=128, ge=1)
     """Sequences that a gateway has taken on, decoding or waiting; requests beyond are answered with 503."""
     max_choices: int = Field(default=64, ge=1)

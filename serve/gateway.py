@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -25,12 +24,14 @@ from cbtm_ray import files
 from cbtm_ray.corpus.tokenizer import encode
 from cbtm_ray.decode import sequence
 from cbtm_ray.decode.engine import check_room
+from cbtm_ray.decode.one_expert import unlike_one_expert
 from cbtm_ray.errors import UserError
-from cbtm_ray.merge.ensemble import load_ensemble
+from cbtm_ray.merge.ensemble import ensemble_of_one, load_ensemble
 from cbtm_ray.merge.scores import check_top_k
 
-from .answer import chat_prompt, choice_pieces, events, merged, sequence_request, total
+from .answer import chat_prompt, choice_pieces, decode, events, merged, sequence_request, total
 from .arguments import AppArguments
+from .expert_engines import ExpertEngines
 from .limits import BodyLimits, Refused, among, bearer_of, out_of_bounds, read_tokens, refusal
 from .placement import DENSE_MODEL, ENSEMBLE, Layout, Placement
 from .protocol import ChatRequest, CompletionRequest, Error, ExpertState, Piece, choice_of
@@ -94,17 +95,28 @@ class Gateway:
     """Validates requests, sends their sequences to the expert group, and makes answers of what comes back."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, arguments: AppArguments, layout: Layout, groups: list[DeploymentHandle], registry: DeploymentHandle
+        self,
+        arguments: AppArguments,
+        layout: Layout,
+        groups: list[DeploymentHandle],
+        registry: DeploymentHandle,
+        engines: dict[str, list[DeploymentHandle]],
     ) -> None:
         self.arguments, self.registry = arguments, registry
         self.client_tokens = read_tokens(arguments.client_tokens, "client_tokens")
         self.admin_tokens = read_tokens(arguments.admin_tokens, "admin_tokens")
         ensemble, self.tokenizer = load_ensemble(arguments.run_dir, [], routing=arguments.routing)
-        self.top_k = arguments.top_k or ensemble.served_top_k
-        self.placement = Placement(layout, groups, registry, ensemble)
+        self.placement = Placement(layout, groups, registry, ensemble) if groups else None
+        self.engines, self.reporting = None, None
+        if engines:
+            alone = ensemble_of_one(ensemble, {}, ensemble.model_config)
+            self.engines = ExpertEngines(engines, ensemble, alone, registry)
+            await self.engines.refresh()
+            self.reporting = asyncio.create_task(self.engines.report_for_ever())
+        self.top_k = arguments.top_k or (1 if engines else ensemble.served_top_k)
         self.sizes = {ENSEMBLE: list(ensemble.routes), DENSE_MODEL: [1]}
         self.experts = {ENSEMBLE: ensemble.n_experts, **({DENSE_MODEL: 1} if arguments.dense else {})}
-        self.ensemble, self.max_length = ensemble, min(ensemble.max_length, arguments.cache_tokens)
+        self.ensemble, self.max_length = ensemble, min(ensemble.max_length - bool(engines), arguments.cache_tokens)
         # A long prompt must not hold up the streams, and a tokenizer is not for several threads: one more for a thread.
         self.encoder, self.encoding = copy.deepcopy(self.tokenizer), ThreadPoolExecutor(1)
         self.longest_token = max(len(token) for token in self.tokenizer.get_vocab())
@@ -138,7 +150,7 @@ class Gateway:
     async def list_experts(self) -> dict[str, Any]:
         """Every expert: its cluster, and what it has served since the endpoint was started; and how experts are mixed where
         a request does not say."""
-        mixed = {"routing": self.arguments.routing, "top_k": self.top_k}
+        mixed = {"routing": self.arguments.routing, "top_k": self.top_k, "engine": self.arguments.engine}
         return {"object": "list", "data": await self._experts(), **mixed}
 
     @web.put("/v1/experts/{cluster}", dependencies=ADMINISTRATOR)
@@ -239,16 +251,27 @@ class Gateway:
         """What the expert group is to decode: n sequences for each prompt."""
         sizes = self.sizes[request.model]
         top_k = request.cbtm.top_k or min(max(self.top_k, min(sizes)), max(sizes))
-        seed = secrets.randbits(62) if request.seed is None else request.seed
         check_top_k(top_k, sizes)
+        seeds = [None if request.seed is None else request.seed + index for index in range(request.n)]
         found = [
-            sequence_request(request, prompt, max_tokens=max_tokens, top_k=top_k, seed=seed + index)
+            sequence_request(request, prompt, max_tokens=max_tokens, top_k=top_k, seed=seed)
             for prompt in prompts
-            for index in range(request.n)
+            for seed in seeds
         ]
         for one in found:
-            check_room(one, self.ensemble, self.arguments.cache_tokens)
+            check_room(one, self.ensemble.max_length, self.arguments.cache_tokens)
+            if self.placement is None and (reason := unlike_one_expert(one, self.ensemble.max_length)):
+                raise UserError(f"{reason}, which engine=vllm does not do. Change it, or start with own_engine=true.")
         return found
+
+    def _decode(
+        self, request: CompletionRequest | ChatRequest, wanted: sequence.Request
+    ) -> AsyncGenerator[list[sequence.Step]]:
+        """By a vLLM engine, if there are any and one can; else by an expert group."""
+        if self.engines is not None and unlike_one_expert(wanted, self.ensemble.max_length) is None:
+            return self.engines.decode(request.model, wanted, streamed=request.stream)
+        assert self.placement is not None, "the request was checked"
+        return decode(self.placement, request.model, wanted)
 
     async def _pieces(
         self, request: CompletionRequest | ChatRequest, sequences: list[sequence.Request], usage: dict[str, int]
@@ -260,7 +283,7 @@ class Gateway:
         self.measured["in_flight"].set(self.in_flight)
         try:
             streams = [
-                choice_pieces(index, one, request, self.tokenizer, self.placement, usage)
+                choice_pieces(index, one, request, self.tokenizer, self._decode(request, one), usage)
                 for index, one in enumerate(sequences)
             ]
             async with aclosing(merged(streams)) as parts:

@@ -105,7 +105,7 @@ class DecodingOptions(Wire):
     n: int = Field(default=1, ge=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """Choice i of a prompt is drawn with seed + i; None: with one of the server's choice."""
+    """Choice i of a prompt is drawn with seed + i; None: no two choices are drawn alike."""
     stop: Annotated[list[Text], BeforeValidator(_stops), WithJsonSchema(STOP_SCHEMA)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -248,6 +248,12 @@ def _chat_logprob(token: TokenPiece) -> dict[str, Any]:
 
 def _chat_token(text: str, logprob: float | None) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def lists_tokens(request: CompletionRequest | ChatRequest) -> bool:
+    """Whether the answer has more of its tokens than their text."""
+    logprobs = request.logprobs if isinstance(request, ChatRequest) else request.logprobs is not None
+    return logprobs or request.cbtm.return_routing
 
 
 def _routing(piece: Piece, request: DecodingOptions) -> dict[str, Any]:

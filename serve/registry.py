@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import uuid
 from collections import Counter
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
+from .remote_experts import REPLICA_LOST
+
+logger = logging.getLogger("ray.serve")
+
+REPORT_EVERY_S = 1.0
 TOLD_S = 10.0
 """How long a change waits for replicas, which report every second. A replica that is silent for longer is gone."""
 
@@ -64,3 +72,27 @@ class ExpertRegistry:
     async def stats(self) -> tuple[Counter[int], Counter[int], set[int]]:
         """Requests and tokens by cluster, and the disabled experts."""
         return self.requests, self.tokens, self.disabled or set()
+
+
+class Reporter:
+    """What a replica that routes texts has served since its last report, and which experts it leaves out."""
+
+    def __init__(self, registry: DeploymentHandle) -> None:
+        self.requests, self.tokens = Counter[int](), Counter[int]()
+        self.disabled: set[int] | None = None
+        """Set by the replica when the disabled experts take no part any more. None: not told yet."""
+        self._registry, self._name = registry, uuid.uuid4().hex
+
+    async def report(self) -> set[int] | None:
+        """Report to the registry; the disabled experts, by cluster."""
+        requests, tokens = self.requests.copy(), self.tokens.copy()
+        self.requests.clear()
+        self.tokens.clear()
+        try:
+            # A new registry knows nothing; a replica that knows better tells it before this one reports again.
+            return await self._registry.report.remote(self._name, requests, tokens, self.disabled) or set()
+        except REPLICA_LOST as lost:  # another one comes, and is told next time
+            logger.warning("The registry died under a report: %s", lost)
+            self.requests.update(requests)
+            self.tokens.update(tokens)
+            return self.disabled

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,17 +21,16 @@ from cbtm_ray import files
 from cbtm_ray.decode.engine import Engine
 from cbtm_ray.decode.remote import RemoteScorer, ScoreRequest
 from cbtm_ray.decode.sequence import Request, Step
-from cbtm_ray.merge.ensemble import load_ensemble
-from cbtm_ray.merge.routers import Route
+from cbtm_ray.merge.ensemble import ensemble_of_one, load_ensemble
 from cbtm_ray.models import load_model
 from cbtm_ray.stages import DENSE_FOLDER
 
 from .placement import DENSE_MODEL, ENSEMBLE, Layout
-from .remote_experts import REPLICA_LOST, RemoteClient, RemoteServer
+from .registry import REPORT_EVERY_S, Reporter
+from .remote_experts import RemoteClient, RemoteServer
 
 logger = logging.getLogger("ray.serve")
 
-REPORT_EVERY_S = 1.0
 MESSAGE_S = 0.002
 """Between two messages of a stream, for every other stream: a little more than a message costs two cores, 1.3 ms by the speeds
 with and without the endpoint (docs/LOG.md). Many streams would spend more on messages than on tokens."""
@@ -61,19 +58,12 @@ class ExpertGroup:
         ensemble, _ = load_ensemble(run_dir, here, routing=routing, resident=resident_experts, device=device)
         room: dict[str, Any] = {"max_sequences": max_sequences, "cache_tokens": cache_tokens}
         self.engines = {ENSEMBLE: Engine(ensemble, **room, remote=RemoteClient(layout).ask)}
-        if dense and index == 0:  # an ensemble of one
+        if dense and index == 0:
             model = torch.nn.Module.to(load_model(files.join(run_dir, DENSE_FOLDER)).eval(), device)
-            routes = {1: Route(routing="uniform", top_k=1, settings={}, prefix_tokens=0)}
-            centers_KD = ensemble.centers_KD[:1]
-            alone = replace(
-                ensemble, experts={0: model}, model_config=model.config, centers_KD=centers_KD, routes=routes
-            )
-            self.engines[DENSE_MODEL] = Engine(alone, **room)
+            self.engines[DENSE_MODEL] = Engine(ensemble_of_one(ensemble, {0: model}, model.config), **room)
         self.remote_server = RemoteServer(RemoteScorer(ensemble, cache_tokens))
         self.n_experts, self.n_tokens = ensemble.n_experts, 0
-        self.disabled: set[int] | None = None  # not told yet
-        self.registry, self._name = registry, uuid.uuid4().hex
-        self._requests, self._tokens = Counter[int](), Counter[int]()
+        self.reporter = Reporter(registry)
         self._streams: dict[tuple[str, int], asyncio.Queue[Step | BaseException]] = {}
         self._left: list[tuple[str, int]] = []
         self._between_steps, self._work = asyncio.Lock(), asyncio.Event()
@@ -131,25 +121,15 @@ class ExpertGroup:
                 self._left.append(sequence)
                 self._work.set()
             if model == ENSEMBLE:
-                self._requests.update(experts)
+                self.reporter.requests.update(experts)
 
     async def refresh(self) -> None:
         """Report to the registry, and let those experts take part that it names."""
-        requests, tokens = self._requests.copy(), self._tokens.copy()
-        self._requests.clear()
-        self._tokens.clear()
-        try:
-            # A new registry knows nothing; a group that knows better tells it before this one reports again.
-            disabled = await self.registry.report.remote(self._name, requests, tokens, self.disabled) or set()
-        except REPLICA_LOST as lost:  # another one comes, and is told next time
-            logger.warning("The registry died under a report: %s", lost)
-            self._requests.update(requests)
-            self._tokens.update(tokens)
-            return
-        if disabled != self.disabled:
+        disabled = await self.reporter.report()
+        if disabled is not None and disabled != self.reporter.disabled:
             async with self._between_steps:
                 self.engines[ENSEMBLE].set_active(set(range(self.n_experts)) - disabled)
-                self.disabled = disabled
+                self.reporter.disabled = disabled
 
     async def _decode(self) -> None:
         """Step the engines while there is work, and hand every token to its stream."""
@@ -185,7 +165,7 @@ class ExpertGroup:
         if made:  # a step of a long prompt makes none, and counters refuse to add nothing
             self._measured["tokens"].inc(len(made), {"model": model})
         if model == ENSEMBLE:
-            self._tokens.update(experts)
+            self.reporter.tokens.update(experts)
             for expert, count in experts.items():
                 self._measured["expert_tokens"].inc(count, {"expert": str(expert)})
         self._measured["running"].set(engine.running, {"model": model})

@@ -225,7 +225,7 @@ class Engine:
         for token in request.prompt:
             if not 0 <= token < vocabulary:
                 raise UserError(f"prompt={token} must be token ids from 0 to {vocabulary - 1}.")
-        check_room(request, self.ensemble, self._cache_tokens)
+        check_room(request, self.ensemble.max_length, self._cache_tokens)
 
 
 def generate(ensemble: Ensemble, request: Request) -> Iterator[Step]:
@@ -249,10 +249,10 @@ def slots_needed(request: Request) -> int:
     return len(request.prompt) + max(request.max_tokens, 1)
 
 
-def check_room(request: Request, ensemble: Ensemble, cache_tokens: int) -> None:
+def check_room(request: Request, max_length: int, cache_tokens: int) -> None:
     """UserError: a request needs more slots than the cache has, or more positions than the model."""
     needed = slots_needed(request)
-    for bound, most in (("max_position_embeddings", ensemble.max_length), ("cache_tokens", cache_tokens)):
+    for bound, most in (("max_position_embeddings", max_length), ("cache_tokens", cache_tokens)):
         if needed > most:
             raise UserError(
                 f"max_tokens={request.max_tokens} with a prompt of {len(request.prompt)} tokens takes {needed} positions, "

@@ -32,7 +32,8 @@ class Sampling:
     """At least 1: only so many most probable tokens are drawn from. Not to be confused with top_k, the experts mixed."""
     top_p: float = 1.0
     """Share of the probability kept, in (0, 1]: the most probable tokens that together hold it."""
-    seed: int = 0
+    seed: int | None = 0
+    """None: no two draws alike."""
 
     def __post_init__(self) -> None:
         allowed = {
@@ -42,7 +43,7 @@ class Sampling:
             "temperature": (self.temperature >= 0, "at least 0"),
             "top_k_tokens": (self.top_k_tokens is None or self.top_k_tokens >= 1, "at least 1, or left out"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "seed": (self.seed >= 0, "at least 0"),
+            "seed": (self.seed is None or self.seed >= 0, "at least 0, or left out"),
         }
         for name, (holds, bound) in allowed.items():
             if not holds:

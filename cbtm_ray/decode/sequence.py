@@ -114,7 +114,7 @@ class Sequence:
         self.drafts: list[int] = []
         """Tokens that are proposed to follow; some experts have read them already."""
         seed, n_given = request.sampling.seed, len(request.answer)
-        if request.strategy == "lockstep" or not n_given:
+        if seed is None or request.strategy == "lockstep" or not n_given:
             self.random = np.random.default_rng(seed)
             self.random.random(n_given)  # lockstep draws once per token
         else:  # the number of draws so far is not known, and draws must not repeat

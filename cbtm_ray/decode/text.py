@@ -30,9 +30,9 @@ class TextAssembler:
         self._done = 0  # the text of the tokens before this position has been decoded
         self._held = ""
 
-    def push(self, token_id: int) -> str:
-        """Take the next token; the text that is final now, often ""."""
-        self._token_ids.append(token_id)
+    def push(self, *token_ids: int) -> str:
+        """Take the next tokens; the text that is final now, often "". Of several at once none is known to end it."""
+        self._token_ids.extend(token_ids)
         new = self._new_text()
         if not new or new.endswith(_INCOMPLETE):
             return ""

@@ -6,7 +6,7 @@ K experts, D embedding dimensions.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,21 @@ class Ensemble:
         """A router of a new, empty context to `top_k` of the active experts."""
         centers_KD = self.centers_KD.double().numpy()
         return ContextRouter(self.routes[top_k], self.embedder.context(), centers_KD, active, self.ngrams)
+
+
+def ensemble_of_one(
+    ensemble: Ensemble, experts: Mapping[int, PreTrainedModel], model_config: PretrainedConfig
+) -> Ensemble:
+    """One model, such as the dense control, as an ensemble: all tokens are its own."""
+    route = Route(routing="uniform", top_k=1, settings={}, prefix_tokens=0)
+    return replace(
+        ensemble,
+        experts=experts,
+        model_config=model_config,
+        centers_KD=ensemble.centers_KD[:1],
+        routes={1: route},
+        ngrams=None,
+    )
 
 
 def servable_routers(run_dir: str) -> dict[str, dict[int, Route]]:

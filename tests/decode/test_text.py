@@ -67,6 +67,13 @@ def streamed(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
     return "".join([*map(assembler.push, token_ids), assembler.finish()])
 
 
+@given(token_ids=st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=12), size=st.integers(2, 5))
+def test_tokens_may_come_several_at_once(token_ids: list[int], size: int) -> None:
+    assembler = TextAssembler(TOKENIZER)
+    pieces = [assembler.push(*token_ids[at : at + size]) for at in range(0, len(token_ids), size)]
+    assert "".join([*pieces, assembler.finish()]) == streamed(TOKENIZER, token_ids)
+
+
 @pytest.mark.parametrize("kind", WHOLE_CHARACTERS)
 @given(data=st.data())
 def test_any_tokens_read_as_they_read_together(kind: str, data: st.DataObject) -> None:
