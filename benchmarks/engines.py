@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.served_run import make_run, parser
-from benchmarks.serving import make_prompts, our_server
+from benchmarks.serving import CACHE_TOKENS, make_prompts, our_server
 from benchmarks.streams import Load, measure
 from benchmarks.vllm_servers import our_vllm, stock_vllm
 from cbtm_ray import files
@@ -33,7 +33,6 @@ from cbtm_ray.merge.ensemble import load_ensemble
 from cbtm_ray.stages import expert_folder
 from serve.vllm_engine import cache_bytes
 
-CACHE_TOKENS = 32768
 STOCK, OURS, OURS_ALL = "stock vLLM, one expert", "engine=vllm, one expert's prompts", "engine=vllm, all experts"
 OWN_1, OWN_2 = "own engine, top-1", "own engine, top-2"
 Found = dict[tuple[str, int], tuple[Load, Load]]
@@ -70,16 +69,16 @@ def compare(run_dir: str, args: argparse.Namespace) -> Found:
         room = CACHE_TOKENS * cache_bytes(ensemble.model_config, "float32")
         stock = stock_vllm(folder, args.port + 1, max_sequences=most, cache_bytes=room)
         found = _measure(lambda: stock, {STOCK: ({"model": "expert"}, one)}, args)
-    options: dict[str, Any] = {"max_sequences": most, "cache_tokens": CACHE_TOKENS, "dense": False}
+    options: dict[str, Any] = {"max_sequences": most, "dense": False}
     top_1, top_2 = ({"model": "cbtm", "cbtm": {"top_k": top_k}} for top_k in (1, 2))
     share = 1.0 / ensemble.n_experts
     found |= _measure(
-        lambda: our_vllm(run_dir, args.port, group_cpus=share, **options),
+        lambda: our_vllm(run_dir, args.port, group_cpus=share, cache_tokens=CACHE_TOKENS, **options),
         {OURS: (top_1, one), OURS_ALL: (top_1, everything)},
         args,
     )
     found |= _measure(
-        lambda: our_server(run_dir, args.port, **{**options, "dense": True}),
+        lambda: our_server(run_dir, args.port, **options),
         {OWN_1: (top_1, one), OWN_2: (top_2, one)},
         args,
     )
