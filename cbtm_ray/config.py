@@ -221,6 +221,9 @@ class TrainConfig:
     """Controls to train, each on the same budget: experts of documents split by chance, by k-means without balance, or by
     `corpus.domain_column`; and one mixture of experts, the seed upcycled to `cluster.n_clusters` experts of which two run.
     They may be added to a finished run, whose evaluation is then to be redone."""
+    trainable: ExpertsOnly[Literal["all", "ffn"]] = "all"
+    """ffn: experts, those of controls too, train their feed-forward layers alone, so that `jobs.export_moe` merges them exactly;
+    attention, embeddings and norms stay the seed's. The dense control and 'moe' train all weights in any case."""
     batch_size: Count = 16
     """Sequences in an optimizer step."""
     micro_batch_size: Execution[Count | None] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cbtm_ray.config import CONTROLS, EXPERTS_ONLY_FIELDS, PARTITION_CONTROLS
 
 _TRAINING = ("train", "-train.controls", "tokens.sequence_length")
+_ONE_MODEL = (*_TRAINING, "-train.trainable")  # trains all weights
 
 STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "corpus": ("run", "corpus"),
@@ -14,10 +15,10 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "ngrams": ("ngrams",),
     "seed": ("seed_model", "train", *(f"-{name}" for name in sorted(EXPERTS_ONLY_FIELDS)), "tokens.sequence_length"),
     "experts": _TRAINING,
-    "controls/dense": _TRAINING,
+    "controls/dense": _ONE_MODEL,
     **{f"shards/controls/{split}": () for split in PARTITION_CONTROLS},
     **{f"ngrams/controls/{split}": ("ngrams",) for split in PARTITION_CONTROLS},
-    **{f"controls/{control}": _TRAINING for control in CONTROLS},
+    **{f"controls/{control}": _ONE_MODEL if control == "moe" else _TRAINING for control in CONTROLS},
     "evaluation": ("evaluate", "tokens.sequence_length", "train.controls"),
     "average": (),
     "fewshot": ("evaluate.max_documents",),
