@@ -221,6 +221,9 @@ class TrainConfig:
     """Controls to train, each on the same budget: experts of documents split by chance, by k-means without balance, or by
     `corpus.domain_column`; and one mixture of experts, the seed upcycled to `cluster.n_clusters` experts of which two run.
     They may be added to a finished run, whose evaluation is then to be redone."""
+    trainable: ExpertsOnly[Literal["all", "ffn"]] = "all"
+    """ffn: experts, those of controls too, train their feed-forward layers alone, so that `jobs.export_moe` merges them
+    exactly; attention, embeddings and norms stay the seed's. The dense control and 'moe' train all weights in any case."""
     batch_size: Count = 16
     """Sequences in an optimizer step."""
     micro_batch_size: Execution[Count | None] = None
@@ -367,6 +370,20 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ExportConfig:
+    """What is made of a finished run for other engines."""
+
+    moe_top_k: Count = 1
+    """Experts that the merged mixture of experts runs for a token."""
+    ridge_tokens: Count = 200_000
+    """Training tokens, as many of each cluster, on which its routers are fitted in closed form."""
+    router_tokens: NonNegative = 0
+    """Tokens of all documents on which its routers alone are trained after that, in whole optimizer steps. 0: they are not."""
+    router_learning_rate: Positive = 1e-3
+    """Peak learning rate of that training."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SweepConfig:
     clusters: Execution[tuple[Count, ...]] = ()
     """Numbers of clusters of `jobs.sweep_clusters`. Empty: that of cluster.n_clusters alone."""
@@ -389,6 +406,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     ngrams: NgramsConfig = field(default_factory=NgramsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cbtm_ray.config import CONTROLS, EXPERTS_ONLY_FIELDS, PARTITION_CONTROLS
 
 _TRAINING = ("train", "-train.controls", "tokens.sequence_length")
+_ONE_MODEL = (*_TRAINING, "-train.trainable")  # trains all weights
 
 STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "corpus": ("run", "corpus"),
@@ -14,12 +15,13 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "ngrams": ("ngrams",),
     "seed": ("seed_model", "train", *(f"-{name}" for name in sorted(EXPERTS_ONLY_FIELDS)), "tokens.sequence_length"),
     "experts": _TRAINING,
-    "controls/dense": _TRAINING,
+    "controls/dense": _ONE_MODEL,
     **{f"shards/controls/{split}": () for split in PARTITION_CONTROLS},
     **{f"ngrams/controls/{split}": ("ngrams",) for split in PARTITION_CONTROLS},
-    **{f"controls/{control}": _TRAINING for control in CONTROLS},
+    **{f"controls/{control}": _ONE_MODEL if control == "moe" else _TRAINING for control in CONTROLS},
     "evaluation": ("evaluate", "tokens.sequence_length", "train.controls"),
     "average": (),
+    "export/moe": ("export.moe_top_k", "export.ridge_tokens", "export.router_tokens", "export.router_learning_rate"),
     "fewshot": ("evaluate.max_documents",),
 }  # fmt: skip
 """The configuration fields that each stage itself depends on: fields, or sections less -fields. Earlier stages have their own.
@@ -48,6 +50,7 @@ MADE_FROM: dict[str, tuple[str, ...]] = {
                    *(f"{stage}/controls/{split}" for stage in ("shards", "ngrams") for split in PARTITION_CONTROLS),
                    *(f"controls/{control}" for control in CONTROLS)),
     "average": ("tokenizer", "clusterer", "shards", "experts", "controls/dense", "evaluation"),
+    "export/moe": ("tokenizer", "clusterer", "shards", "experts", "controls/dense", "evaluation"),
     "fewshot": ("tokenizer", "shards"),
 }  # fmt: skip
 """The stages that each stage reads. The seed reads all documents of the shards, whatever their clusters: the seed of a sweep

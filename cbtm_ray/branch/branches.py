@@ -41,7 +41,12 @@ def seed_branch(run: Run) -> Branch:
         name="seed",
         steps=-(-seed.train_tokens // config.tokens_per_step),
         sequence_length=config.tokens.sequence_length,
-        train=replace(config.train, learning_rate=seed.learning_rate, final_lr_fraction=seed.final_lr_fraction),
+        train=replace(
+            config.train,
+            learning_rate=seed.learning_rate,
+            final_lr_fraction=seed.final_lr_fraction,
+            trainable="all",
+        ),
     )
     return Branch(cluster=None, init=init, spec=spec)
 
@@ -50,7 +55,7 @@ def expert_branches(run: Run) -> list[Branch]:
     """The dense control and the K experts, the longest first.
 
     The control gets as many tokens as all experts together (the paper's compute-matched comparison), so that K = 1 and
-    the dense control are the same run.
+    the dense control are the same run, where all weights are trained.
     """
     steps_K = expert_steps(run)
     return [
@@ -100,7 +105,8 @@ def start_model(run: Run, name: str) -> str:
 
 def _branch(run: Run, name: str, cluster: int | None, steps: int, partition: str | None = None) -> Branch:
     config = run.config
-    spec = TrainSpec(name=name, steps=steps, sequence_length=config.tokens.sequence_length, train=config.train)
+    train = replace(config.train, trainable="all") if cluster is None else config.train  # one model of all documents
+    spec = TrainSpec(name=name, steps=steps, sequence_length=config.tokens.sequence_length, train=train)
     return Branch(cluster=cluster, partition=partition, init=start_model(run, name), spec=spec)
 
 

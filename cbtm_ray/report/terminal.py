@@ -145,6 +145,28 @@ def print_average(run: Run) -> None:
     progress.console.print(f"Hugging Face folders: {run.uri('average')}", soft_wrap=True)
 
 
+def print_moe(run: Run) -> None:
+    """The merged model's perplexity beside the dense control's and the ensemble's."""
+    manifest = run.require("export/moe", "export_moe")
+    table = _table(PERPLEXITY, ("system", "routing"), ("compute", "perplexity", "ratio to dense"))
+    dense = next(row for row in manifest["rows"] if row["system"] == "dense")
+    for row in manifest["rows"]:
+        merged = row["system"] == "merged"
+        name = (
+            f"merged, {row['top_k']} of {run.config.cluster.n_clusters} experts a token" if merged else system_name(row)
+        )
+        compute = f"{row['infer_flops_per_token'] / dense['infer_flops_per_token']:.2f} x"
+        table.add_row(name, row["routing"] or "-", compute, *_measures(row))
+    progress.console.print(table)
+    if not manifest["exact"]:
+        progress.console.print(
+            f"Experts differ in {manifest['averaged']} weights outside their feed-forward layers, which were averaged. Train "
+            "with train.trainable=ffn, and merging is exact.",
+            soft_wrap=True,
+        )
+    progress.console.print(f"Hugging Face folder: {run.uri('export/moe/model')}", soft_wrap=True)
+
+
 def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for name in (*left, *right):

@@ -22,6 +22,7 @@ from cbtm_ray.train import flops, parallel
 from cbtm_ray.train.loss import TokenLoss
 from cbtm_ray.train.packed_sequences import PackedSequences
 from cbtm_ray.train.spec import TrainSpec, learning_rate
+from cbtm_ray.train.trainable import freeze_all_but_ffn
 
 if TYPE_CHECKING:  # a run's controller imports this file, and has no use for what it takes seconds to import
     from transformers import PreTrainedModel
@@ -42,6 +43,8 @@ class Trainer:
         self.part_size = spec.train.micro_batch_size or spec.train.batch_size
         with parallel.agreed():
             self._check()
+            if spec.train.trainable == "ffn":
+                freeze_all_but_ffn(model)
             border = None if spec.train.cross_documents else sequences.end_of_text
             token_loss = TokenLoss(model, self._batch(sequences, 0, 1), border=border)
             if spec.train.activation_checkpointing:

@@ -69,3 +69,15 @@ def test_a_budget_by_size_follows_the_clusters_tokens_and_sums_to_the_same(tiny_
 def test_one_expert_is_given_what_the_dense_control_is_given(tiny_config: Config, tmp_path: Path) -> None:
     dense, expert = expert_branches(one_cluster(tiny_config, tmp_path))
     assert expert == dataclasses.replace(dense, cluster=0, spec=dataclasses.replace(dense.spec, name=expert_folder(0)))
+
+
+def test_the_seed_and_the_dense_control_train_all_weights(tiny_config: Config) -> None:
+    run = Run(dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, trainable="ffn")))
+    trained = {branch.spec.name: branch.spec.train.trainable for branch in [seed_branch(run), *expert_branches(run)]}
+    assert trained == {"seed": "all", DENSE_FOLDER: "all", expert_folder(0): "ffn", expert_folder(1): "ffn"}
+    assert "train.trainable" in run.settings("experts")
+    assert not {"train.trainable"} & {
+        *run.settings("seed"),
+        *run.settings("controls/dense"),
+        *run.settings("controls/moe"),
+    }

@@ -21,6 +21,8 @@ SHORT = changed(SPEC, steps=6, checkpoint_every=3, log_every=2, evaluate_every=3
 SPECS = {
     "ddp, in parts": ("llama", changed(SHORT, micro_batch_size=1)),
     "fsdp": ("llama", changed(SHORT, parallel="fsdp")),
+    "ddp, feed-forward layers": ("llama", changed(SHORT, trainable="ffn")),
+    "fsdp, feed-forward layers": ("llama", changed(SHORT, trainable="ffn", parallel="fsdp")),
     "fsdp, tied and in parts": (
         "cohere, which scales its logits",
         changed(SHORT, micro_batch_size=1, parallel="fsdp"),
