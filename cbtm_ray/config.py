@@ -381,6 +381,13 @@ class ExportConfig:
     """Tokens of all documents on which its routers alone are trained after that, in whole optimizer steps. 0: they are not."""
     router_learning_rate: Positive = 1e-3
     """Peak learning rate of that training."""
+    rank: Count = 16
+    """Rank of the adapters that are written; some engines take 8, 16, 32, 64 and so on alone."""
+    embeddings: bool = False
+    """Whether adapters change the token embeddings too. PEFT loads such adapters, vLLM does not where input and output
+    embeddings are one."""
+    ranks: tuple[Count, ...] = (1, 4, 16, 64)
+    """Ranks whose perplexity is measured beside it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -16,7 +16,7 @@ from cbtm_ray.corpus import build
 from cbtm_ray.corpus.sample import sample_texts
 from cbtm_ray.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from cbtm_ray.evaluate import average, domain_task, results
-from cbtm_ray.export import moe
+from cbtm_ray.export import extract_adapters, moe
 from cbtm_ray.model_checks import check_fewshot
 from cbtm_ray.ray_session import check_installed
 from cbtm_ray.report import terminal
@@ -84,6 +84,13 @@ CONTROL_STAGES: dict[str, list[ControlStage]] = {
 EXTRA_JOBS: dict[str, list[Stage]] = {
     "average_experts": [("average", average.average_experts, "uniform and by routing weights")],
     "export_moe": [("export/moe", moe.export_moe, "{parameters:,} parameters, routers from {ridge_tokens:,} tokens")],
+    "extract_adapters": [
+        (
+            "export/adapters",
+            extract_adapters.extract_adapters,
+            "rank {rank}; least that keeps 95 % of the gain: {least_rank}",
+        )
+    ],
     "make_fewshot_task": [("fewshot", domain_task.make_task, "{examples} examples; for evaluate.fewshot: {task}")],
 }
 """Jobs on a finished run, beyond `run_all`."""
@@ -109,7 +116,11 @@ def run_job(run: Run, job: str) -> None:
         terminal.print_results(run)
     if job == "average_experts":
         terminal.print_average(run)
+    if job == "extract_adapters":
+        terminal.write_report(run, summaries(run))
+        terminal.print_adapters(run)
     if job == "export_moe":
+        terminal.write_report(run, summaries(run))
         terminal.print_moe(run)
 
 

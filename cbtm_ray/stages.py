@@ -22,6 +22,7 @@ STAGE_SETTINGS: dict[str, tuple[str, ...]] = {
     "evaluation": ("evaluate", "tokens.sequence_length", "train.controls"),
     "average": (),
     "export/moe": ("export.moe_top_k", "export.ridge_tokens", "export.router_tokens", "export.router_learning_rate"),
+    "export/adapters": ("export.rank", "export.ranks", "export.embeddings"),
     "fewshot": ("evaluate.max_documents",),
 }  # fmt: skip
 """The configuration fields that each stage itself depends on: fields, or sections less -fields. Earlier stages have their own.
@@ -51,6 +52,7 @@ MADE_FROM: dict[str, tuple[str, ...]] = {
                    *(f"controls/{control}" for control in CONTROLS)),
     "average": ("tokenizer", "clusterer", "shards", "experts", "controls/dense", "evaluation"),
     "export/moe": ("tokenizer", "clusterer", "shards", "experts", "controls/dense", "evaluation"),
+    "export/adapters": ("tokenizer", "clusterer", "shards", "ngrams", "seed", "experts", "controls/dense", "evaluation"),
     "fewshot": ("tokenizer", "shards"),
 }  # fmt: skip
 """The stages that each stage reads. The seed reads all documents of the shards, whatever their clusters: the seed of a sweep

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from cbtm_ray.decode.sampling import Sampling
@@ -113,22 +112,6 @@ def sequence_request(
             "lockstep"  # its text can go on in another replica; speculative sampling is for one sequence at a time
         )
     return replace(wanted, strategy=strategy)
-
-
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, request: ChatRequest) -> list[int]:
-    """The messages as the tokenizer's chat template writes them.
-
-    Raises:
-        Refused: it has none, or will not take these messages.
-    """
-    if not tokenizer.chat_template:
-        message = "This run's tokenizer has no chat template. Use /v1/completions."
-        raise Refused(400, message, param="messages", code="no_chat_template")
-    messages = [message.model_dump() for message in request.messages]
-    try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    except TemplateError as problem:
-        raise Refused(400, f"messages: {problem.message}", param="messages", code="invalid_value") from None
 
 
 class Choice:

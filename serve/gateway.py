@@ -4,8 +4,7 @@ import asyncio
 import copy
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,6 @@ from ray.util import metrics
 from starlette.exceptions import HTTPException
 
 from cbtm_ray import files
-from cbtm_ray.corpus.tokenizer import encode
 from cbtm_ray.decode import sequence
 from cbtm_ray.decode.engine import check_room
 from cbtm_ray.decode.one_expert import unlike_one_expert
@@ -29,11 +27,12 @@ from cbtm_ray.errors import UserError
 from cbtm_ray.merge.ensemble import ensemble_of_one, load_ensemble
 from cbtm_ray.merge.scores import check_top_k
 
-from .answer import chat_prompt, choice_pieces, decode, events, merged, sequence_request, total
+from .answer import choice_pieces, decode, events, merged, sequence_request, total
 from .arguments import AppArguments
 from .expert_engines import ExpertEngines
 from .limits import BodyLimits, Refused, among, bearer_of, out_of_bounds, read_tokens, refusal
 from .placement import DENSE_MODEL, ENSEMBLE, Layout, Placement
+from .prompts import PromptReader
 from .protocol import ChatRequest, CompletionRequest, Error, ExpertState, Piece, choice_of
 
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error}, 503: {"model": Error}}
@@ -117,9 +116,7 @@ class Gateway:
         self.sizes = {ENSEMBLE: list(ensemble.routes), DENSE_MODEL: [1]}
         self.experts = {ENSEMBLE: ensemble.n_experts, **({DENSE_MODEL: 1} if arguments.dense else {})}
         self.ensemble, self.max_length = ensemble, min(ensemble.max_length - bool(engines), arguments.cache_tokens)
-        # A long prompt must not hold up the streams, and a tokenizer is not for several threads: one more for a thread.
-        self.encoder, self.encoding = copy.deepcopy(self.tokenizer), ThreadPoolExecutor(1)
-        self.longest_token = max(len(token) for token in self.tokenizer.get_vocab())
+        self.prompts = PromptReader(self.tokenizer, arguments.max_prompt_tokens)
         self.clusters = _clusters(arguments.run_dir)
         self.started, self.in_flight, self.measured = int(time.time()), 0, _metrics()
 
@@ -170,14 +167,14 @@ class Gateway:
     async def completions(self, request: CompletionRequest) -> Response:
         """Continue prompts."""
         self._check(request, len(request.prompt))
-        prompts = [await self._tokens(prompt) for prompt in request.prompt]
+        prompts = [await self.prompts.tokens(prompt) for prompt in request.prompt]
         return await self._answer(request, prompts, request.max_tokens)
 
     @web.post("/v1/chat/completions", dependencies=CLIENT, responses=STREAM)
     async def chat_completions(self, request: ChatRequest) -> Response:
         """Answer a chat."""
         self._check(request, 1)
-        prompt = self._checked(await self._encode(chat_prompt, self.encoder, request))
+        prompt = await self.prompts.chat_tokens(request)
         room = max(min(self.arguments.max_tokens, self.max_length - len(prompt)), 1)
         return await self._answer(request, [prompt], request.max_completion_tokens or request.max_tokens or room)
 
@@ -202,26 +199,6 @@ class Gateway:
         asked = [request.max_tokens, request.max_completion_tokens if isinstance(request, ChatRequest) else None]
         if max(tokens or 0 for tokens in asked) > self.arguments.max_tokens:
             raise out_of_bounds("max_tokens", f"max_tokens must be at most {self.arguments.max_tokens}.")
-
-    async def _tokens(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if len(prompt) > self.arguments.max_prompt_tokens * self.longest_token:  # sure without reading it
-                raise self._too_long()
-            return self._checked((await self._encode(encode, self.encoder, [prompt]))[0].tolist())
-        return self._checked(prompt)
-
-    async def _encode(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.encoding, function, *arguments)
-
-    def _checked(self, prompt: list[int]) -> list[int]:
-        if len(prompt) > self.arguments.max_prompt_tokens:
-            raise self._too_long()
-        if prompt and max(prompt) >= len(self.tokenizer):
-            raise out_of_bounds("prompt", f"prompt: token ids must be from 0 to {len(self.tokenizer) - 1}.")
-        return prompt
-
-    def _too_long(self) -> Refused:
-        return out_of_bounds("prompt", f"prompt: must have at most {self.arguments.max_prompt_tokens} tokens.")
 
     async def _answer(
         self, request: CompletionRequest | ChatRequest, prompts: list[list[int]], max_tokens: int

@@ -11,6 +11,7 @@ SYSTEM_NAMES = {
     "seed": "seed, before branching",
     "dense": "dense control",
     "moe": "mixture of experts",
+    "merged": "experts merged into one model",
     "majority": "most frequent label",
 }
 """Systems that do not route."""
@@ -44,7 +45,7 @@ class Trained(TypedDict):
     """A system, and what it took to train."""
 
     system: str
-    """'seed', 'dense', 'moe', 'cbtm' (the ensemble), or a control with experts."""
+    """'seed', 'dense', 'moe', 'merged', 'cbtm' (the ensemble), or a control with experts."""
     n_clusters: int
     train_tokens: int
     train_flops: float

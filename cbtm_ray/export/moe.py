@@ -18,8 +18,10 @@ from cbtm_ray.config import Config
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
 from cbtm_ray.evaluate import perplexity
+from cbtm_ray.evaluate.result_rows import ResultRow
 from cbtm_ray.evaluate.scoring import held_out_documents, score_models
 from cbtm_ray.export.moe_router import fit_routers, scale_routers, train_routers
+from cbtm_ray.merge.ensemble import servable_routers
 from cbtm_ray.merge.mixture import average_weights
 from cbtm_ray.models import load_model, load_model_config, save_model
 from cbtm_ray.run import Run
@@ -52,14 +54,22 @@ def export_moe(run: Run) -> dict[str, Any]:
     logprobs, documents = score_models(run, [DENSE_FOLDER, FOLDER]), held_out_documents(run)
     reported_T = documents.token_mask(tuning=False)
     found = documents.summarize(logprobs[FOLDER][reported_T], logprobs[DENSE_FOLDER][reported_T])
-    row = {"system": "merged", "routing": "router", "top_k": top_k, **found}
-    return {**made, "rows": [*_other_rows(run), {**row, "infer_flops_per_token": made["infer_flops_per_token"]}]}
+    others = _other_rows(run)
+    ensemble = next(row for row in others if row["system"] == "cbtm")
+    row: ResultRow = {
+        "system": "merged", "routing": None, "top_k": top_k, "n_clusters": n_clusters,
+        "train_tokens": ensemble["train_tokens"] + made["router_tokens"],
+        "train_flops": ensemble["train_flops"] + made["router_flops"],
+        "infer_flops_per_token": made["infer_flops_per_token"], **found,
+    }  # fmt: skip
+    return {**made, "rows": [*others, row]}
 
 
-def _other_rows(run: Run) -> list[dict[str, Any]]:
-    """The evaluation's rows of the dense control, of 'moe' and of the ensemble."""
+def _other_rows(run: Run) -> list[ResultRow]:
+    """The evaluation's rows of the dense control, of 'moe', and of the routers of the ensemble that are served."""
     rows = files.read_json(run.uri("evaluation", "results.json"))["rows"]
-    return [row for row in rows if row["system"] in ("dense", "moe", "cbtm")]
+    ensemble = [row for row in rows if row["system"] == "cbtm" and row["routing"] in servable_routers(run.dir)]
+    return [*(row for row in rows if row["system"] in ("dense", "moe")), *ensemble]
 
 
 @ray.remote

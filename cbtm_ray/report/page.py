@@ -76,6 +76,8 @@ class ReportData:
     sample_text: list[SampleToken] = field(default_factory=list)
     fewshot: list[FewshotRow] = field(default_factory=list)
     prefixes: list[PrefixRow] = field(default_factory=list)
+    adapters: Row | None = None
+    """The manifest of the experts as adapters of the seed, if they were extracted."""
 
     def __post_init__(self) -> None:
         for name, kind in _ROWS.items():

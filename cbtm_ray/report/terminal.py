@@ -13,7 +13,15 @@ from cbtm_ray import files, progress
 from cbtm_ray.branch.branches import control_branches
 from cbtm_ray.config import PARTITION_CONTROLS
 from cbtm_ray.evaluate.prefix_curve import gain_sentence
-from cbtm_ray.evaluate.result_rows import ORACLE, ORACLE_MEANING, Evaluation, FewshotRow, Summary, system_name
+from cbtm_ray.evaluate.result_rows import (
+    ORACLE,
+    ORACLE_MEANING,
+    Evaluation,
+    FewshotRow,
+    ResultRow,
+    Summary,
+    system_name,
+)
 from cbtm_ray.load_config import dump_config
 from cbtm_ray.manifests import ClustererManifest, CurvePoint, ShardsManifest
 from cbtm_ray.report.page import ReportData, fewshot_by_system, fewshot_columns, render_report, verdict
@@ -75,7 +83,8 @@ def collect(run: Run, summaries: dict[str, str]) -> ReportData:
             "size_skew": shards["train"]["size_skew"],
         },
         curves=curves(run),
-        results=evaluation["rows"],
+        results=evaluation["rows"] + _merged_row(run),
+        adapters=run.manifest("export/adapters"),
         domain_rows=evaluation["domains"],
         routing={
             **{key: chosen["settings"].get(key) for key in ("temperature", "beta", "gamma")},
@@ -89,17 +98,18 @@ def collect(run: Run, summaries: dict[str, str]) -> ReportData:
     )
 
 
+def _merged_row(run: Run) -> list[ResultRow]:
+    """The row of the merged mixture of experts, if there is one."""
+    made = run.manifest("export/moe")
+    return [] if made is None else made["rows"][-1:]
+
+
 def print_results(run: Run) -> None:
     """The perplexity table, one sentence that says who won, and what to do next."""
     evaluation: Evaluation = files.read_json(run.uri("evaluation", "results.json"))
-    table = _table(PERPLEXITY, ("system", "routing"), ("compute", "perplexity", "ratio to dense"))
     dense = next(row for row in evaluation["rows"] if row["system"] == "dense")
     best = next(row for row in evaluation["rows"] if row.get("chosen"))
-    for row in evaluation["rows"]:
-        compute = f"{row['infer_flops_per_token'] / dense['infer_flops_per_token']:.2f} x"
-        name = system_name(row) + (" *" if row is best else "") + (" +" if row.get("served") else "")
-        table.add_row(name, row["routing"] or "-", compute, *_measures(row))
-    progress.console.print(table)
+    progress.console.print(_results_table(evaluation["rows"]))
     progress.console.print("compute: of inference, dense control = 1; experts that are run only for routing count too")
     if any(row["routing"] == ORACLE for row in evaluation["rows"]):
         progress.console.print(f"oracle: {ORACLE_MEANING}", soft_wrap=True)
@@ -113,6 +123,16 @@ def print_results(run: Run) -> None:
     progress.console.print(f"Report: {run.uri('report.html')}", soft_wrap=True)
     if not run.config.run.shared:  # a sweep's point lacks the stages that its folders share
         progress.console.print(f"Next, serve it: {serve_command(run.dir)}", soft_wrap=True)
+
+
+def _results_table(rows: list[ResultRow]) -> Table:
+    table = _table(PERPLEXITY, ("system", "routing"), ("compute", "perplexity", "ratio to dense"))
+    dense = next(row for row in rows if row["system"] == "dense")
+    for row in rows:
+        compute = f"{row['infer_flops_per_token'] / dense['infer_flops_per_token']:.2f} x"
+        name = system_name(row) + (" *" if row.get("chosen") else "") + (" +" if row.get("served") else "")
+        table.add_row(name, row["routing"] or "-", compute, *_measures(row))
+    return table
 
 
 def serve_command(run_dir: str) -> str:
@@ -148,16 +168,7 @@ def print_average(run: Run) -> None:
 def print_moe(run: Run) -> None:
     """The merged model's perplexity beside the dense control's and the ensemble's."""
     manifest = run.require("export/moe", "export_moe")
-    table = _table(PERPLEXITY, ("system", "routing"), ("compute", "perplexity", "ratio to dense"))
-    dense = next(row for row in manifest["rows"] if row["system"] == "dense")
-    for row in manifest["rows"]:
-        merged = row["system"] == "merged"
-        name = (
-            f"merged, {row['top_k']} of {run.config.cluster.n_clusters} experts a token" if merged else system_name(row)
-        )
-        compute = f"{row['infer_flops_per_token'] / dense['infer_flops_per_token']:.2f} x"
-        table.add_row(name, row["routing"] or "-", compute, *_measures(row))
-    progress.console.print(table)
+    progress.console.print(_results_table(manifest["rows"]))
     if not manifest["exact"]:
         progress.console.print(
             f"Experts differ in {manifest['averaged']} weights outside their feed-forward layers, which were averaged. Train "
@@ -165,6 +176,24 @@ def print_moe(run: Run) -> None:
             soft_wrap=True,
         )
     progress.console.print(f"Hugging Face folder: {run.uri('export/moe/model')}", soft_wrap=True)
+
+
+def print_adapters(run: Run) -> None:
+    """The served mixture's perplexity with experts of every rank."""
+    made = run.require("export/adapters", "extract_adapters")
+    title = f"{PERPLEXITY}: top-{made['top_k']}, {made['routing']} routing"
+    table = _table(title, ("rank of the experts",), ("perplexity", "ratio to dense", "of the gain"))
+    for row in made["rows"]:
+        name = {None: "experts as trained", 0: "dense control"}.get(row["rank"], str(row["rank"]))
+        kept = "-" if row.get("gain_kept") is None else f"{100 * row['gain_kept']:.0f} %"
+        table.add_row(name, *_measures(row), kept)
+    progress.console.print(table)
+    left = "norms" if made["embeddings"] else "norms and embeddings (export.embeddings=true adds these)"
+    progress.console.print(
+        f"{100 * made['dropped_share']:.0f} % of the experts' squared change is in weights that these adapters do not hold: "
+        f"{left}. Folders in PEFT's format: {run.uri('export/adapters')}",
+        soft_wrap=True,
+    )
 
 
 def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:

@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from cbtm_ray import files
 from cbtm_ray.export.moe_router import fit_routers
+from cbtm_ray.pipeline import run_job
+from cbtm_ray.run import Run
 from cbtm_ray.sparse import layers, sparse_model, why_not_sparse
 from tests.support.tiny_models import SIZES, make_model
 
@@ -95,3 +105,22 @@ def test_what_has_no_sparse_architecture_is_named() -> None:
     config = make_model().config
     config.mlp_bias = True
     assert why_not_sparse(config) == "its layers have biases, and Mixtral's have none"
+
+
+@pytest.mark.ray
+def test_the_merged_model_of_a_run_is_measured_as_the_evaluation_measures(finished_run: Run) -> None:
+    run_job(finished_run, "export_moe")
+    made = finished_run.manifest("export/moe")
+    assert made is not None
+    assert not made["exact"], "these experts were trained whole"
+    rows = {(row["system"], row["routing"], row["top_k"]): row for row in made["rows"]}
+    merged, dense = rows["merged", None, 1], rows["dense", None, 1]
+    results = files.read_json(finished_run.uri("evaluation", "results.json"))["rows"]
+    assert dense == next(row for row in results if row["system"] == "dense")
+    assert {("cbtm", "ngram", 1), ("cbtm", "ngram", 2), ("cbtm", "embedding", 1)} <= rows.keys()
+    assert merged["ratio_to_dense"] == pytest.approx(merged["ppl"] / dense["ppl"])
+    assert merged["infer_flops_per_token"] > dense["infer_flops_per_token"], "its routers cost something"
+    model = AutoModelForCausalLM.from_pretrained(finished_run.uri("export", "moe", "model"))
+    assert model.config.num_local_experts == 2
+    assert len(AutoTokenizer.from_pretrained(finished_run.uri("export", "moe", "model"))) == 300
+    assert "experts merged into one model" in Path(finished_run.dir, "report.html").read_text()

@@ -36,10 +36,10 @@ from cbtm_ray.merge.scores import ScoredHalf
 from cbtm_ray.models import load_model
 from cbtm_ray.run import Run
 from cbtm_ray.stages import DENSE_FOLDER
-from serve.answer import chat_prompt
 from serve.app import build
 from serve.arguments import AppArguments
 from serve.limits import Refused
+from serve.prompts import chat_prompt
 from serve.protocol import ChatRequest
 from tests.support.browser import CHROMIUM, open_page, screenshot, value_of
 from tests.support.serving import stop_serve
