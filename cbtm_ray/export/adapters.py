@@ -106,6 +106,7 @@ def save_adapter(seed: PreTrainedModel, factors: dict[str, Factors], seed_name: 
             _fill(layer.lora_B["default"].weight, b_OR)
     model.peft_config["default"].base_model_name_or_path = seed_name
     model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # PEFT's card, which says nothing but where the seed lies
 
 
 def _fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
