@@ -31,7 +31,7 @@ from cbtm_ray import files
 from cbtm_ray.corpus.tokenizer import encode
 from cbtm_ray.merge.ensemble import load_ensemble
 from cbtm_ray.stages import expert_folder
-from serve.vllm_engine import cache_bytes
+from serve.vllm_calls import cache_bytes
 
 STOCK, OURS, OURS_ALL = "stock vLLM, one expert", "engine=vllm, one expert's prompts", "engine=vllm, all experts"
 OWN_1, OWN_2 = "own engine, top-1", "own engine, top-2"

@@ -16,12 +16,14 @@ from .gateway import Gateway
 from .placement import DENSE_MODEL, ENSEMBLE, Layout, spread
 from .registry import ExpertRegistry
 from .replica import ExpertGroup
-from .vllm_engine import VLLM_ENV, VLLMEngine
+from .vllm_calls import VLLM_ENV
+from .vllm_engine import VLLMEngine
 
 UNLIMITED = 10_000  # requests in an expert group: the gateways limit what they send
 ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 """For replicas: Serve's own tasks, its router and our code in one event loop, not in three that wake each other for a message.
 Nothing of ours holds a loop up for long: engines and the reading of prompts have threads of their own."""
+ADAPTERS = "export/adapters"
 GPU_SHARE = 0.9
 """Of a GPU's memory, for the engines on it: vLLM's own share of a whole one."""
 
@@ -59,10 +61,14 @@ def build(arguments: AppArguments) -> Application:
 def _check_engine(arguments: AppArguments, routing: str, least_top_k: int) -> None:
     """UserError if the vLLM engines cannot do what the other arguments want."""
     if arguments.engine == "own":
-        for name, idle in (("own_engine", not arguments.own_engine), ("vllm", not arguments.vllm)):
-            if not idle:
+        for name in ("own_engine", "adapters", "vllm"):
+            if getattr(arguments, name):
                 raise UserError(f"{name}={getattr(arguments, name)} needs engine=vllm. Add that, or leave it out.")
         return
+    if arguments.adapters and not files.exists(files.join(arguments.run_dir, ADAPTERS, "manifest.json")):
+        raise UserError(
+            f"adapters=True: run_dir={arguments.run_dir} has none. Run first: python -m jobs.extract_adapters"
+        )
     if not arguments.own_engine and max(arguments.top_k or 1, least_top_k) > 1:
         problem = f"top_k={arguments.top_k}" if (arguments.top_k or 1) > 1 else f"routing={routing!r}"
         raise UserError(
@@ -91,23 +97,28 @@ def _groups(arguments: AppArguments, layout: Layout, registry: Any) -> list[Any]
 
 
 def _engines(arguments: AppArguments, n_experts: int) -> dict[str, list[Any]]:
-    """The deployments of the vLLM engines, by model: one an expert, and one of the dense control."""
+    """The deployments of the vLLM engines, by model and expert: one an expert or one for all, and one of the dense control."""
     engine_class: Any = VLLMEngine
     vllm, gpus = dict(arguments.vllm), arguments.group_gpus
     if 0 < gpus < 1:
         vllm.setdefault("gpu_memory_utilization", GPU_SHARE * gpus)
     end_of_text = load_tokenizer(files.join(arguments.run_dir, "tokenizer")).eos_token_id
 
-    def engine(name: str, folder: str) -> Any:
+    def engine(name: str, folder: str, adapters: dict[int, str] | None = None) -> Any:
         return engine_class.options(name=name, **_replica_options(arguments, ONE_LOOP | VLLM_ENV)).bind(
             files.join(arguments.run_dir, folder),
             end_of_text,
             max_sequences=arguments.max_sequences,
             cache_tokens=arguments.cache_tokens,
             vllm=vllm,
+            adapters=adapters,
         )
 
-    experts = [engine(f"Expert{cluster}", expert_folder(cluster)) for cluster in range(n_experts)]
+    if arguments.adapters:
+        folders = {k: files.join(arguments.run_dir, ADAPTERS, f"cluster={k:04d}") for k in range(n_experts)}
+        experts = [engine("Experts", "seed", folders)] * n_experts
+    else:
+        experts = [engine(f"Expert{cluster}", expert_folder(cluster)) for cluster in range(n_experts)]
     return {ENSEMBLE: experts} | ({DENSE_MODEL: [engine("Dense", DENSE_FOLDER)]} if arguments.dense else {})
 
 

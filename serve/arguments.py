@@ -25,6 +25,9 @@ class AppArguments(BaseModel):
     own_engine: bool = False
     """With engine=vllm: whether expert groups run beside the engines, for requests that need a mixture or else more than vLLM
     does. Without them such requests are refused."""
+    adapters: bool = False
+    """With engine=vllm: one engine, Experts, holds the seed and all experts as LoRA adapters (`jobs.extract_adapters`), in the
+    place of an engine for each expert. Texts are the adapters', which are not quite the experts."""
     vllm: dict[str, Any] = {}
     """vLLM's own engine arguments (`EngineArgs`), such as gpu_memory_utilization, quantization or tensor_parallel_size."""
     experts_per_group: int | None = Field(default=None, ge=1)

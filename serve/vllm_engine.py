@@ -18,28 +18,13 @@ from typing import Any
 import ray
 from ray import serve
 
-from cbtm_ray import files
 from cbtm_ray.decode.one_expert import ExpertRequest, ExpertTokens
-from cbtm_ray.errors import UserError
-from cbtm_ray.models import load_model_config
 
 from .replica import MESSAGE_S
-
-VLLM_ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else each engine would be three processes
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all engines of a node would share its first cores
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-CPU_BLOCK_TOKENS = 32
-"""vLLM's own 128 would keep no prompt of less for the next expert's or request's use."""
-OURS = ("model", "tokenizer", "skip_tokenizer_init", "max_num_seqs", "enable_lora")
-"""Engine arguments that the endpoint itself sets."""
+from .vllm_calls import engine_arguments, fetch_adapters, make_engine, step
 
 SWITCH_S = 0.0005
 """Python's 5 ms would hold the engine's thread up after every operator in which it let the event loop run."""
-
-Made = list[tuple[str, ExpertTokens | Exception]]
 
 
 @serve.deployment(health_check_period_s=2)
@@ -47,14 +32,29 @@ class VLLMEngine:
     """An engine, which one thread steps, and the queue of each text that it decodes."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, model_uri: str, end_of_text: int, *, max_sequences: int, cache_tokens: int, vllm: dict[str, Any]
+        self,
+        model_uri: str,
+        end_of_text: int,
+        *,
+        max_sequences: int,
+        cache_tokens: int,
+        vllm: dict[str, Any],
+        adapters: dict[int, str] | None = None,
     ) -> None:
+        """
+        Args:
+            adapters: folders or URIs, by expert; None: the model itself is the expert.
+        """
         self._end_of_text, self._texts = end_of_text, dict[str, _Text]()
         self._added, self._left = list[tuple[str, ExpertRequest]](), list[str]()
         self._work, self.n_tokens = asyncio.Event(), 0
         sys.setswitchinterval(SWITCH_S)
+        self._adapters = dict[int, Any]()  # vLLM's LoRARequest, by expert
         self._thread = ThreadPoolExecutor(1)  # for good: PyTorch keeps a team of threads for each thread that calls it
         arguments = engine_arguments(model_uri, max_sequences, cache_tokens, vllm, gpu=bool(ray.get_gpu_ids()))
+        if adapters:
+            self._adapters, wanted = await self._in_thread(fetch_adapters, adapters)
+            arguments = wanted | arguments
         self._engine = await self._in_thread(make_engine, model_uri, arguments)
         self._stepping = asyncio.create_task(self._step_for_ever())
 
@@ -97,7 +97,7 @@ class VLLMEngine:
                 await self._work.wait()
                 added, self._added = self._added, []
                 left, self._left = self._left, []
-                made = await self._in_thread(_step, self._engine, added, left, self._end_of_text)
+                made = await self._in_thread(step, self._engine, added, left, self._end_of_text, self._adapters)
                 for name, tokens in made:
                     self.n_tokens += len(tokens.token_ids) if isinstance(tokens, ExpertTokens) else 0
                     if (text := self._texts.get(name)) is not None:
@@ -141,102 +141,3 @@ class _Text:
         made, self._made = self._made, []
         self._enough.clear()
         return reduce(ExpertTokens.followed_by, made)
-
-
-def engine_arguments(
-    model_uri: str, max_sequences: int, cache_tokens: int, given: dict[str, Any], *, gpu: bool
-) -> dict[str, Any]:
-    """vLLM's arguments: ours, those given over them. On a GPU vLLM itself measures the memory for its cache.
-
-    Raises:
-        UserError: one is given that the endpoint itself sets.
-    """
-    if ours := sorted(given.keys() & set(OURS)):
-        raise UserError(f"vllm={ours[0]} is set by the endpoint itself. Leave it out.")
-    config: Any = load_model_config(model_uri)
-    dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    found = {"dtype": dtype, "max_num_seqs": max_sequences, "skip_tokenizer_init": True, "enable_prefix_caching": True}
-    if not gpu:
-        found |= {"block_size": CPU_BLOCK_TOKENS, "kv_cache_memory_bytes": cache_tokens * cache_bytes(config, dtype)}
-    return found | given
-
-
-def cache_bytes(config: Any, dtype: str) -> int:
-    """Bytes of keys and values of one token."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * (4 if dtype == "float32" else 2)
-
-
-def make_engine(model_uri: str, arguments: dict[str, Any]) -> Any:
-    """The engine with the model of a folder or URI.
-
-    Raises:
-        UserError: vLLM is not installed, or does not know an argument.
-    """
-    try:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-    except ImportError as problem:
-        raise UserError(
-            f"engine=vllm needs vLLM, which cannot be imported here ({problem}). Start the server from an environment of "
-            "requirements-vllm-cpu.txt or requirements-vllm.txt."
-        ) from problem
-    with files.local_folder(model_uri) as folder:
-        try:
-            engine_args = EngineArgs(model=folder, disable_log_stats=True, **arguments)
-        except TypeError as problem:
-            raise UserError(f"vllm={problem}. Use the names of vLLM's EngineArgs.") from problem
-        return LLMEngine.from_engine_args(engine_args, enable_multiprocessing=False)
-
-
-def _step(engine: Any, added: list[tuple[str, ExpertRequest]], left: list[str], end_of_text: int) -> Made:
-    """Let texts in and out, and make one step: the tokens of each text."""
-    engine.abort_request(left)
-    made: Made = []
-    for name, request in added:
-        if name in left:
-            continue
-        try:
-            prompt = {"prompt_token_ids": request.token_ids}
-            engine.add_request(name, prompt, sampling_params(request, end_of_text))
-        except ValueError as problem:  # vLLM refuses this text, and goes on with the others
-            made.append((name, problem))
-    if engine.has_unfinished_requests():
-        made += [(output.request_id, expert_tokens(output)) for output in engine.step() if output.outputs[0].token_ids]
-    return made
-
-
-def sampling_params(request: ExpertRequest, end_of_text: int) -> Any:
-    """vLLM's SamplingParams for the tokens that `Engine` would draw from."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=request.sampling.temperature,
-        top_p=request.sampling.top_p,
-        seed=request.sampling.seed,
-        max_tokens=request.max_tokens,
-        stop_token_ids=[end_of_text],
-        logprobs=request.top_logprobs,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
-
-
-def expert_tokens(output: Any) -> ExpertTokens:
-    """The new tokens of vLLM's output of a step."""
-    made = output.outputs[0]
-    token_ids, rows = list(made.token_ids), made.logprobs
-    return ExpertTokens(
-        token_ids=token_ids,
-        logprobs=None if rows is None else [row[token].logprob for token, row in zip(token_ids, rows, strict=True)],
-        top_logprobs=None if rows is None else [_best(row) for row in rows],
-        finish_reason=made.finish_reason,
-        cached_tokens=output.num_cached_tokens or 0,
-    )
-
-
-def _best(row: dict[int, Any]) -> list[tuple[int, float]]:
-    """Best first; the drawn token may come after those that were asked for."""
-    return [(token, found.logprob) for token, found in sorted(row.items(), key=lambda pair: pair[1].rank)]
