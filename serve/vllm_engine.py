@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +21,6 @@ from cbtm_ray.decode.one_expert import ExpertRequest, ExpertTokens
 
 from .replica import MESSAGE_S
 from .vllm_calls import engine_arguments, fetch_adapters, make_engine, step
-
-SWITCH_S = 0.0005
-"""Python's 5 ms would hold the engine's thread up after every operator in which it let the event loop run."""
 
 
 @serve.deployment(health_check_period_s=2)
@@ -48,7 +44,6 @@ class VLLMEngine:
         self._end_of_text, self._texts = end_of_text, dict[str, _Text]()
         self._added, self._left = list[tuple[str, ExpertRequest]](), list[str]()
         self._work, self.n_tokens = asyncio.Event(), 0
-        sys.setswitchinterval(SWITCH_S)
         self._adapters = dict[int, Any]()  # vLLM's LoRARequest, by expert
         self._thread = ThreadPoolExecutor(1)  # for good: PyTorch keeps a team of threads for each thread that calls it
         arguments = engine_arguments(model_uri, max_sequences, cache_tokens, vllm, gpu=bool(ray.get_gpu_ids()))
