@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from itertools import takewhile
@@ -17,9 +16,9 @@ import openai
 import psutil
 import pytest
 import torch
-import yaml
 
 from benchmarks.served_run import make_run
+from benchmarks.vllm_servers import BIN, our_vllm
 from cbtm_ray.corpus.tokenizer import encode
 from cbtm_ray.decode.engine import generate
 from cbtm_ray.decode.sampling import Sampling
@@ -28,12 +27,10 @@ from cbtm_ray.merge.ensemble import load_ensemble
 from cbtm_ray.models import load_model
 from cbtm_ray.stages import DENSE_FOLDER, expert_folder
 
-ROOT = Path(__file__).parents[2]
-SERVE = ROOT / ".venv-vllm" / "bin" / "serve"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not SERVE.exists(), reason="no .venv-vllm here; make .venv-vllm/cpu makes it"),
+    pytest.mark.skipif(not BIN.exists(), reason="no .venv-vllm here; make .venv-vllm/cpu makes it"),
 ]
 PORT = 8741
 URL = f"http://127.0.0.1:{PORT}"
@@ -54,40 +51,15 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(run_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
-    """The endpoint with vLLM engines; administrators may come without a secret file of their own."""
-    folder = tmp_path_factory.mktemp("server")
-    arguments = {
-        "run_dir": run_dir, "engine": "vllm", "group_cpus": 0.1, "drain_s": 5, "admin_tokens": "env:ADMIN",
-        "vllm": {"enforce_eager": True},
-    }  # fmt: skip
-    app = {"name": "cbtm", "import_path": "serve.app:build", "route_prefix": "/", "args": arguments}
-    options = {"http_options": {"host": "127.0.0.1", "port": PORT}, "applications": [app]}
-    (folder / "serve.yaml").write_text(yaml.safe_dump(options))
-    env = {**os.environ, "RAY_ADDRESS": "local", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "ADMIN": "secret"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [SERVE, "run", folder / "serve.yaml"], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
-        )
-        until = time.monotonic() + 900
-        while not is_up():
-            assert process.poll() is None, (folder / "log").read_text()[-4000:]
-            assert time.monotonic() < until, (folder / "log").read_text()[-4000:]
-            time.sleep(1)
-        yield psutil.Process(process.pid)
-        process.terminate()
-        process.wait(120)
-
-
-def is_up() -> bool:
-    try:
-        return httpx.get(f"{URL}/healthz", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
+def server(run_dir: str) -> Iterator[str]:
+    """The endpoint with vLLM engines; administrators may come with "secret"."""
+    os.environ["ADMIN"] = "secret"
+    with our_vllm(run_dir, PORT, group_cpus=0.1, admin_tokens="env:ADMIN", vllm={"enforce_eager": True}) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def client(server: psutil.Process) -> openai.OpenAI:
+def client(server: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=600)
 
 
@@ -209,7 +181,7 @@ def test_an_expert_out_of_service_answers_nothing(client: openai.OpenAI) -> None
     assert sum(row["tokens"] for row in served["data"]) > 0
 
 
-def test_text_is_the_same_when_an_engine_dies_in_it(client: openai.OpenAI, server: psutil.Process) -> None:
+def test_text_is_the_same_when_an_engine_dies_in_it(client: openai.OpenAI) -> None:
     body: dict[str, Any] = {"model": "cbtm", "prompt": PROMPT, "max_tokens": 400, "temperature": 2, "seed": 11}
     whole = client.completions.create(**body, extra_body={"cbtm": {"return_routing": True}}).choices[0]
     first = whole.model_extra["cbtm"]["experts"][0]  # type: ignore[index]
@@ -217,10 +189,11 @@ def test_text_is_the_same_when_an_engine_dies_in_it(client: openai.OpenAI, serve
     for number, event in enumerate(client.completions.create(**body, stream=True)):
         text += event.choices[0].text
         if number == 1:
-            engine_process(server, f"Expert{first}").kill()
+            engine_process(f"Expert{first}").kill()
     assert text == whole.text
 
 
-def engine_process(server: psutil.Process, name: str) -> psutil.Process:
-    [found] = [one for one in server.children(recursive=True) if f"cbtm:{name}" in " ".join(one.cmdline())]
+def engine_process(name: str) -> psutil.Process:
+    ours = psutil.Process().children(recursive=True)
+    [found] = [one for one in ours if f"cbtm:{name}" in " ".join(one.cmdline())]
     return found
