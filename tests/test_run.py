@@ -198,8 +198,9 @@ def test_a_finished_run_can_be_given_a_control_once_its_evaluation_is_gone(tmp_p
         UserError, match=r"train\.controls=\['random', 'unbalanced'\] \(the run has \['random'\]\)"
     ) as caught:
         more.check()
-    assert str(caught.value).endswith(f"or delete {tmp_path / 'evaluation'}, {tmp_path / 'average'}.")
-    for stage in ("evaluation", "average"):
+    later = ("evaluation", "average", "export/moe", "export/adapters")
+    assert str(caught.value).endswith(f"or delete {', '.join(str(tmp_path / stage) for stage in later)}.")
+    for stage in later:
         shutil.rmtree(tmp_path / stage)
     more.check()
     for stage in ("experts", "controls/dense", "controls/random", "controls/unbalanced"):
@@ -251,10 +252,12 @@ def test_a_training_option_is_also_the_seed_s_unless_it_is_marked_otherwise(tmp_
     shared = {"train.batch_size", "train.schedule", "train.warmup_steps", "train.betas", "train.weight_decay",
               "train.clip_norm", "train.precision", "train.cross_documents"}  # fmt: skip
     own = {"train.total_tokens", "train.budget", "train.warm_start", "train.learning_rate", "train.final_lr_fraction"}
+    parts = {"train.trainable"}  # newer than these; it is 'all' where a run does not say
     length = {"tokens.sequence_length"}
     seeds = {f"seed_model.{name}" for name in config_tree(run.config)["seed_model"]} - {"seed_model.cpus"}
     assert run.settings("seed").keys() == shared | length | seeds
-    assert run.settings("experts").keys() == run.settings("controls/moe").keys() == shared | length | own
+    assert run.settings("experts").keys() == shared | length | own | parts
+    assert run.settings("controls/moe").keys() == run.settings("controls/dense").keys() == shared | length | own
     assert run.settings("evaluation").keys() >= {"train.controls"}
 
 

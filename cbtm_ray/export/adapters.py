@@ -57,6 +57,11 @@ def factors_of(
     return {name: low_rank(_weight(theirs[name]) - _weight(layer), rank) for name, layer in layers.items()}
 
 
+def cut(factors: dict[str, Factors], rank: int) -> dict[str, Factors]:
+    """The factors of a lower rank: the first of each, for they are in the order of their singular values."""
+    return {name: (a_RI[:rank], b_OR[:, :rank]) for name, (a_RI, b_OR) in factors.items()}
+
+
 def _weight(layer: Any) -> torch.Tensor:
     found: torch.Tensor = layer.weight.detach()
     return found

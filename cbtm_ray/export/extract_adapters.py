@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from transformers import PreTrainedModel
 
 from cbtm_ray import files
 from cbtm_ray.config import Config
@@ -19,7 +20,7 @@ from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.evaluate import perplexity
 from cbtm_ray.evaluate.scoring import held_out_documents, score_models
 from cbtm_ray.evaluate.systems import ensemble_system, measure
-from cbtm_ray.export.adapters import dropped_share, factors_of, save_adapter, with_factors
+from cbtm_ray.export.adapters import cut, dropped_share, factors_of, save_adapter, with_factors
 from cbtm_ray.merge.ensemble import served_route
 from cbtm_ray.models import load_model
 from cbtm_ray.run import Run
@@ -40,11 +41,9 @@ def extract_adapters(run: Run) -> dict[str, Any]:
     """
     run.require("evaluation", "evaluate_mixture")
     config, clusters = run.config, range(run.config.cluster.n_clusters)
-    task = _adapter.options(num_cpus=config.train.cpus_per_expert, num_gpus=config.train.gpus_per_expert)
+    task = _adapters.options(num_cpus=config.train.cpus_per_expert, num_gpus=config.train.gpus_per_expert)
     ranks = sorted({*config.export.ranks, config.export.rank})
-    waiting = {
-        rank: [task.remote(config, cluster, rank, rank == config.export.rank) for cluster in clusters] for rank in ranks
-    }
+    waiting = [task.remote(config, cluster, ranks) for cluster in clusters]
     documents, ensemble, route = held_out_documents(run), ensemble_system(run), served_route(run.dir)
     logprobs = score_models(run, [DENSE_FOLDER, *ensemble.experts])
     dense_R = logprobs[DENSE_FOLDER][documents.token_mask(tuning=False)]
@@ -55,11 +54,8 @@ def extract_adapters(run: Run) -> dict[str, Any]:
 
     dense = {"rank": 0, **documents.summarize(dense_R, dense_R)}
     whole = row(None, [logprobs[name] for name in ensemble.experts])
-    rows, dropped = [], list[float]()
-    for rank, tasks in waiting.items():
-        scored = ray.get(tasks)
-        rows.append(row(rank, [logprobs_T for logprobs_T, _ in scored]))
-        dropped = [share for _, share in scored]
+    scored = ray.get(waiting)
+    rows = [row(rank, [by_rank[rank] for by_rank, _ in scored]) for rank in ranks]
     gain_nats = dense["loss_nats"] - whole["loss_nats"]
     for one in rows:
         one["gain_kept"] = (dense["loss_nats"] - one["loss_nats"]) / gain_nats if gain_nats > 0 else None
@@ -71,26 +67,38 @@ def extract_adapters(run: Run) -> dict[str, Any]:
         "top_k": route.top_k,
         "rows": [dense, *rows, whole],
         "least_rank": min(enough, default=None),
-        "dropped_share": float(np.mean(dropped)),
+        "dropped_share": float(np.mean([share for _, share in scored])),
     }
 
 
 @ray.remote
-def _adapter(config: Config, cluster: int, rank: int, keep: bool) -> tuple[np.ndarray, float]:
-    """Log-probabilities (T,) of an expert cut to a rank, and the share of its change that adapters cannot hold."""
-    run = Run(config)
+def _adapters(config: Config, cluster: int, ranks: list[int]) -> tuple[dict[int, np.ndarray], float]:
+    """Log-probabilities (T,) of an expert cut to each rank, and the share of its change that adapters cannot hold."""
+    run, wanted = Run(config), config.export
     seed, expert = load_model(run.uri("seed")), load_model(run.uri(expert_folder(cluster)))
-    factors = factors_of(expert, seed, rank, embeddings=config.export.embeddings)
-    end_of_text = load_tokenizer(run.uri("tokenizer")).eos_token_id
-    if keep:
-        with tempfile.TemporaryDirectory() as folder:
-            save_adapter(seed, factors, files.absolute(run.uri("seed")), Path(folder))
-            files.publish_folder(folder, run.uri(FOLDER, f"cluster={cluster:04d}"))
-    model = with_factors(seed, factors).eval()
-    if config.train.gpus_per_expert:
+    factors = factors_of(expert, seed, max(ranks), embeddings=wanted.embeddings)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(seed, cut(factors, wanted.rank), _seed_name(run), Path(folder))
+        files.publish_folder(folder, run.uri(FOLDER, f"cluster={cluster:04d}"))
+    found = {rank: _score(run, with_factors(seed, cut(factors, rank)).eval()) for rank in ranks}
+    return found, dropped_share(expert, seed, embeddings=wanted.embeddings)
+
+
+def _seed_name(run: Run) -> str:
+    """The seed's own name where it was taken as it is, else its folder in the run."""
+    seed = run.config.seed_model
+    given = seed.name_or_path
+    unchanged = given is not None and seed.train_tokens == 0 and not files.exists(given)
+    return str(given) if unchanged else files.absolute(run.uri("seed"))
+
+
+def _score(run: Run, model: PreTrainedModel) -> np.ndarray:
+    if run.config.train.gpus_per_expert:
         torch.nn.Module.to(model, "cuda")
-    logprobs_T = perplexity.score_documents(
-        model, held_out_documents(run).tokens, sequence_length=config.tokens.sequence_length, end_of_text=end_of_text,
-        batch_tokens=config.evaluate.batch_tokens,
-    )  # fmt: skip
-    return logprobs_T, dropped_share(expert, seed, embeddings=config.export.embeddings)
+    return perplexity.score_documents(
+        model,
+        held_out_documents(run).tokens,
+        sequence_length=run.config.tokens.sequence_length,
+        end_of_text=load_tokenizer(run.uri("tokenizer")).eos_token_id,
+        batch_tokens=run.config.evaluate.batch_tokens,
+    )

@@ -101,6 +101,8 @@ def _training_rows(plan: Plan) -> list[Row]:
         found.append(("  by size", f"1 to {largest:,} steps", "each expert, by its cluster's tokens: not known yet"))
     if train.clusters is not None:
         found.append(("  train.clusters", f"{len(plan.trainings) - 1} experts", "now; all else later, and not below"))
+    if train.trainable == "ffn":
+        found.append(("  train.trainable", "ffn", "experts take less than is said here, where all weights are trained"))
     for control in (control for control in train.controls if control in PARTITION_CONTROLS):
         domains = "; as many domains as clusters assumed" if control == "metadata" else ""
         found.append((f"control {control}", f"{n_clusters} experts", f"of the same steps{domains}"))

@@ -188,7 +188,9 @@ def print_adapters(run: Run) -> None:
         kept = "-" if row.get("gain_kept") is None else f"{100 * row['gain_kept']:.0f} %"
         table.add_row(name, *_measures(row), kept)
     progress.console.print(table)
-    left = "norms" if made["embeddings"] else "norms and embeddings (export.embeddings=true adds these)"
+    left = "norms, and an output projection of its own"
+    if not made["embeddings"]:
+        left = f"embeddings (export.embeddings=true adds them), {left}"
     progress.console.print(
         f"{100 * made['dropped_share']:.0f} % of the experts' squared change is in weights that these adapters do not hold: "
         f"{left}. Folders in PEFT's format: {run.uri('export/adapters')}",

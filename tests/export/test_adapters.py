@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cbtm_ray import files
 from cbtm_ray.errors import UserError
-from cbtm_ray.export.adapters import dropped_share, factors_of, low_rank, save_adapter, with_factors
+from cbtm_ray.export.adapters import cut, dropped_share, factors_of, low_rank, save_adapter, with_factors
 from cbtm_ray.pipeline import run_job
 from cbtm_ray.run import Run
 from tests.support.tiny_models import make_model
@@ -51,6 +51,13 @@ def test_at_full_rank_the_adapter_is_the_expert(whole: bool) -> None:
     torch.testing.assert_close(model(TOKENS).logits, expert(TOKENS).logits, atol=1e-5, rtol=1e-4)
     assert dropped_share(expert, seed, embeddings=whole) == 0
     assert not torch.allclose(seed(TOKENS).logits, expert(TOKENS).logits, atol=0.01), "the seed is not changed"
+
+
+def test_a_lower_rank_is_the_first_part_of_a_higher_one() -> None:
+    seed, expert = tied_pair(whole=True)
+    high, low = factors_of(expert, seed, 9), factors_of(expert, seed, 4)
+    for name, (a_RI, b_OR) in cut(high, 4).items():
+        torch.testing.assert_close(b_OR @ a_RI, low[name][1] @ low[name][0])
 
 
 def test_what_adapters_leave_out_is_counted() -> None:

@@ -390,6 +390,7 @@ CHANGED: dict[str, Any] = {
     "train.budget": "by_size",
     "train.clusters": [0],
     "train.controls": ["random"],
+    "train.trainable": "ffn",
     "train.batch_size": 8,
     "train.micro_batch_size": 1,
     "train.precision": "bf16",
