@@ -50,7 +50,7 @@ def _check_folders(run: Run) -> None:
         "train.warm_start": ("experts", config.train.warm_start),
     }
     for field, (stage, folder) in folders.items():
-        named_on_hub = field != "train.warm_start" and folder is not None and not _is_path(folder)
+        named_on_hub = field != "train.warm_start" and folder is not None and not is_path(folder)
         if folder is None or named_on_hub or run.manifest(stage) is not None:
             continue
         with files.reaching(field, folder):
@@ -97,6 +97,6 @@ def _check_fewshot(run: Run) -> None:
             check_shots(read_task(task), wanted.fewshot_shots)
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     """Whether it can be no name on the Hugging Face hub."""
     return name.startswith(("/", ".", "~")) or "://" in name or name.count("/") > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from cbtm_ray import files
 from cbtm_ray.config import Config
 from cbtm_ray.evaluate.result_rows import ResultRow, row_name
+from cbtm_ray.inputs import is_path
 
+TAG = "cluster-branch-train-merge"
+"""In the metadata of every card."""
 LOAD_EXPERT = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,7 +52,12 @@ def license_of(config: Config) -> str | None:
 
 
 def run_card(
-    config: Config, rows: list[ResultRow], experts: list[dict[str, Any]], parts: list[str], license_id: str | None
+    config: Config,
+    rows: list[ResultRow],
+    experts: list[dict[str, Any]],
+    parts: list[str],
+    license_id: str | None,
+    dropped: str | None = None,
 ) -> str:
     """The card of the whole folder.
 
@@ -56,8 +65,9 @@ def run_card(
         rows: of the evaluation.
         experts: cluster, documents, train_tokens and top_terms of each.
         parts: what the folder has.
+        dropped: terms of the served router that the folder's router does without.
     """
-    shown = [row for row in rows if row["system"] == "dense" or row.get("served") or row.get("chosen")]
+    shown = _shown(rows)
     lines = [
         f"# {len(experts)} experts by Cluster-Branch-Train-Merge",
         "The corpus was clustered, a seed model branched into an expert for each cluster, and each trained on its own "
@@ -69,6 +79,9 @@ def run_card(
             ["system", "perplexity", "ratio to dense"],
             [[row_name(row), _interval(row, "ppl", 2), _interval(row, "ratio", 3)] for row in shown],
         ),
+        f"These are of the whole router. The one in this folder lacks {dropped}; it was not measured."
+        if dropped
+        else "",
         "## Experts",
         _table(
             ["cluster", "documents", "training tokens", "terms"],
@@ -80,7 +93,14 @@ def run_card(
         AFTER_END_OF_TEXT,
         f"This folder has: {', '.join(parts)}.",
     ]
-    return _card(config, lines, license_id)
+    return _card(config, [line for line in lines if line], license_id)
+
+
+def _shown(rows: list[ResultRow]) -> list[ResultRow]:
+    """The dense control, the mixture that is served, and one expert by the same routing, which the folder's router picks."""
+    routings = {row["routing"] for row in rows if row.get("served")}
+    single = [row for row in rows if row["system"] == "cbtm" and row["top_k"] == 1 and row["routing"] in routings]
+    return [row for row in rows if row["system"] == "dense" or row.get("served") or row in single]
 
 
 def _how_to_load(parts: list[str]) -> list[str]:
@@ -98,7 +118,7 @@ def expert_card(config: Config, expert: dict[str, Any], license_id: str | None) 
         f"Trained on {expert['train_tokens']:,} tokens of cluster {expert['cluster']}, which has {expert['documents']:,} "
         f"documents: {', '.join(expert['top_terms'])}.",
         f"Seed: {_seed_name(config)}. License of the seed: {license_id or 'not known; ask before you publish'}.",
-        "" if loss is None else f"Loss on held-out documents of its cluster: {loss:.3f} nats a token.",
+        "" if loss is None else f"Perplexity on held-out documents of its cluster: {math.exp(loss):.2f}.",
         LOAD_EXPERT.format(folder="THIS_FOLDER"),
         AFTER_END_OF_TEXT,
     ]
@@ -110,9 +130,9 @@ def _card(config: Config, lines: list[str], license_id: str | None) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["cluster-branch-train-merge", "mixture-of-experts"],
+        tags=[TAG, "mixture-of-experts"],
         license=license_id,
-        base_model=base if base and not files.exists(base) else None,
+        base_model=None if base is None or _is_local(base) else base,
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
 
@@ -121,7 +141,12 @@ def _seed_name(config: Config) -> str:
     name = config.seed_model.name_or_path
     if name is None:
         return "a new model of this run"
-    return Path(name).name if files.exists(name) else name
+    return Path(name).name if _is_local(name) else name
+
+
+def _is_local(name: str) -> bool:
+    """Whether a model is named by its place, which may be on another machine."""
+    return is_path(name) or files.exists(name)
 
 
 def _interval(row: Any, name: str, digits: int) -> str:

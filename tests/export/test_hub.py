@@ -7,17 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 
 from cbtm_ray.corpus.tokenizer import encode
 from cbtm_ray.errors import UserError
+from cbtm_ray.export.cards import run_card
 from cbtm_ray.export.hub import export_hub, main
+from cbtm_ray.load_config import load_config
 from cbtm_ray.merge.ensemble import load_ensemble
 from cbtm_ray.run import Run
 from tests.support.hub_server import Hub, hub_server
@@ -90,6 +92,48 @@ def test_experts_load_and_their_cards_say_what_they_are(folder: Path, run_dir: s
     assert run_dir not in "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".md", ".json"))
 
 
+def test_settings_of_the_run_stay_back_with_the_seed_and_the_adapters(run_dir: str, tmp_path: Path) -> None:
+    copied, adapter = tmp_path / "run", tmp_path / "run" / "export" / "adapters" / "cluster=0000"
+    shutil.copytree(run_dir, copied)
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": f"{run_dir}/seed"}))
+    for name in ("settings.json", "manifest.json"):
+        shutil.copy(copied / "seed" / name, adapter.parent)
+    assert "corpus.paths" in (copied / "seed" / "settings.json").read_text()
+    assert export_hub(str(copied), tmp_path / "made", "adapters,adapters") == ["adapters"]
+    made = sorted(path.relative_to(tmp_path / "made") for path in (tmp_path / "made").rglob("*.json"))
+    assert Path("adapters/seed/config.json") in made
+    assert Path("adapters/cluster=0000/adapter_config.json") in made
+    assert not {"settings.json", "manifest.json"} & {path.name for path in made}
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "made").rglob("*.json"))
+
+
+def test_the_card_says_what_the_router_lacks_and_how_one_expert_does(run_dir: str, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run_dir, copied)
+    results = json.loads((copied / "evaluation" / "results.json").read_text())
+    results["routers"]["ngram"]["1"] = {"beta": 0.3, "gamma": 1.0, "temperature": 0.2}
+    for row in results["rows"]:
+        row.pop("served", None)
+    by_ngrams = {row["top_k"]: row for row in results["rows"] if (row["system"], row["routing"]) == ("cbtm", "ngram")}
+    by_ngrams[2]["served"] = True
+    (copied / "evaluation" / "results.json").write_text(json.dumps(results))
+    embedder = copied / "clusterer" / "embedder" / "embedder.json"
+    embedder.write_text(json.dumps({**json.loads(embedder.read_text()), "embedder": "word_tfidf"}))
+    export_hub(str(copied), tmp_path / "made")
+    card = ModelCard.load(tmp_path / "made" / "README.md").text
+    assert "lacks the distances to the centers, which need the embedder 'word_tfidf'" in card
+    assert all(f"{by_ngrams[top_k]['ppl']:.2f}" in card for top_k in (1, 2))
+
+
+@pytest.mark.parametrize("name", ["/models/of/mine", "OWNER/seed"])
+def test_a_place_is_no_base_model(name: str, run_dir: str, folder: Path) -> None:
+    config = load_config(f"{run_dir}/config.yaml", [f"seed_model.name_or_path={name}"])
+    card = run_card(config, [], [], ["experts"], None)
+    assert ModelCard(card).data.base_model == (None if name.startswith("/") else name)
+    assert "/models/of" not in card
+
+
 def test_what_the_run_lacks_is_named(run_dir: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--parts=moe: this run has experts, router"):
         export_hub(run_dir, tmp_path / "new", "experts,moe")
@@ -99,6 +143,13 @@ def test_what_the_run_lacks_is_named(run_dir: str, folder: Path, tmp_path: Path)
         export_hub(run_dir, folder)
     with pytest.raises(UserError, match="is not a finished run"):
         export_hub(str(tmp_path), tmp_path / "new")
+    with pytest.raises(UserError, match="must be a local folder"):
+        export_hub(run_dir, Path("s3://bucket/new"))
+    with pytest.raises(UserError, match=r"--run=nowhere://run cannot be reached"):
+        export_hub("nowhere://run", tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"FOLDER=.* cannot be reached"):
+        export_hub(run_dir, tmp_path / "file" / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -108,26 +159,63 @@ def hub() -> Iterator[Hub]:
         yield started
 
 
-def push(hub: Hub, run_dir: str, folder: Path, token: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "jobs.export_hub", str(folder), "--run", run_dir, "--push", "me/experts"]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-
-
 def test_what_is_pushed_arrives_byte_by_byte(hub: Hub, run_dir: str, tmp_path: Path) -> None:
-    pushed = push(hub, run_dir, tmp_path / "pushed", "a-token")
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "a-token",
+        "HF_HUB_OFFLINE": "0",
+    }
+    folder = tmp_path / "pushed"
+    command = [sys.executable, "-m", "jobs.export_hub", str(folder), "--run", run_dir, "--push", "me/experts"]
+    pushed = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert pushed.returncode == 0, pushed.stderr
     assert f"{hub.url}/me/experts" in pushed.stdout
-    sent = {str(path.relative_to(tmp_path / "pushed")): path.read_bytes() for path in (tmp_path / "pushed").rglob("*.*")
-            if path.is_file()}  # fmt: skip
+    sent = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert {name: content for name, content in hub.files["me/experts"].items() if name != ".gitattributes"} == sent
+    by_lfs = {content for name, content in sent.items() if name.endswith((".safetensors", ".npz"))}
+    assert by_lfs == set(hub.objects.values())
 
 
-def test_a_hub_that_refuses_is_one_line(hub: Hub, run_dir: str, tmp_path: Path) -> None:
-    refused = push(hub, run_dir, tmp_path / "refused", "another-token")
-    assert refused.returncode == 2
-    assert "--push=me/experts: the Hub cannot be written to" in refused.stderr
-    assert "Traceback" not in refused.stderr
+@pytest.fixture
+def push(hub: Hub, run_dir: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command in this process: its exit code. The client reads its environment when it is imported."""
+
+    def run(folder: Path, *more: str, url: str = hub.url, token: str = "a-token") -> int:
+        monkeypatch.setenv("HF_TOKEN", token)
+        for name, value in {"ENDPOINT": url, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setattr(constants, name, value)
+        return main("", [str(folder), "--run", run_dir, "--push", "me/new", *more])
+
+    return run
+
+
+def test_a_hub_that_refuses_or_is_not_there_is_one_line_and_the_folder_can_be_pushed_later(
+    hub: Hub, push: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    for given in ({"token": "another-token"}, {"url": "http://127.0.0.1:9"}):
+        assert push(folder, "--parts", "router", **given) == 2
+        assert capsys.readouterr().err.startswith("error: --push=me/new: the Hub cannot be written to")
+    with (folder / "README.md").open("a") as card:
+        card.write("A word of the publisher's.\n")
+    assert push(folder) == 0
+    assert hub.files["me/new"]["README.md"] == (folder / "README.md").read_bytes()
+    assert push(tmp_path) == 2
+    assert "is there already" in capsys.readouterr().err, "a folder that is not ours is not uploaded"
+
+
+def test_private_is_not_what_is_public_already(
+    hub: Hub, push: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.files["me/new"], hub.private["me/new"] = {}, False
+    assert push(folder, "--private") == 2
+    assert "is public already" in capsys.readouterr().err
+    assert not hub.files["me/new"]
+    del hub.files["me/new"], hub.private["me/new"]
+    assert push(folder, "--private") == 0
+    assert hub.private["me/new"]
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

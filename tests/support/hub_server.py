@@ -1,9 +1,10 @@
-"""A stand-in for the Hub's HTTP interface, as far as an upload of small files goes: what arrives is kept."""
+"""A stand-in for the Hub's HTTP interface, as far as an upload goes: what arrives is kept. Weights and arrays go by LFS."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ from typing import Any
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name, with their files."""
+    """Repositories by name, with their files; objects of LFS by their SHA-256."""
 
     def __init__(self, token: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.token, self.files, self.private = token, dict[str, dict[str, bytes]](), dict[str, bool]()
+        self.objects = dict[str, bytes]()
 
     @property
     def url(self) -> str:
@@ -33,14 +35,17 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
+            self.server.private.setdefault(name, asked.get("visibility") == "private")
+            status = 409 if name in self.server.files else 200
             self.server.files.setdefault(name, {})
-            self.server.private[name] = asked.get("private", False)
-            self._answer(200, {"url": f"{self.server.url}/{name}"})
+            self._answer(status, {"url": f"{self.server.url}/{name}"})
         elif self.path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
         elif self.path.endswith("/preupload/main"):
             wanted = json.loads(body)["files"]
-            self._answer(200, {"files": [_regular(one["path"]) for one in wanted]})
+            self._answer(200, {"files": [_mode(one["path"]) for one in wanted]})
+        elif self.path.endswith(".git/info/lfs/objects/batch"):
+            self._answer(200, {"objects": [self._action(**one) for one in json.loads(body)["objects"]]})
         elif self.path.endswith("/commit/main"):
             self._commit(self.path.removeprefix("/api/models/").removesuffix("/commit/main"), body)
         else:
@@ -48,12 +53,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.removeprefix("/api/models/").partition("/revision")[0].partition("?")[0]
-        self._answer(200, {"id": name, "sha": "0" * 40, "siblings": [], "private": False, "tags": []})
+        private = self.server.private.get(name, False)
+        self._answer(200, {"id": name, "sha": "0" * 40, "siblings": [], "private": private, "tags": []})
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        digest = self.path.rpartition("/")[2]
+        if digest == hashlib.sha256(content).hexdigest():
+            self.server.objects[digest] = content
+        self._answer(200 if digest in self.server.objects else 400, {})
+
+    def _action(self, oid: str, size: int) -> dict[str, Any]:
+        return {"oid": oid, "size": size, "actions": {"upload": {"href": f"{self.server.url}/objects/{oid}"}}}
 
     def _commit(self, name: str, body: bytes) -> None:
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 self.server.files[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                self.server.files[name][line["value"]["path"]] = self.server.objects[line["value"]["oid"]]
         commit = {"commitOid": "1" * 40, "commitUrl": f"{self.server.url}/{name}/commit/{'1' * 40}"}
         self._answer(200, {"success": True, "pullRequestUrl": None, **commit})
 
@@ -69,8 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def _regular(path: str) -> dict[str, Any]:
-    return {"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+def _mode(path: str) -> dict[str, Any]:
+    mode = "lfs" if path.endswith((".safetensors", ".npz")) else "regular"
+    return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": None}
 
 
 @contextlib.contextmanager
