@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
+from yaml import YAMLError
 
 from cbtm_ray import files
 from cbtm_ray.errors import UserError, refuse
@@ -60,9 +61,17 @@ def main(description: str, arguments: list[str] | None = None) -> int:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder is one that `export_hub` finished: its card comes last, and says so."""
+    """Whether a folder is one that `export_hub` finished: its card comes last, and says so.
+
+    Raises:
+        UserError: the card's metadata cannot be read.
+    """
     card = folder / "README.md"
-    return card.is_file() and TAG in (ModelCard(card.read_text(encoding="utf-8")).data.get("tags") or [])
+    try:
+        return card.is_file() and TAG in (ModelCard(card.read_text(encoding="utf-8")).data.get("tags") or [])
+    except (ValueError, YAMLError) as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"FOLDER={folder}: the metadata of README.md cannot be read: {said}. Mend it.") from error
 
 
 def export_hub(run_dir: str, folder: Path, wanted: str | None = None, license_id: str | None = None) -> list[str]:

@@ -206,6 +206,15 @@ def test_a_hub_that_refuses_or_is_not_there_is_one_line_and_the_folder_can_be_pu
     assert "is there already" in capsys.readouterr().err, "a folder that is not ours is not uploaded"
 
 
+@pytest.mark.parametrize("metadata", ["tags: [unclosed", "only a sentence"])
+def test_a_card_that_an_editor_broke_is_one_line(
+    metadata: str, push: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    assert push(tmp_path) == 2
+    assert "the metadata of README.md cannot be read" in capsys.readouterr().err
+
+
 def test_private_is_not_what_is_public_already(
     hub: Hub, push: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
