@@ -19,12 +19,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import metrics
 from starlette.exceptions import HTTPException
 
-from cbtm_ray import files
 from cbtm_ray.decode import sequence
 from cbtm_ray.decode.engine import check_room
 from cbtm_ray.decode.one_expert import unlike_one_expert
 from cbtm_ray.errors import UserError
-from cbtm_ray.merge.ensemble import ensemble_of_one, load_ensemble
+from cbtm_ray.merge.ensemble import describe_clusters, ensemble_of_one, load_ensemble
 from cbtm_ray.merge.scores import check_top_k
 
 from .answer import choice_pieces, decode, events, merged, sequence_request, total
@@ -68,17 +67,6 @@ CLIENT = [Depends(client)]
 ADMINISTRATOR = [Depends(administrator), Depends(HTTPBearer(scheme_name="bearer", auto_error=False))]
 
 
-def _clusters(run_dir: str) -> list[dict[str, Any]]:
-    """What the run says of each expert's cluster."""
-    found = files.read_json(files.join(run_dir, "clusterer", "manifest.json"))["clusters"]
-    train = files.read_json(files.join(run_dir, "shards", "manifest.json"))["train"]["clusters"]
-    documents = {row["cluster"]: row["documents"] for row in train}
-    return [
-        {"cluster": row["cluster"], "top_terms": row["top_terms"], "documents": documents[row["cluster"]]}
-        for row in sorted(found, key=lambda row: row["cluster"])
-    ]
-
-
 def _metrics() -> dict[str, Any]:
     """What Prometheus finds on the node's metrics port, beside Serve's own counts and latencies of requests."""
     bounds = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
@@ -117,8 +105,13 @@ class Gateway:
         self.experts = {ENSEMBLE: ensemble.n_experts, **({DENSE_MODEL: 1} if arguments.dense else {})}
         self.ensemble, self.max_length = ensemble, min(ensemble.max_length - bool(engines), arguments.cache_tokens)
         self.prompts = PromptReader(self.tokenizer, arguments.max_prompt_tokens)
-        self.clusters = _clusters(arguments.run_dir)
+        self.clusters = describe_clusters(arguments.run_dir)
         self.started, self.in_flight, self.measured = int(time.time()), 0, _metrics()
+
+    async def check_health(self) -> None:
+        """Serve's health check: without its reports this gateway would route to experts that are out of service."""
+        if self.reporting is not None and self.reporting.done():
+            raise RuntimeError("the gateway's reports have failed") from self.reporting.exception()
 
     @web.get("/healthz", openapi_extra={"security": []})
     async def healthz(self) -> dict[str, str]:

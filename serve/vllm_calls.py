@@ -63,7 +63,7 @@ def make_engine(model_uri: str, arguments: dict[str, Any]) -> Any:
     except ImportError as problem:
         raise UserError(
             f"engine=vllm needs vLLM, which cannot be imported here ({problem}). Start the server from an environment of "
-            "requirements-vllm-cpu.txt or requirements-vllm.txt."
+            "requirements-vllm-cpu.txt or requirements-vllm-cuda.txt."
         ) from problem
     with files.local_folder(model_uri) as folder:
         try:

@@ -23,7 +23,7 @@ from cbtm_ray.errors import UserError, refuse
 from cbtm_ray.export.cards import TAG, expert_card, license_of, run_card
 from cbtm_ray.export.published_router import write_router
 from cbtm_ray.load_config import load_config
-from cbtm_ray.merge.ensemble import served_route
+from cbtm_ray.merge.ensemble import describe_clusters, served_route
 from cbtm_ray.stages import expert_folder
 
 PARTS = {"experts": "experts", "router": "clusterer", "moe": "export/moe", "adapters": "export/adapters"}
@@ -113,16 +113,9 @@ def _parts(run_dir: str, wanted: str | None) -> list[str]:
 
 
 def _write(run_dir: str, folder: Path, parts: list[str], license_id: str | None) -> None:
-    with files.local_folder(files.join(run_dir, "clusterer")) as clusterer:
-        clusters = {row["cluster"]: row for row in files.read_json(f"{clusterer}/manifest.json")["clusters"]}
-    shards = files.read_json(files.join(run_dir, "shards", "manifest.json"))["train"]["clusters"]
-    documents = {row["cluster"]: row["documents"] for row in shards}
     config = load_config(files.join(run_dir, "config.yaml"), [])
     license_id = license_id or license_of(config)
-    experts = [
-        {**_trained(run_dir, cluster), "documents": documents[cluster], "top_terms": clusters[cluster]["top_terms"]}
-        for cluster in sorted(clusters)
-    ]
+    experts = [{**row, **_trained(run_dir, row["cluster"])} for row in describe_clusters(run_dir)]
     dropped = None
     for part in parts:
         if part == "experts":
@@ -153,7 +146,7 @@ def _write_adapters(run_dir: str, folder: Path) -> None:
 
 def _trained(run_dir: str, cluster: int) -> dict[str, Any]:
     manifest = files.read_json(files.join(run_dir, expert_folder(cluster), "manifest.json"))
-    return {name: manifest[name] for name in ("cluster", "train_tokens", "valid_loss_nats")}
+    return {name: manifest[name] for name in ("train_tokens", "valid_loss_nats")}
 
 
 def _copy(uri: str, to: Path) -> Path:

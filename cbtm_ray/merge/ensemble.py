@@ -147,6 +147,17 @@ def evaluate_again(run_dir: str) -> str:
     return f"delete {files.join(run_dir, 'evaluation')} and run: python -m jobs.evaluate_mixture --config FILE"
 
 
+def describe_clusters(run_dir: str) -> list[dict[str, Any]]:
+    """Every cluster of a finished run, by number: cluster, top_terms, documents (of training)."""
+    found = files.read_json(files.join(run_dir, "clusterer", "manifest.json"))["clusters"]
+    train = files.read_json(files.join(run_dir, "shards", "manifest.json"))["train"]["clusters"]
+    documents = {row["cluster"]: row["documents"] for row in train}
+    return [
+        {"cluster": row["cluster"], "top_terms": row["top_terms"], "documents": documents[row["cluster"]]}
+        for row in sorted(found, key=lambda row: row["cluster"])
+    ]
+
+
 def load_ensemble(
     run_dir: str,
     clusters: Collection[int] | None = None,
