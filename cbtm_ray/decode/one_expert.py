@@ -7,13 +7,12 @@ is the one that `Engine` decodes with top_k = 1, up to the random numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cbtm_ray.decode.sampling import Sampling
 from cbtm_ray.decode.sequence import Request, Step
-from cbtm_ray.merge.context_router import ContextRouter
 from cbtm_ray.merge.ensemble import Ensemble
 
 LEAST_TEMPERATURE = 0.01
@@ -76,21 +75,12 @@ class RoutedText:
         self._again: list[int] = []  # tokens that the present engine gives once more
         self.reroute(active)
 
-    @property
-    def length(self) -> int:
-        """Tokens of the text, with the end-of-text token before it."""
-        return 1 + len(self.request.prompt) + len(self.answer)
-
     def reroute(self, active: set[int]) -> None:
         """Route the text so far as if these experts had been the only ones."""
-        self._active, self.router = active, self._new_router(active)
+        self.router = self._ensemble.router(1, active)
+        self.router.append(self.request.prompt)
+        self.router.replay(self.answer)
         self.expert, self._weights_K = self._choice()
-
-    def _new_router(self, active: set[int]) -> ContextRouter:
-        router = self._ensemble.router(1, active)
-        router.append(self.request.prompt)
-        router.replay(self.answer)
-        return router
 
     def _choice(self) -> tuple[int, np.ndarray]:
         weights_K = self.router.weights()
@@ -147,7 +137,7 @@ def _with_seed_after(sampling: Sampling, n_tokens: int) -> Sampling:
     if sampling.seed is None:
         return sampling
     seed = int(np.random.SeedSequence([sampling.seed, n_tokens]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return Sampling(temperature=sampling.temperature, top_p=sampling.top_p, seed=seed)
+    return replace(sampling, seed=seed)
 
 
 def _step(

@@ -166,15 +166,21 @@ def _score(config: Config, name: str, task: str | None) -> str:
         end_of_text = load_tokenizer(run.uri("tokenizer")).eos_token_id
         if task is None:
             check_held_out_loss(run, name, model, end_of_text)
-        logprobs_T = perplexity.score_documents(
-            model,
-            fewshot_prompts(run, task).tokens if task else held_out_documents(run).tokens,
-            sequence_length=config.tokens.sequence_length,
-            end_of_text=end_of_text,
-            batch_tokens=config.evaluate.batch_tokens,
-        )
+        texts = fewshot_prompts(run, task).tokens if task else held_out_documents(run).tokens
+        logprobs_T = score_texts(config, model, texts, end_of_text)
         files.write_array(uri, logprobs_T)
     return uri
+
+
+def score_texts(config: Config, model: PreTrainedModel, texts: list[np.ndarray], end_of_text: int) -> np.ndarray:
+    """A model's log-probability of every token of texts, each alone, with the run's lengths: float32 (T,)."""
+    return perplexity.score_documents(
+        model,
+        texts,
+        sequence_length=config.tokens.sequence_length,
+        end_of_text=end_of_text,
+        batch_tokens=config.evaluate.batch_tokens,
+    )
 
 
 def score_models(run: Run, names: list[str], task: str | None = None) -> dict[str, np.ndarray]:

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from transformers import PreTrainedModel
 
 from cbtm_ray import files
 from cbtm_ray.config import Config
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.evaluate import perplexity
-from cbtm_ray.evaluate.scoring import held_out_documents, score_models
+from cbtm_ray.evaluate.scoring import held_out_documents, score_models, score_texts
 from cbtm_ray.evaluate.systems import ensemble_system, measure
 from cbtm_ray.export.adapters import cut, dropped_share, factors_of, save_adapter, with_factors
 from cbtm_ray.merge.ensemble import served_route
@@ -75,12 +74,17 @@ def extract_adapters(run: Run) -> dict[str, Any]:
 def _adapters(config: Config, cluster: int, ranks: list[int]) -> tuple[dict[int, np.ndarray], float]:
     """Log-probabilities (T,) of an expert cut to each rank, and the share of its change that adapters cannot hold."""
     run, wanted = Run(config), config.export
+    device = "cuda" if config.train.gpus_per_expert else "cpu"
     seed, expert = load_model(run.uri("seed")), load_model(run.uri(expert_folder(cluster)))
     factors = factors_of(expert, seed, max(ranks), embeddings=wanted.embeddings)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(seed, cut(factors, wanted.rank), _seed_name(run), Path(folder))
         files.publish_folder(folder, run.uri(FOLDER, f"cluster={cluster:04d}"))
-    found = {rank: _score(run, with_factors(seed, cut(factors, rank)).eval()) for rank in ranks}
+    end_of_text, texts = load_tokenizer(run.uri("tokenizer")).eos_token_id, held_out_documents(run).tokens
+    found = {}
+    for rank in ranks:
+        model = torch.nn.Module.to(with_factors(seed, cut(factors, rank)).eval(), device)
+        found[rank] = score_texts(config, model, texts, end_of_text)
     return found, dropped_share(expert, seed, embeddings=wanted.embeddings)
 
 
@@ -90,15 +94,3 @@ def _seed_name(run: Run) -> str:
     given = seed.name_or_path
     unchanged = given is not None and seed.train_tokens == 0 and not files.exists(given)
     return str(given) if unchanged else files.absolute(run.uri("seed"))
-
-
-def _score(run: Run, model: PreTrainedModel) -> np.ndarray:
-    if run.config.train.gpus_per_expert:
-        torch.nn.Module.to(model, "cuda")
-    return perplexity.score_documents(
-        model,
-        held_out_documents(run).tokens,
-        sequence_length=run.config.tokens.sequence_length,
-        end_of_text=load_tokenizer(run.uri("tokenizer")).eos_token_id,
-        batch_tokens=run.config.evaluate.batch_tokens,
-    )

@@ -5,7 +5,6 @@ N sequences, T tokens, K experts.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,14 @@ from cbtm_ray import files
 from cbtm_ray.config import Config
 from cbtm_ray.corpus.tokenizer import load_tokenizer
 from cbtm_ray.errors import UserError
-from cbtm_ray.evaluate import perplexity
 from cbtm_ray.evaluate.result_rows import ResultRow
-from cbtm_ray.evaluate.scoring import held_out_documents, score_models
+from cbtm_ray.evaluate.scoring import held_out_documents, score_models, score_texts
 from cbtm_ray.export.moe_router import fit_routers, scale_routers, train_routers
 from cbtm_ray.merge.ensemble import servable_routers
 from cbtm_ray.merge.mixture import average_weights
 from cbtm_ray.models import load_model, load_model_config, save_model
 from cbtm_ray.run import Run
-from cbtm_ray.sparse import sparse_model, why_not_sparse
+from cbtm_ray.sparse import layers, sparse_model, why_not_sparse
 from cbtm_ray.stages import DENSE_FOLDER, expert_folder
 from cbtm_ray.train import flops
 from cbtm_ray.train.packed_sequences import PackedSequences, read_documents
@@ -93,14 +91,9 @@ def _write_moe(config: Config) -> dict[str, Any]:
         "router_tokens": trained,
         "parameters": sum(p.numel() for p in model.parameters()),
         "infer_flops_per_token": per_token,
-        "router_flops": tokens_NT.numel() * per_token * config_layers(model) + flops.train_flops(per_token, trained),
+        "router_flops": tokens_NT.numel() * per_token * len(layers(model)) + flops.train_flops(per_token, trained),
     }
     return run.finish(FOLDER, made)
-
-
-def config_layers(model: Any) -> int:
-    """Layers, each of which is fitted with a pass over the text."""
-    return int(model.config.num_hidden_layers)
 
 
 def merge_experts(uris: list[str], config: Config) -> tuple[PreTrainedModel, int]:
@@ -108,7 +101,7 @@ def merge_experts(uris: list[str], config: Config) -> tuple[PreTrainedModel, int
     experts = [load_model(uri) for uri in uris]
     states = [{n: w for n, w in expert.state_dict().items() if ".mlp." not in n} for expert in experts]
     differing = sum(any(not torch.equal(state[name], weight) for state in states) for name, weight in states[0].items())
-    shared = average_weights(uris, np.full(len(uris), 1 / len(uris))) if differing else experts[0]
+    shared = average_weights(experts) if differing else experts[0]
     return sparse_model(shared, experts, config.export.moe_top_k, random_state=config.run.seed), differing
 
 
@@ -135,11 +128,7 @@ def _scale(run: Run, model: PreTrainedModel, end_of_text: int) -> float:
     """The routers' scale, chosen on the held-out documents for tuning."""
     held_out = held_out_documents(run)
     tuning = [tokens for tokens, kept in zip(held_out.tokens, held_out.for_tuning, strict=True) if kept]
-    score = partial(
-        perplexity.score_documents, model, tuning, sequence_length=run.config.tokens.sequence_length,
-        end_of_text=end_of_text, batch_tokens=run.config.evaluate.batch_tokens,
-    )  # fmt: skip
-    return scale_routers(model, SCALES, lambda: float(-score().mean()))
+    return scale_routers(model, SCALES, lambda: float(-score_texts(run.config, model, tuning, end_of_text).mean()))
 
 
 def _train_routers(run: Run, model: PreTrainedModel, end_of_text: int) -> int:
